@@ -1,0 +1,78 @@
+// Package dialer has the outbounds: one way out each. An Outbound dials the
+// target of a flow and says which path the connection took and, when it fails,
+// at which hop and why.
+//
+// It owns the outbound sockets until they are handed out. It knows nothing of
+// captures: a flow's target is all that it is given. router and group call it;
+// cmd makes the outbounds.
+package dialer
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+
+	"cgtun/flow"
+)
+
+// Target is what a flow wants. Addr is the address that the client dialled and
+// the one that is dialled.
+type Target struct {
+	Flow  *flow.Flow // may be nil: a probe
+	Addr  netip.AddrPort
+	Name  string   // a name known for Addr; it classifies and grants nothing
+	Avoid []string // outbounds that failed this flow already
+}
+
+// Outbound is one way out, or a group that looks like one. Safe for concurrent
+// use.
+type Outbound interface {
+	Name() string
+	// DialStream connects a TCP flow. The caller closes the Conn. Errors are
+	// or wrap *Error.
+	DialStream(context.Context, Target) (*Conn, error)
+	// OpenPackets makes a socket for one source, to be used for all of its
+	// peers of Addr's family. The caller closes it. ErrUnsupported: this
+	// outbound cannot carry datagrams.
+	OpenPackets(context.Context, Target) (*PacketConn, error)
+}
+
+// Conn is a connected outbound stream.
+type Conn struct {
+	flow.Conn
+	Path []string // outbound names, the nearest hop first
+}
+
+// Packets moves datagrams through an outbound. ReadBatch may be called beside
+// WriteBatch, but neither beside itself. An error that is a *flow.PeerError
+// concerns one peer; the conn goes on.
+type Packets interface {
+	ReadBatch([]flow.Datagram) (int, error)
+	WriteBatch([]flow.Datagram) (int, error)
+	Close() error
+}
+
+// PacketConn is an open outbound for datagrams.
+type PacketConn struct {
+	Packets
+	Path []string
+}
+
+// Error is a failed dial.
+type Error struct {
+	Hop    string // the outbound at which it failed
+	Op     string // what was tried: "connect", "bind", "open", "configure"
+	Addr   netip.AddrPort
+	Reason flow.Reason
+	Err    error
+}
+
+func (e *Error) Error() string {
+	return fmt.Sprintf("outbound %q: %s %s: %v", e.Hop, e.Op, e.Addr, e.Err)
+}
+
+// Unwrap returns the cause.
+func (e *Error) Unwrap() error { return e.Err }
+
+// FlowReason lets flow.ReasonOf find the reason.
+func (e *Error) FlowReason() flow.Reason { return e.Reason }

@@ -1,0 +1,95 @@
+package flow
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// Reason is why a flow ended or could not be made.
+type Reason uint8
+
+// The reasons, with what a client is told.
+const (
+	Unknown         Reason = iota // an error nobody has a word for: host unreachable
+	Refused                       // RST, or port unreachable
+	HostUnreachable               // ICMP host (v4) or address (v6) unreachable
+	NetUnreachable                // ICMP net unreachable, no route
+	Prohibited                    // ICMP administratively prohibited
+	TimedOut                      // the deadline passed: host unreachable
+	Reset                         // RST
+	Dropped                       // silence, as a rule wanted
+	TooBig                        // a datagram larger than the path carries
+	Closed                        // both sides ended in order
+	Canceled                      // the client gave up, or we stop
+)
+
+var reasonText = [...]string{
+	Unknown: "unknown", Refused: "refused", HostUnreachable: "host unreachable",
+	NetUnreachable: "network unreachable", Prohibited: "prohibited", TimedOut: "timed out",
+	Reset: "reset", Dropped: "dropped", TooBig: "too big", Closed: "closed", Canceled: "canceled",
+}
+
+// String returns the reason in words, as in logs and JSON.
+func (r Reason) String() string {
+	if int(r) < len(reasonText) {
+		return reasonText[r]
+	}
+	return fmt.Sprintf("reason %d", uint8(r))
+}
+
+// Reasoner is an error that knows its reason, such as dialer.Error.
+type Reasoner interface{ FlowReason() Reason }
+
+// ReasonOf finds the reason in a chain of errors. It is the only place where
+// an errno becomes a Reason. A nil error is Closed.
+func ReasonOf(err error) Reason {
+	if err == nil {
+		return Closed
+	}
+	var known Reasoner
+	if errors.As(err, &known) {
+		return known.FlowReason()
+	}
+	var errno unix.Errno
+	if errors.As(err, &errno) {
+		switch errno {
+		case unix.ECONNREFUSED:
+			return Refused
+		case unix.EHOSTUNREACH, unix.EHOSTDOWN:
+			return HostUnreachable
+		case unix.ENETUNREACH, unix.ENETDOWN, unix.ENONET, unix.EADDRNOTAVAIL:
+			return NetUnreachable
+		case unix.EACCES, unix.EPERM:
+			return Prohibited
+		case unix.ETIMEDOUT:
+			return TimedOut
+		case unix.ECONNRESET, unix.EPIPE, unix.ECONNABORTED:
+			return Reset
+		case unix.EMSGSIZE:
+			return TooBig
+		}
+	}
+	switch {
+	case errors.Is(err, context.Canceled):
+		return Canceled
+	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded):
+		return TimedOut
+	}
+	return Unknown
+}
+
+// PeerError is a failure of one peer of a PacketConn: the conn goes on.
+type PeerError struct {
+	Peer   netip.AddrPort
+	Reason Reason
+	Err    error
+}
+
+func (e *PeerError) Error() string      { return fmt.Sprintf("send to %s: %v", e.Peer, e.Err) }
+func (e *PeerError) Unwrap() error      { return e.Err }
+func (e *PeerError) FlowReason() Reason { return e.Reason }
