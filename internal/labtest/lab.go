@@ -1,0 +1,229 @@
+package labtest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+var labs atomic.Int32 // numbers the labs of this process
+
+// goneWithin is how long the kernel may take to let go of a namespace: it does so
+// in the background, all namespaces of the machine in turn.
+var goneWithin = 10 * time.Second
+
+// Lab is one test's network. Its methods fail the test when something cannot
+// be made; they are to be called from the test's goroutine.
+type Lab struct {
+	t      testing.TB
+	prefix string // in front of each name: of pid and lab
+
+	mu      sync.Mutex
+	hosts   []*Host
+	cgroups *cgroupTree // nil until the first Cgroup
+	closers []func()    // of servers and processes, run newest first
+}
+
+// New returns an empty lab. When the test and the clean-ups that it registered
+// later have ended, the lab ends its processes, then asserts that cgtun left
+// nothing in its namespaces and that the namespaces and cgroups can be removed
+// and are gone.
+func New(t testing.TB) *Lab {
+	t.Helper()
+	l := &Lab{t: t, prefix: fmt.Sprintf("lab%dn%d", os.Getpid(), labs.Add(1))}
+	t.Cleanup(l.close)
+	return l
+}
+
+// Host makes a namespace with its lo up. name is for people and needs only be
+// unique in the lab.
+func (l *Lab) Host(name string) *Host {
+	l.t.Helper()
+	h := &Host{lab: l, Name: l.prefix + "-" + name}
+	h.Path = "/run/netns/" + h.Name
+	l.ip("netns", "add", h.Name)
+	l.mu.Lock()
+	l.hosts = append(l.hosts, h)
+	l.mu.Unlock()
+	// Duplicate address detection would make each v6 address unusable for
+	// a second, and states seen in that second unlike later ones.
+	h.Sysctl("net.ipv6.conf.default.accept_dad", "0")
+	h.Sysctl("net.ipv6.conf.all.accept_dad", "0")
+	l.ip("-n", h.Name, "link", "set", "lo", "up")
+	return h
+}
+
+// Link is a veth pair between two hosts.
+type Link struct {
+	A, B string // the device's name at either end: "eth0", "eth1", …
+}
+
+// Link joins a and b with a veth pair, both ends up. addrs are pairs of
+// prefixes ("10.9.0.1/24", "10.9.0.2/24"): the first of each pair goes to a,
+// the second to b; "" is none.
+func (l *Lab) Link(a, b *Host, addrs ...string) *Link {
+	l.t.Helper()
+	if len(addrs)%2 != 0 {
+		l.t.Fatalf("link %s %s: addresses come in pairs, these are %d", a.Name, b.Name, len(addrs))
+	}
+	k := &Link{A: a.nextDevice(), B: b.nextDevice()}
+	l.ip("-n", a.Name, "link", "add", k.A, "type", "veth", "peer", "name", k.B, "netns", b.Name)
+	l.ip("-n", a.Name, "link", "set", k.A, "up")
+	l.ip("-n", b.Name, "link", "set", k.B, "up")
+	for i, addr := range addrs {
+		if i%2 == 0 {
+			a.address(k.A, addr)
+		} else {
+			b.address(k.B, addr)
+		}
+	}
+	return k
+}
+
+func (h *Host) address(dev, addr string) {
+	h.lab.t.Helper()
+	if addr == "" {
+		return
+	}
+	p, err := netip.ParsePrefix(addr)
+	if err != nil {
+		h.lab.t.Fatalf("address of %s: %v", h.Name, err)
+	}
+	args := []string{"-n", h.Name, "addr", "add", addr, "dev", dev}
+	if p.Addr().Is6() {
+		args = append(args, "nodad")
+	}
+	h.lab.ip(args...)
+}
+
+// onClose registers what is to be undone before the namespaces go.
+func (l *Lab) onClose(f func()) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.closers = append(l.closers, f)
+}
+
+// close undoes the lab and asserts that it could.
+func (l *Lab) close() {
+	l.mu.Lock()
+	closers, hosts, tree := l.closers, l.hosts, l.cgroups
+	l.mu.Unlock()
+	for i := len(closers) - 1; i >= 0; i-- {
+		closers[i]()
+	}
+	for _, h := range hosts {
+		for _, p := range endProcesses(h) {
+			l.t.Errorf("left in namespace %s: process %s", h.Name, p)
+		}
+		if h.dirty {
+			continue
+		}
+		for _, r := range residue("ip", "netns", "exec", h.Name) {
+			l.t.Errorf("left in namespace %s: %s", h.Name, r)
+		}
+	}
+	if tree != nil {
+		for _, r := range tree.remove() {
+			l.t.Errorf("left: %s", r)
+		}
+	}
+	if err := removeNamespaces(l.prefix, hosts); err != nil {
+		l.t.Error(err)
+	}
+}
+
+// removeNamespaces deletes the hosts' namespaces and waits until the kernel has
+// let go of them. Their names say nothing about that: an open socket, a tun or
+// a descriptor keeps a nameless one alive. So each gets one end of a veth pair
+// whose other end is in a namespace of the lab's own: it goes with the first.
+func removeNamespaces(prefix string, hosts []*Host) (err error) {
+	if len(hosts) == 0 {
+		return nil
+	}
+	witness := prefix + "-witness"
+	if _, err := output("ip", "netns", "add", witness); err != nil {
+		return err
+	}
+	defer func() {
+		_, e := output("ip", "netns", "del", witness)
+		err = errors.Join(err, e)
+	}()
+	for i, h := range hosts {
+		end := fmt.Sprintf("w%d", i)
+		_, e := output("ip", "-n", witness, "link", "add", end, "type", "veth", "peer", "name", "labwitness", "netns", h.Name)
+		_, e2 := output("ip", "netns", "del", h.Name)
+		err = errors.Join(err, e, e2)
+	}
+	var left string
+	gone := eventually(goneWithin, func() bool {
+		left, _ = output("ip", "-n", witness, "-o", "link", "show", "type", "veth")
+		return left == ""
+	})
+	if gone {
+		return err
+	}
+	for i, h := range hosts {
+		if strings.Contains(left, fmt.Sprintf("w%d@", i)) {
+			err = errors.Join(err, fmt.Errorf("namespace %s outlives the test: a socket, a tun, a process or a descriptor of it is still open", h.Name))
+		}
+	}
+	return err
+}
+
+func (l *Lab) ip(args ...string) {
+	l.t.Helper()
+	if _, err := output("ip", args...); err != nil {
+		l.t.Fatal(err)
+	}
+}
+
+// output runs a program in the namespace of the test and returns its stdout;
+// the error holds the stderr.
+func output(name string, args ...string) (string, error) {
+	return finish(exec.CommandContext(context.Background(), name, args...))
+}
+
+func finish(cmd *exec.Cmd) (string, error) {
+	var out, errs strings.Builder
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	if err := cmd.Run(); err != nil {
+		return out.String(), fmt.Errorf("run %s: %w: %s", strings.Join(cmd.Args, " "), err, strings.TrimSpace(errs.String()))
+	}
+	return out.String(), nil
+}
+
+// Eventually waits until ok returns true and fails the test if that takes
+// longer than timeout. msg, a format and its arguments, says what was expected.
+func Eventually(t testing.TB, timeout time.Duration, ok func() bool, msg ...any) {
+	t.Helper()
+	if eventually(timeout, ok) {
+		return
+	}
+	what := "a condition"
+	if len(msg) > 0 {
+		what = fmt.Sprintf(fmt.Sprint(msg[0]), msg[1:]...)
+	}
+	t.Fatalf("not within %v: %s", timeout, what)
+}
+
+// eventually asks often at first, then every 20 ms.
+func eventually(timeout time.Duration, ok func() bool) bool {
+	deadline := time.Now().Add(timeout)
+	for pause := time.Millisecond; ; pause = min(2*pause, 20*time.Millisecond) {
+		if ok() {
+			return true
+		}
+		if time.Now().After(deadline) {
+			return false
+		}
+		time.Sleep(pause)
+	}
+}

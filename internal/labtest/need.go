@@ -1,0 +1,150 @@
+package labtest
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// AllEnv is the environment variable that turns each skip of Need into a
+// failure, if it is "1". make test sets it.
+const AllEnv = "CGTUN_TEST_ALL"
+
+// Requirement is something that a test cannot do without.
+type Requirement struct {
+	name  string
+	how   string                           // how to get it
+	check func() (old bool, missing error) // old: the kernel is older than the feature
+}
+
+// Root is the right to make namespaces and to change them.
+var Root = Requirement{
+	name: "root",
+	how:  "run it with sudo, for example: sudo make test",
+	check: func() (bool, error) {
+		if os.Geteuid() == 0 {
+			return false, nil
+		}
+		return false, fmt.Errorf("effective user id is %d", os.Geteuid())
+	},
+}
+
+// CgroupV2 is a cgroup2 hierarchy in which cgroups can be made.
+var CgroupV2 = Requirement{
+	name: "a writable cgroup2 hierarchy",
+	how:  "mount -t cgroup2 none /sys/fs/cgroup/unified",
+	check: func() (bool, error) {
+		root, err := cgroupRoot()
+		if err != nil {
+			return false, err
+		}
+		return false, unix.Access(root, unix.W_OK)
+	},
+}
+
+// packages names the Debian packages of tools that are not called like their
+// package.
+var packages = map[string]string{
+	"ip":         "iproute2",
+	"ss":         "iproute2",
+	"tc":         "iproute2",
+	"nft":        "nftables",
+	"nc":         "netcat-openbsd",
+	"nsenter":    "util-linux",
+	"unshare":    "util-linux",
+	"dig":        "bind9-dnsutils",
+	"dnsmasq":    "dnsmasq-base",
+	"nginx":      "nginx-light",
+	"ping":       "iputils-ping",
+	"arping":     "iputils-arping",
+	"ethtool":    "ethtool",
+	"conntrack":  "conntrack",
+	"sysctl":     "procps",
+	"python3":    "python3-minimal",
+	"bpftool":    "bpftool",
+	"mptcpize":   "mptcpize",
+	"busybox":    "busybox-static",
+	"traceroute": "traceroute",
+}
+
+// Tool is a program in the PATH.
+func Tool(name string) Requirement {
+	pkg := packages[name]
+	if pkg == "" {
+		pkg = name
+	}
+	return Requirement{
+		name: "the program " + name,
+		how:  "apt-get install " + pkg,
+		check: func() (bool, error) {
+			_, err := exec.LookPath(name)
+			return false, err
+		},
+	}
+}
+
+// Kernel is a feature of the kernel, found by trying: probe returns nil if it
+// is there. A kernel that is not older than since ("5.8") and fails the probe
+// makes the test fail, whatever AllEnv says: the probe, or what it uses, is
+// broken. An older one lets the test be skipped even with AllEnv.
+func Kernel(feature, since string, probe func() error) Requirement {
+	return Requirement{
+		name: "the kernel feature " + feature,
+		how:  "run a kernel of version " + since + " or later",
+		check: func() (bool, error) {
+			err := probe()
+			return err != nil && kernelOlder(since), err
+		},
+	}
+}
+
+// Need skips the test if a requirement is missing and says how to get it. It is
+// the only skip in the project. With AllEnv it fails instead.
+func Need(t testing.TB, reqs ...Requirement) {
+	t.Helper()
+	for _, r := range reqs {
+		old, err := r.check()
+		if err == nil {
+			continue
+		}
+		msg := fmt.Sprintf("needs %s: %v\n\tto get it: %s", r.name, err, r.how)
+		kernel := strings.HasPrefix(r.name, "the kernel feature ")
+		if (kernel && !old) || (os.Getenv(AllEnv) == "1" && !old) {
+			t.Fatal(msg)
+		}
+		t.Skip(msg)
+	}
+}
+
+// kernelOlder tells whether the running kernel is older than version.
+func kernelOlder(version string) bool {
+	var u unix.Utsname
+	if unix.Uname(&u) != nil {
+		return false
+	}
+	have, want := numbers(unix.ByteSliceToString(u.Release[:])), numbers(version)
+	for i := range want {
+		if have[i] != want[i] {
+			return have[i] < want[i]
+		}
+	}
+	return false
+}
+
+// numbers reads "6.18.44-x" as 6, 18.
+func numbers(version string) [2]int {
+	var n [2]int
+	for i, part := range strings.SplitN(version, ".", 3) {
+		if i == len(n) {
+			break
+		}
+		digits := strings.TrimRight(part, "-+abcdefghijklmnopqrstuvwxyz")
+		n[i], _ = strconv.Atoi(digits)
+	}
+	return n
+}
