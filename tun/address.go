@@ -1,0 +1,150 @@
+package tun
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// maxDefaults bounds the search for free default addresses: there are 256
+// 198.18.N.1, from the block for benchmarks (RFC 2544) that nobody routes.
+const maxDefaults = 256
+
+// default6 is a ULA (RFC 4193) whose last 16 bits count; the middle spells the
+// program's name.
+var default6 = netip.MustParseAddr("fd00:101:6367:7475:6e00::")
+
+// holding is a prefix in use, and by whom.
+type holding struct {
+	prefix netip.Prefix
+	holder string
+}
+
+// inUse is every address and route of a namespace but the default routes.
+type inUse []holding
+
+// prefixesInUse reads them from all tables.
+func prefixesInUse(h *netlink.Handle) (inUse, error) {
+	links, err := h.LinkList()
+	if err != nil {
+		return nil, fmt.Errorf("list devices: %w", err)
+	}
+	names := make(map[int]string, len(links))
+	for _, l := range links {
+		names[l.Attrs().Index] = l.Attrs().Name
+	}
+	addrs, err := h.AddrList(nil, netlink.FAMILY_ALL)
+	if err != nil {
+		return nil, fmt.Errorf("list addresses: %w", err)
+	}
+	var used inUse
+	for _, a := range addrs {
+		if p, ok := prefixOf(a.IPNet); ok {
+			used = append(used, holding{p, fmt.Sprintf("address %s on %s", p, names[a.LinkIndex])})
+		}
+	}
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		// Table 0 as a filter means every table.
+		routes, err := h.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
+		if err != nil && !errors.Is(err, unix.EAFNOSUPPORT) {
+			return nil, fmt.Errorf("list routes: %w", err)
+		}
+		for _, r := range routes {
+			p, ok := prefixOf(r.Dst)
+			if ok && p.Bits() > 0 && !p.Addr().IsMulticast() {
+				used = append(used, holding{p, fmt.Sprintf("route %s dev %s", p, names[r.LinkIndex])})
+			}
+		}
+	}
+	return used, nil
+}
+
+func (u inUse) holderOf(p netip.Prefix) string {
+	for _, h := range u {
+		if h.prefix.Overlaps(p) {
+			return h.holder
+		}
+	}
+	return ""
+}
+
+func (u inUse) allFree(want []netip.Prefix) error {
+	for _, p := range want {
+		if holder := u.holderOf(p); holder != "" {
+			return &TakenError{What: "address", Value: p.String(), Holder: holder}
+		}
+	}
+	return nil
+}
+
+// defaults returns the first pair of default addresses that nobody uses.
+func (u inUse) defaults() ([]netip.Prefix, error) {
+	for n := range maxDefaults {
+		v4 := netip.PrefixFrom(netip.AddrFrom4([4]byte{198, 18, byte(n), 1}), 32)
+		b := default6.As16()
+		b[14], b[15] = byte((n+1)>>8), byte(n+1)
+		v6 := netip.PrefixFrom(netip.AddrFrom16(b), 128)
+		if u.holderOf(v4) == "" && u.holderOf(v6) == "" {
+			return []netip.Prefix{v4, v6}, nil
+		}
+	}
+	return nil, errors.New("no default address is free: write `address` in [tun]")
+}
+
+// setAddresses adds the wanted addresses, or the defaults, and returns those
+// that the namespace took.
+func setAddresses(h *netlink.Handle, link netlink.Link, want []netip.Prefix, used inUse) (set []netip.Prefix, err error) {
+	if len(want) == 0 {
+		if want, err = used.defaults(); err != nil {
+			return nil, err
+		}
+	}
+	for _, p := range want {
+		a := &netlink.Addr{
+			IPNet: &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())},
+			Flags: unix.IFA_F_NOPREFIXROUTE,
+		}
+		if p.Addr().Is6() {
+			a.Flags |= unix.IFA_F_NODAD
+		} else {
+			// The library would make a broadcast address of its own.
+			a.Broadcast = net.IPv4zero
+		}
+		err := h.AddrAdd(link, a)
+		if p.Addr().Is6() && isV6Off(err) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("add address %s: %w", p, err)
+		}
+		set = append(set, p)
+	}
+	return set, nil
+}
+
+// isV6Off recognises a namespace with disable_ipv6 (docker sets it), or a
+// kernel without IPv6.
+func isV6Off(err error) bool {
+	return errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM) ||
+		errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EAFNOSUPPORT)
+}
+
+func prefixOf(n *net.IPNet) (netip.Prefix, bool) {
+	if n == nil {
+		return netip.Prefix{}, false
+	}
+	a, ok := netip.AddrFromSlice(n.IP)
+	if !ok {
+		return netip.Prefix{}, false
+	}
+	ones, bits := n.Mask.Size()
+	a = a.Unmap()
+	if bits != a.BitLen() {
+		return netip.Prefix{}, false
+	}
+	return netip.PrefixFrom(a, ones), true
+}

@@ -1,0 +1,173 @@
+package tun
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"strconv"
+
+	"cgtun/internal/netns"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Options says what device to open.
+type Options struct {
+	Name      string         // "tun0" if empty
+	Table     uint32         // of the route it serves: the alias and the temporary name
+	Addresses []netip.Prefix // none: one v4 and one v6 address that nobody can mean, the next free
+	MTU       int            // bytes; 1500 if 0
+	Queues    int            // 1 if 0
+}
+
+// Alias is the device alias (ip-link(8)) that tells a device of the route with
+// this table from all others.
+func Alias(table uint32) string { return "cgtun_" + strconv.FormatUint(uint64(table), 10) }
+
+// TakenError says that the machine already uses what the device would need.
+// Nothing was changed.
+type TakenError struct {
+	What   string // "device" or "address"
+	Value  string // its name or prefix
+	Holder string // who has it: a device, a route
+}
+
+func (e *TakenError) Error() string {
+	return fmt.Sprintf("%s %s is taken by %s", e.What, e.Value, e.Holder)
+}
+
+// Device is an open tun. It lives until Close or until its namespace ends; if
+// the process dies it goes too.
+type Device struct {
+	name      string
+	mtu       int
+	addresses []netip.Prefix
+	ns        netns.Ref
+	queues    []*Queue
+}
+
+// Queues returns the queues, at least one. They belong to the device.
+func (d *Device) Queues() []*Queue { return d.queues }
+
+// Name returns the name of the device in its namespace.
+func (d *Device) Name() string { return d.name }
+
+// MTU returns the largest packet in bytes. Segments that stand for several
+// packets (Offload.GSOType) are larger.
+func (d *Device) MTU() int { return d.mtu }
+
+// Addresses returns what was set. A family that is off in the namespace has
+// none.
+func (d *Device) Addresses() []netip.Prefix { return d.addresses }
+
+// Netns returns the namespace that the device is in.
+func (d *Device) Netns() netns.Ref { return d.ns }
+
+// Close removes the device. Readers of its queues return os.ErrClosed.
+func (d *Device) Close() error {
+	var errs []error
+	for _, q := range d.queues {
+		errs = append(errs, q.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// Open makes a device in ns, with its addresses, up. The caller closes it. If a
+// name or a written address is taken, the error is a *TakenError; if ns has
+// ended it wraps netns.ErrGone.
+func Open(ns netns.Ref, o Options) (*Device, error) {
+	if o.Name == "" {
+		o.Name = "tun0"
+	}
+	if o.MTU == 0 {
+		o.MTU = 1500
+	}
+	o.Queues = max(o.Queues, 1)
+	var d *Device
+	err := ns.Do(func() (err error) {
+		d, err = open(o)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("open tun %s: %w", o.Name, err)
+	}
+	d.ns = ns
+	return d, nil
+}
+
+// open runs inside the namespace.
+func open(o Options) (*Device, error) {
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, fmt.Errorf("open netlink: %w", err)
+	}
+	defer h.Close()
+	if err := nameFree(h, o.Name); err != nil {
+		return nil, err
+	}
+	used, err := prefixesInUse(h)
+	if err != nil {
+		return nil, err
+	}
+	if err := used.allFree(o.Addresses); err != nil {
+		return nil, err
+	}
+	d := &Device{name: o.Name, mtu: o.MTU}
+	if d.queues, err = openQueues(h, o); err != nil {
+		return nil, err
+	}
+	if err := d.configure(h, o, used); err != nil {
+		return nil, errors.Join(err, d.Close())
+	}
+	return d, nil
+}
+
+// configure names the device last: until then it is known as ours by its
+// temporary name. A device must be down to be renamed on kernels before 6.2.
+func (d *Device) configure(h *netlink.Handle, o Options, used inUse) error {
+	link, err := h.LinkByName(temporaryName(o.Table))
+	if err != nil {
+		return fmt.Errorf("find the new device: %w", err)
+	}
+	if err := h.LinkSetAlias(link, Alias(o.Table)); err != nil {
+		return fmt.Errorf("set alias: %w", err)
+	}
+	if err := h.LinkSetMTU(link, o.MTU); err != nil {
+		return fmt.Errorf("set mtu %d: %w", o.MTU, err)
+	}
+	// No link-local address of its own: nobody is on the other side, and the
+	// solicitations that come with one would only be noise. A kernel without
+	// IPv6 refuses, which is as good.
+	_ = h.LinkSetIP6AddrGenMode(link, ipv6AddrGenNone)
+	if d.addresses, err = setAddresses(h, link, o.Addresses, used); err != nil {
+		return err
+	}
+	if err := h.LinkSetName(link, o.Name); err != nil {
+		if errors.Is(err, unix.EEXIST) {
+			return &TakenError{What: "device", Value: o.Name, Holder: "another device of that name"}
+		}
+		return fmt.Errorf("rename: %w", err)
+	}
+	if err := h.LinkSetUp(link); err != nil {
+		return fmt.Errorf("set up: %w", err)
+	}
+	return nil
+}
+
+// nameFree says who has the name.
+func nameFree(h *netlink.Handle, name string) error {
+	link, err := h.LinkByName(name)
+	var missing netlink.LinkNotFoundError
+	if errors.As(err, &missing) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("look for device %s: %w", name, err)
+	}
+	holder := "another " + link.Type() + " device"
+	if alias := link.Attrs().Alias; alias != "" {
+		holder = "the " + link.Type() + " device of " + alias
+	}
+	return &TakenError{What: "device", Value: name, Holder: holder}
+}

@@ -1,0 +1,131 @@
+package tun
+
+import (
+	"errors"
+	"fmt"
+	"strconv"
+
+	"github.com/songgao/water"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// From if_tun.h; USO came with kernel 6.2.
+const (
+	offloadCsum = 0x01
+	offloadTSO4 = 0x02
+	offloadTSO6 = 0x04
+	offloadUSO4 = 0x20
+	offloadUSO6 = 0x40
+
+	offloadTCP = offloadCsum | offloadTSO4 | offloadTSO6
+	offloadAll = offloadTCP | offloadUSO4 | offloadUSO6
+)
+
+// ipv6AddrGenNone is IN6_ADDR_GEN_MODE_NONE of if_link.h.
+const ipv6AddrGenNone = 1
+
+// temporaryName is what the device is called until it is ready.
+func temporaryName(table uint32) string { return "cgt" + strconv.FormatUint(uint64(table), 10) }
+
+// openQueues makes the device under its temporary name and returns its queues.
+// It is down and goes with the queues.
+func openQueues(h *netlink.Handle, o Options) (_ []*Queue, err error) {
+	name := temporaryName(o.Table)
+	if err := removeLeftover(h, name); err != nil {
+		return nil, err
+	}
+	made, err := water.New(water.Config{
+		DeviceType: water.TUN,
+		PlatformSpecificParams: water.PlatformSpecificParams{
+			Name: name, Persist: true, MultiQueue: o.Queues > 1,
+		},
+	})
+	if err != nil {
+		return nil, fmt.Errorf("make device: %w", err)
+	}
+	if err := made.Close(); err != nil {
+		return nil, errors.Join(fmt.Errorf("close the descriptor that made the device: %w", err), removeLeftover(h, name))
+	}
+	var queues []*Queue
+	defer func() {
+		if err == nil {
+			return
+		}
+		for _, q := range queues {
+			q.Close()
+		}
+		// Still persistent: closing was not enough.
+		err = errors.Join(err, removeLeftover(h, name))
+	}()
+	for len(queues) < o.Queues {
+		q, err := attachQueue(name, o.Queues > 1)
+		if err != nil {
+			return nil, err
+		}
+		queues = append(queues, q)
+	}
+	var perr error
+	if err := queues[0].raw.Control(func(fd uintptr) {
+		perr = unix.IoctlSetInt(int(fd), unix.TUNSETPERSIST, 0)
+	}); err != nil || perr != nil {
+		return nil, fmt.Errorf("tie the device to the process: %w", errors.Join(err, perr))
+	}
+	return queues, nil
+}
+
+// attachQueue opens one queue with the header flag.
+func attachQueue(name string, multi bool) (*Queue, error) {
+	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open /dev/net/tun: %w", err)
+	}
+	if err := setUpQueue(fd, name, multi); err != nil {
+		unix.Close(fd)
+		return nil, err
+	}
+	return newQueue(fd, name)
+}
+
+func setUpQueue(fd int, name string, multi bool) error {
+	req, err := unix.NewIfreq(name)
+	if err != nil {
+		return fmt.Errorf("attach queue: %w", err)
+	}
+	flags := uint16(unix.IFF_TUN | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
+	if multi {
+		flags |= unix.IFF_MULTI_QUEUE
+	}
+	req.SetUint16(flags)
+	if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, req); err != nil {
+		return fmt.Errorf("attach queue: %w", err)
+	}
+	err = unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, offloadAll)
+	if errors.Is(err, unix.EINVAL) {
+		err = unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, offloadTCP)
+	}
+	if err != nil {
+		return fmt.Errorf("switch offloads on: %w", err)
+	}
+	return nil
+}
+
+// removeLeftover takes away what a killed start has left under our temporary
+// name. A live one holds that name for a millisecond only.
+func removeLeftover(h *netlink.Handle, name string) error {
+	link, err := h.LinkByName(name)
+	var missing netlink.LinkNotFoundError
+	if errors.As(err, &missing) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("look for device %s: %w", name, err)
+	}
+	if link.Type() != "tuntap" && link.Type() != "tun" {
+		return &TakenError{What: "device", Value: name, Holder: "another " + link.Type() + " device"}
+	}
+	if err := h.LinkDel(link); err != nil {
+		return fmt.Errorf("remove device %s: %w", name, err)
+	}
+	return nil
+}
