@@ -149,8 +149,17 @@ func pseudoSum(proto uint8, src, dst netip.Addr, length int) uint16 {
 // neither NEEDS_CSUM nor DATA_VALID: those of raw sockets.
 func transportSumOK(h ipHeader, pkt []byte) bool {
 	segment := pkt[h.off:h.end]
-	if h.proto == protoUDP && h.src.Is4() && len(segment) >= header.UDPMinimumSize && segment[6] == 0 && segment[7] == 0 {
-		return true // the sender made none, as RFC 768 lets it
+	if h.proto == protoUDP {
+		if len(segment) < header.UDPMinimumSize {
+			return false
+		}
+		udp := header.UDP(segment)
+		if h.src.Is4() && udp.Checksum() == 0 {
+			return true // the sender made none, as RFC 768 lets it
+		}
+		if n := int(udp.Length()); n < len(segment) {
+			segment = segment[:n] // the rest is padding
+		}
 	}
 	return checksum.Checksum(segment, pseudoSum(h.proto, h.src, h.dst, len(segment))) == 0xffff
 }
