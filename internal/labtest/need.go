@@ -1,6 +1,7 @@
 package labtest
 
 import (
+	_ "embed" // tools.txt
 	"fmt"
 	"os"
 	"os/exec"
@@ -14,6 +15,13 @@ import (
 // AllEnv is the environment variable that turns each skip of Need into a
 // failure, if it is "1". make test sets it.
 const AllEnv = "CGTUN_TEST_ALL"
+
+// SoakEnv is the environment variable that asks for the full numbers, which
+// take hours, if it is "1". make soak sets it.
+const SoakEnv = "CGTUN_SOAK"
+
+// Soak tells whether the full numbers are asked for.
+func Soak() bool { return os.Getenv(SoakEnv) == "1" }
 
 // Requirement is something that a test cannot do without.
 type Requirement struct {
@@ -47,41 +55,31 @@ var CgroupV2 = Requirement{
 	},
 }
 
-// packages names the Debian packages of tools that are not called like their
-// package.
-var packages = map[string]string{
-	"ip":         "iproute2",
-	"ss":         "iproute2",
-	"tc":         "iproute2",
-	"nft":        "nftables",
-	"nc":         "netcat-openbsd",
-	"nsenter":    "util-linux",
-	"unshare":    "util-linux",
-	"dig":        "bind9-dnsutils",
-	"dnsmasq":    "dnsmasq-base",
-	"nginx":      "nginx-light",
-	"ping":       "iputils-ping",
-	"arping":     "iputils-arping",
-	"ethtool":    "ethtool",
-	"conntrack":  "conntrack",
-	"sysctl":     "procps",
-	"python3":    "python3-minimal",
-	"bpftool":    "bpftool",
-	"mptcpize":   "mptcpize",
-	"busybox":    "busybox-static",
-	"traceroute": "traceroute",
+//go:embed tools.txt
+var toolList string
+
+// debianPackage returns the package that has a program, "" if the list does
+// not know it.
+func debianPackage(tool string) string {
+	for line := range strings.Lines(toolList) {
+		if w := strings.Fields(line); len(w) == 2 && w[0] == tool {
+			return w[1]
+		}
+	}
+	return ""
 }
 
-// Tool is a program in the PATH.
+// Tool is a program in the PATH. It must be in tools.txt, so that make test
+// installs it.
 func Tool(name string) Requirement {
-	pkg := packages[name]
-	if pkg == "" {
-		pkg = name
-	}
+	pkg := debianPackage(name)
 	return Requirement{
 		name: "the program " + name,
 		how:  "apt-get install " + pkg,
 		check: func() (bool, error) {
+			if pkg == "" {
+				return false, fmt.Errorf("it is not in internal/labtest/tools.txt: add it there")
+			}
 			_, err := exec.LookPath(name)
 			return false, err
 		},
