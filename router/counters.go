@@ -1,0 +1,178 @@
+package router
+
+import (
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"cgtun/flow"
+)
+
+type counters struct {
+	flows, refused, denied, panics       atomic.Uint64
+	ownersUnknown, closedForgotten, lost atomic.Uint64
+}
+
+// Counters count from the start of the Router, but FlowsLive.
+type Counters struct {
+	FlowsTotal      uint64
+	FlowsLive       uint64
+	RefusedTotal    uint64 // flows that no outbound could connect
+	DeniedTotal     uint64 // flows that a rule rejected or dropped
+	PanicsTotal     uint64 // flows lost to a fault of ours
+	OwnersFailed    uint64 // look-ups of an owner that failed
+	ClosedForgotten uint64 // closed flows that went out of the table early, for want of room
+	EventsLost      uint64 // events that a slow watcher did not get
+}
+
+// Counters returns a snapshot.
+func (r *Router) Counters() Counters {
+	c := &r.counts
+	r.table.mu.Lock()
+	live := r.table.count
+	r.table.mu.Unlock()
+	return Counters{
+		FlowsTotal: c.flows.Load(), FlowsLive: uint64(live), RefusedTotal: c.refused.Load(), DeniedTotal: c.denied.Load(),
+		PanicsTotal: c.panics.Load(), OwnersFailed: c.ownersUnknown.Load(),
+		ClosedForgotten: c.closedForgotten.Load(), EventsLost: c.lost.Load(),
+	}
+}
+
+// ways is what is counted of each outbound, by name. It outlives reloads.
+type ways struct {
+	mu    sync.Mutex
+	known map[string]*way
+}
+
+// get returns the counts under a name, new ones at first.
+func (w *ways) get(name string) *way {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.known == nil {
+		w.known = make(map[string]*way)
+	}
+	if w.known[name] == nil {
+		w.known[name] = &way{name: name}
+	}
+	return w.known[name]
+}
+
+// find returns the counts under a name that Reload has seen, or nil.
+func (w *ways) find(name string) *way {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.known[name]
+}
+
+// way is what is counted of one outbound. A nil way counts nothing.
+type way struct {
+	name            string
+	dials, failures atomic.Uint64
+	up, down        atomic.Int64 // of flows that have ended
+
+	mu        sync.Mutex
+	connectMS float64 // EWMA; 0: never connected
+	row       int     // failures with no success since
+	warned    bool
+	since     time.Time // of row
+}
+
+// The weight of a new connect time in the average, and the failures in a row
+// that make a spell: one alone is as often the destination's fault.
+const (
+	ewmaWeight   = 0.2
+	spellBegins  = 3
+	millisPerSec = 1000
+)
+
+// connected counts a dial that worked, and took so long.
+func (w *way) connected(took time.Duration, log *slog.Logger) {
+	if w == nil {
+		return
+	}
+	w.dials.Add(1)
+	ms := took.Seconds() * millisPerSec
+	w.mu.Lock()
+	if w.connectMS == 0 {
+		w.connectMS = ms
+	}
+	w.connectMS += ewmaWeight * (ms - w.connectMS)
+	row, warned, since := w.row, w.warned, w.since
+	w.row, w.warned = 0, false
+	w.mu.Unlock()
+	if warned {
+		log.Warn("outbound works again", "outbound", w.name, "failures", row, "lasted", time.Since(since).Round(time.Millisecond))
+	}
+}
+
+// failed counts a dial that did not. What only says that the destination said
+// no, or that the client left, counts as a failure, but makes no spell: the
+// outbound works.
+func (w *way) failed(err error, why flow.Reason, log *slog.Logger) {
+	if w == nil {
+		return
+	}
+	w.dials.Add(1)
+	w.failures.Add(1)
+	if why == flow.Refused || why == flow.Canceled {
+		return
+	}
+	w.mu.Lock()
+	w.row++
+	if w.row == 1 {
+		w.since = time.Now()
+	}
+	warn := w.row == spellBegins
+	w.warned = w.warned || warn
+	w.mu.Unlock()
+	if warn {
+		log.Warn("outbound fails", "outbound", w.name, "failures", spellBegins, "reason", why.String(), "err", err)
+	}
+}
+
+// OutboundStats is what the flows did with one outbound, since the start of
+// the Router.
+type OutboundStats struct {
+	DialsTotal, FailuresTotal uint64
+	UpBytes, DownBytes        uint64
+	ConnectMS                 *float64 // average of the last connects; nil: none yet
+}
+
+// Outbounds returns the counts of every outbound that rules can have used, by
+// name, those that a reload took away included.
+func (r *Router) Outbounds() map[string]OutboundStats {
+	live, _ := r.table.entries(time.Now())
+	stats := make(map[string]OutboundStats)
+	r.ways.mu.Lock()
+	for name, w := range r.ways.known {
+		stats[name] = w.stats()
+	}
+	r.ways.mu.Unlock()
+	for _, e := range live {
+		e.mu.Lock()
+		w, ended := e.way, e.state == flow.StateClosed
+		e.mu.Unlock()
+		if w == nil || ended {
+			continue
+		}
+		s := stats[w.name]
+		s.UpBytes += uint64(e.up.Load())
+		s.DownBytes += uint64(e.down.Load())
+		stats[w.name] = s
+	}
+	return stats
+}
+
+func (w *way) stats() OutboundStats {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	s := OutboundStats{
+		DialsTotal: w.dials.Load(), FailuresTotal: w.failures.Load(),
+		UpBytes: uint64(w.up.Load()), DownBytes: uint64(w.down.Load()),
+	}
+	if ms := w.connectMS; ms > 0 {
+		s.ConnectMS = &ms
+	}
+	return s
+}

@@ -1,0 +1,73 @@
+package router
+
+import (
+	"context"
+	"log/slog"
+	"time"
+
+	"cgtun/dialer"
+	"cgtun/flow"
+	"cgtun/rules"
+)
+
+// refusal returns what a flow is told for which decide found no outbound, and
+// counts it. streams are told no by RST, datagrams by ICMP.
+func (r *Router) refusal(v rules.Verdict, p flow.Proto) (tell, why flow.Reason) {
+	switch v.Use {
+	case rules.UseDrop:
+		r.counts.denied.Add(1)
+		return flow.Dropped, flow.Dropped
+	case rules.UseReject:
+		r.counts.denied.Add(1)
+		if p == flow.TCP {
+			return flow.Refused, flow.Prohibited
+		}
+		return flow.Prohibited, flow.Prohibited
+	}
+	// No rules yet, or a name that was checked when the file was read.
+	r.counts.refused.Add(1)
+	r.log.Debug("no outbound of that name", "outbound", v.Use)
+	return flow.NetUnreachable, flow.NetUnreachable
+}
+
+// dialled counts what an outbound made of a flow that it was given at began,
+// and returns why it failed; flow.Closed if it did not.
+func (e *entry) dialled(began time.Time, err error) flow.Reason {
+	e.mu.Lock()
+	way := e.way
+	e.mu.Unlock()
+	why := flow.ReasonOf(err)
+	if err == nil {
+		way.connected(time.Since(began), e.r.log)
+		return why
+	}
+	way.failed(err, why, e.r.log)
+	e.r.counts.refused.Add(1)
+	return why
+}
+
+// target is what an outbound is asked for on behalf of a flow.
+func target(f *flow.Flow) dialer.Target { return dialer.Target{Flow: f, Addr: f.Dst} }
+
+// log writes the line of a flow that has ended, at debug.
+func (e *entry) log() {
+	ctx := context.Background()
+	if !e.r.log.Enabled(ctx, slog.LevelDebug) {
+		return
+	}
+	e.mu.Lock()
+	rule, use, hops, why, lived, owner := e.rule, e.use, e.hops, e.reason, e.ended.Sub(e.flow.Start), e.owner
+	e.mu.Unlock()
+	f := e.flow
+	attrs := []slog.Attr{
+		slog.Uint64("flow", f.ID), slog.String("attachment", f.Attachment), slog.String("proto", f.Proto.String()),
+		slog.String("src", f.Src.String()), slog.String("dst", f.Dst.String()),
+		slog.Int("rule", int(rule)), slog.String("outbound", use), slog.Any("path", hops),
+		slog.String("reason", why.String()), slog.Int64("up", e.up.Load()), slog.Int64("down", e.down.Load()),
+		slog.Duration("lived", lived),
+	}
+	if owner != nil {
+		attrs = append(attrs, slog.String("cgroup", owner.Cgroup))
+	}
+	e.r.log.LogAttrs(ctx, slog.LevelDebug, "flow ended", attrs...)
+}

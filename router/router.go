@@ -1,0 +1,178 @@
+// Package router takes the flows of every capture and sees each one to its
+// end: whose is it, what do the rules say, dial, answer the client, move the
+// bytes. It owns the table of live flows, the counters and what is
+// remembered of flows that closed lately.
+//
+// It knows neither captures nor kinds of outbounds: a flow comes in as a
+// flow.Stream or flow.PacketConn, and leaves by a dialer.Outbound that it
+// looks up by the name in the verdict. Captures call it as their
+// flow.Handler; control shows its table; cmd gives it rules and outbounds.
+//
+// Each flow has one goroutine of control, the one in which the capture calls
+// ServeStream or ServePackets. The client's SYN is answered only once the
+// outbound has connected, so that a client learns the truth.
+package router
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"cgtun/dialer"
+	"cgtun/flow"
+	"cgtun/rules"
+)
+
+// Owners finds the process behind a flow. A nil Owner without an error: nobody
+// knows it. Safe for concurrent use.
+type Owners interface {
+	Owner(context.Context, *flow.Flow) (*flow.Owner, error)
+}
+
+// Options are what a Router needs and its bounds; zero values mean the
+// defaults.
+type Options struct {
+	Logger *slog.Logger // default: none
+	Owners Owners       // default: every owner is unknown
+
+	// Deadline of a flow from its start to its connection: 30 s.
+	Deadline time.Duration
+	// OwnerTimeout bounds one look-up of an owner: 1 s. After it the owner
+	// counts as unknown.
+	OwnerTimeout time.Duration
+	// KeepClosed is how long a closed flow stays in the table: 60 s.
+	KeepClosed time.Duration
+	// MaxClosed is how many closed flows stay at most, the newest ones: 4096
+	// (about 600 bytes each). Counters.ClosedForgotten counts the others.
+	MaxClosed int
+	// WatchBuffer is how many events wait for one watcher that is slow:
+	// 1024. Counters.EventsLost counts what found no room.
+	WatchBuffer int
+}
+
+func (o Options) withDefaults() Options {
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.NewTextHandler(io.Discard, nil))
+	}
+	set := func(d *time.Duration, def time.Duration) {
+		if *d == 0 {
+			*d = def
+		}
+	}
+	set(&o.Deadline, 30*time.Second)
+	set(&o.OwnerTimeout, time.Second)
+	set(&o.KeepClosed, time.Minute)
+	if o.MaxClosed == 0 {
+		o.MaxClosed = 4096
+	}
+	if o.WatchBuffer == 0 {
+		o.WatchBuffer = 1024
+	}
+	return o
+}
+
+// Router is a flow.Handler. Safe for concurrent use. It has no goroutine of its
+// own: nothing is to be closed.
+type Router struct {
+	opts Options
+	log  *slog.Logger
+
+	policy atomic.Pointer[policy]
+	table  table
+	counts counters
+	ways   ways
+
+	reload sync.Mutex // one Reload at a time
+}
+
+// policy is what Reload swaps: immutable.
+type policy struct {
+	set  *rules.Set
+	outs map[string]out
+}
+
+// out is an outbound and what is counted of it.
+type out struct {
+	dialer.Outbound
+	way *way
+}
+
+// New returns a Router that refuses everything until Reload gives it rules.
+func New(o Options) *Router {
+	r := &Router{opts: o.withDefaults()}
+	r.log = r.opts.Logger
+	r.table.init(r.opts)
+	r.policy.Store(&policy{set: rules.Empty()})
+	return r
+}
+
+// Reload puts rules and outbounds in force for the flows that begin from now
+// on; live ones keep what they have. The outbounds are known by the names that
+// the rules use; counts go on under the same name.
+func (r *Router) Reload(set *rules.Set, outbounds map[string]dialer.Outbound) {
+	r.reload.Lock()
+	defer r.reload.Unlock()
+	p := &policy{set: set, outs: make(map[string]out, len(outbounds))}
+	for name, o := range outbounds {
+		p.outs[name] = out{Outbound: o, way: r.ways.get(name)}
+	}
+	r.policy.Store(p)
+}
+
+// decide asks the rules about a flow, and about its owner first. The outbound
+// is nil for rules.Reject, rules.Drop and a name that nobody has.
+func (r *Router) decide(ctx context.Context, f *flow.Flow) (rules.Verdict, dialer.Outbound, *flow.Owner) {
+	owner := r.owner(ctx, f)
+	p := r.policy.Load()
+	v, _ := p.set.Match(&rules.Facts{Flow: f, Owner: owner, Known: rules.FactOwner})
+	if o, ok := p.outs[v.Use]; ok {
+		return v, o.Outbound, owner
+	}
+	return v, nil, owner
+}
+
+func (r *Router) owner(ctx context.Context, f *flow.Flow) *flow.Owner {
+	if r.opts.Owners == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, r.opts.OwnerTimeout)
+	defer cancel()
+	owner, err := r.opts.Owners.Owner(ctx, f)
+	if err != nil {
+		r.counts.ownersUnknown.Add(1)
+		r.log.Debug("no owner of flow", "flow", f.ID, "attachment", f.Attachment, "err", err)
+		return nil
+	}
+	return owner
+}
+
+// Explain says what the rules in force make of the facts, and which path a
+// flow would take: nil where none would be dialled.
+func (r *Router) Explain(f *rules.Facts) (v rules.Verdict, missing rules.Fact, path []string) {
+	p := r.policy.Load()
+	if v, missing = p.set.Match(f); missing != 0 {
+		return v, missing, nil
+	}
+	if o, ok := p.outs[v.Use]; ok {
+		path = []string{o.Name()}
+	}
+	return v, 0, path
+}
+
+// recovered ends a flow whose goroutine panics: the flow is lost, the others
+// are not. end tells the client.
+func (r *Router) recovered(e *entry, end func()) {
+	p := recover()
+	if p == nil {
+		return
+	}
+	r.counts.panics.Add(1)
+	r.log.Error("flow ended by a panic", "flow", e.flow.ID, "err", fmt.Sprint(p), "stack", string(debug.Stack()))
+	e.end(flow.Unknown)
+	end()
+}

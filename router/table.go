@@ -1,0 +1,208 @@
+package router
+
+import (
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"cgtun/flow"
+	"cgtun/rules"
+)
+
+// table has the live flows, and those that closed lately. Live ones hang in a
+// ring of their own links: nothing grows, and nothing stays grown after a
+// flood.
+type table struct {
+	keep    time.Duration
+	bound   int
+	watches watches
+
+	mu     sync.Mutex
+	live   entry // the ring's head, no flow
+	count  int
+	closed []*entry // by end, the oldest at first; a ring once it is full
+	first  int
+}
+
+func (t *table) init(o Options) {
+	t.keep, t.bound = o.KeepClosed, o.MaxClosed
+	t.live.prev, t.live.next = &t.live, &t.live
+	t.watches.buffer = o.WatchBuffer
+}
+
+// entry is a flow in the table, from begin to its end and a while after it.
+// Small: there is one for every idle connection.
+type entry struct {
+	flow     *flow.Flow
+	up, down atomic.Int64 // bytes from and to the client
+	r        *Router
+
+	prev, next *entry // under table.mu, while it lives
+
+	mu     sync.Mutex
+	state  string
+	use    string // empty: not decided
+	rule   int32
+	reason flow.Reason
+	way    *way // nil: no outbound was asked
+	owner  *flow.Owner
+	hops   []string // the path
+	ended  time.Time
+}
+
+// begin puts a flow into the table. Whoever calls it calls end once.
+func (r *Router) begin(f *flow.Flow) *entry {
+	e := &entry{flow: f, r: r, state: flow.StateDialing}
+	t := &r.table
+	t.mu.Lock()
+	e.prev, e.next = t.live.prev, &t.live
+	e.prev.next, e.next.prev = e, e
+	t.count++
+	t.mu.Unlock()
+	r.counts.flows.Add(1)
+	t.watches.tell(flow.EventOpen, e)
+	return e
+}
+
+// decided notes what the rules said, and whose flow it is: nil for nobody
+// known.
+func (e *entry) decided(v rules.Verdict, o *flow.Owner) {
+	e.mu.Lock()
+	e.use, e.rule, e.owner = v.Use, int32(v.Rule), o
+	e.way = e.r.ways.find(v.Use)
+	e.mu.Unlock()
+	e.r.table.watches.tell(flow.EventUpdate, e)
+}
+
+// path notes that the outbound is connected, and by which path. The names are
+// kept, not copied.
+func (e *entry) path(names []string) {
+	e.mu.Lock()
+	e.state, e.hops = flow.StateOpen, names
+	e.mu.Unlock()
+	e.r.table.watches.tell(flow.EventUpdate, e)
+}
+
+// end takes the flow out of the live ones. Only the first call counts.
+func (e *entry) end(why flow.Reason) {
+	e.mu.Lock()
+	if e.state == flow.StateClosed {
+		e.mu.Unlock()
+		return
+	}
+	e.state, e.reason, e.ended = flow.StateClosed, why, time.Now()
+	way := e.way
+	e.mu.Unlock()
+	if way != nil {
+		way.up.Add(e.up.Load())
+		way.down.Add(e.down.Load())
+	}
+	e.r.table.retire(e)
+	e.r.table.watches.tell(flow.EventClose, e)
+	e.log()
+}
+
+// retire moves an entry from the live ones to the closed ones.
+func (t *table) retire(e *entry) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	e.prev.next, e.next.prev = e.next, e.prev
+	e.prev, e.next = nil, nil
+	t.count--
+	t.forget(e.ended.Add(-t.keep))
+	if len(t.closed)-t.first >= t.bound {
+		t.closed[t.first] = nil
+		t.first++
+		e.r.counts.closedForgotten.Add(1)
+	}
+	t.closed = append(t.closed, e)
+}
+
+// forget drops the closed flows that ended before then. Under t.mu.
+func (t *table) forget(then time.Time) {
+	for t.first < len(t.closed) && t.closed[t.first].ended.Before(then) {
+		t.closed[t.first] = nil
+		t.first++
+	}
+	// Half of the slice is gone: move the rest to the front, so that each
+	// entry is moved about once.
+	if t.first > len(t.closed)/2 {
+		n := copy(t.closed, t.closed[t.first:])
+		clear(t.closed[n:])
+		t.closed, t.first = t.closed[:n], 0
+	}
+}
+
+// entries returns the live flows and those that closed lately, in the order
+// in which they began and ended.
+func (t *table) entries(now time.Time) (live, closed []*entry) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	live = make([]*entry, 0, t.count)
+	for e := t.live.next; e != &t.live; e = e.next {
+		live = append(live, e)
+	}
+	t.forget(now.Add(-t.keep))
+	return live, append(closed, t.closed[t.first:]...)
+}
+
+// Flows returns a snapshot: the closed flows that are still remembered, the
+// one that ended first at first, then the live ones, the oldest first.
+func (r *Router) Flows() []flow.Info {
+	now := time.Now()
+	live, closed := r.table.entries(now)
+	infos := make([]flow.Info, 0, len(live)+len(closed))
+	for _, e := range append(closed, live...) {
+		infos = append(infos, e.info(now))
+	}
+	return infos
+}
+
+// info is the entry as control shows it.
+func (e *entry) info(now time.Time) flow.Info {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	f := e.flow
+	i := flow.Info{
+		ID: f.ID, Proto: f.Proto.String(), Src: f.Src, Dst: f.Dst, Attachment: f.Attachment,
+		Path: e.hops, State: e.state, UpBytes: e.up.Load(), DownBytes: e.down.Load(), Start: f.Start.UTC(),
+	}
+	if i.Path == nil {
+		i.Path = []string{}
+	}
+	if use := e.use; use != "" {
+		i.Use = &use
+	}
+	if e.rule > 0 {
+		rule := int(e.rule)
+		i.Rule = &rule
+	}
+	if e.state == flow.StateClosed {
+		now = e.ended
+		why := e.reason.String()
+		i.Reason = &why
+	}
+	i.AgeMS = now.Sub(f.Start).Milliseconds()
+	if o := e.owner; o != nil {
+		showOwner(&i, o)
+	}
+	return i
+}
+
+// showOwner gives copies: an Owner can be shared by many flows.
+func showOwner(i *flow.Info, o *flow.Owner) {
+	uid := o.UID
+	i.UID = &uid
+	if o.Cgroup != "" {
+		cgroup := o.Cgroup
+		i.Cgroup = &cgroup
+	}
+	if o.PID != 0 {
+		pid := o.PID
+		i.PID = &pid
+	}
+	if o.Process != "" {
+		process := o.Process
+		i.Process = &process
+	}
+}
