@@ -1,0 +1,54 @@
+// Package steer makes marked packets take a routing table of their own. It
+// owns what lives in one namespace's kernel tables: an nft table, ip rules,
+// the routes of one table, and the sysctls and link group of our own device.
+// It owns no device and no cgroup, and decides nothing: a Plan says what, and
+// Apply makes it so. attach calls it; cmd calls Find and Remove.
+//
+// See nft(8), ip-rule(8), ip-route(8), and Documentation/networking/
+// ip-sysctl.rst of the kernel for src_valid_mark and rp_filter.
+//
+// # The nft table
+//
+// Chain out decides for each packet that a local process sends. Marks may have
+// been set before, by BPF programs; the table completes them: sockets older
+// than the selection, answers of servers, packets without a socket.
+//
+//	own socket of cgtun                    as it is
+//	answer to what came in from outside    unmarked
+//	to a bypassed prefix                   unmarked
+//	TCP, SYN of a selected cgroup          ct mark M
+//	TCP, SYN that is marked already        ct mark M
+//	TCP, ct mark M                         mark M, with or without a socket
+//	anything else of a selected cgroup     mark M
+//
+// Chain post is the guard: a marked packet leaves by our device or not at all
+// (SO_BINDTODEVICE needs no capability), and what enters the device has a
+// source of this namespace. What comes out of the device reaches this
+// namespace's own sockets and nothing else: chains in and forward. Chain pre
+// marks it, for rp_filter=1 looks the way back up with the mark.
+//
+// # Bits of the ct mark
+//
+// The ct mark belongs to everybody, so each test and each set is masked. Two
+// things are kept in it:
+//
+//   - Bit 30: the connection came in from outside, over a device that is no
+//     cgtun's (ours carry a link group). All instances share it, because it
+//     means the same for each of them.
+//   - The mark under its mask, bit 30 left out: this connection was captured
+//     by that instance. It is the same value at the same place as in the
+//     packet's mark, for two reasons. Marks of two instances never overlap,
+//     so neither do these, whatever the masks are. And the firewalls that
+//     copy ct mark to mark or back (CONNMARK) find a value that is right.
+//
+// A connection's SYN starts anew: what an earlier connection of the same
+// addresses and ports left there is cleared first.
+//
+// # Life
+//
+// The nft table is owned by the netlink socket of its Steering: it ends with
+// the process however that dies, and "nft flush ruleset" skips it. The routes
+// lead through our device and end with it. So after kill -9 there are left ip
+// rules that lead to a table without a default route. Find sees them, and
+// Remove, or the next Open in this namespace, takes them away.
+package steer

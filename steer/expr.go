@@ -1,0 +1,144 @@
+package steer
+
+import (
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// The parts of a rule, named as nft(8) writes them. Each works in register 1
+// and leaves nothing in it for the next.
+
+type part = []expr.Any
+
+func host32(v uint32) []byte { return binaryutil.NativeEndian.PutUint32(v) }
+
+func equal(data []byte) expr.Any {
+	return &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: data}
+}
+
+func differs(data []byte) expr.Any {
+	return &expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: data}
+}
+
+// bits is register = register & and ^ xor.
+func bits(and, xor uint32) expr.Any {
+	return &expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: host32(and), Xor: host32(xor)}
+}
+
+func meta(key expr.MetaKey) expr.Any { return &expr.Meta{Key: key, Register: 1} }
+
+func ct(key expr.CtKey) expr.Any { return &expr.Ct{Key: key, Register: 1} }
+
+// name is an interface name as the kernel compares it: all 16 bytes.
+func name(s string) []byte {
+	b := make([]byte, unix.IFNAMSIZ)
+	copy(b, s)
+	return b
+}
+
+func iif(dev string) part    { return part{meta(expr.MetaKeyIIFNAME), equal(name(dev))} }
+func iifNot(dev string) part { return part{meta(expr.MetaKeyIIFNAME), differs(name(dev))} }
+func oif(dev string) part    { return part{meta(expr.MetaKeyOIFNAME), equal(name(dev))} }
+func oifNot(dev string) part { return part{meta(expr.MetaKeyOIFNAME), differs(name(dev))} }
+
+func iifGroupNot(group uint32) part {
+	return part{meta(expr.MetaKeyIIFGROUP), differs(host32(group))}
+}
+
+// masked is load, & mask, == value; a full mask needs no bitwise.
+func masked(load expr.Any, mask, value uint32) part {
+	p := part{load}
+	if mask != ^uint32(0) {
+		p = append(p, bits(mask, 0))
+	}
+	return append(p, equal(host32(value)))
+}
+
+func markIs(mask, value uint32) part   { return masked(meta(expr.MetaKeyMARK), mask, value) }
+func ctMarkIs(mask, value uint32) part { return masked(ct(expr.CtKeyMARK), mask, value) }
+
+// setMark is meta mark set meta mark & ~mask ^ value.
+func setMark(mask, value uint32) part {
+	return part{
+		meta(expr.MetaKeyMARK), bits(^mask, value),
+		&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: 1},
+	}
+}
+
+// setCtMark is ct mark set ct mark & ~mask ^ value.
+func setCtMark(mask, value uint32) part {
+	return part{
+		ct(expr.CtKeyMARK), bits(^mask, value),
+		&expr.Ct{Key: expr.CtKeyMARK, SourceRegister: true, Register: 1},
+	}
+}
+
+func original() part { return part{ct(expr.CtKeyDIRECTION), equal([]byte{0})} }
+func reply() part    { return part{ct(expr.CtKeyDIRECTION), equal([]byte{1})} }
+
+func tcp() part    { return part{meta(expr.MetaKeyL4PROTO), equal([]byte{unix.IPPROTO_TCP})} }
+func notTCP() part { return part{meta(expr.MetaKeyL4PROTO), differs([]byte{unix.IPPROTO_TCP})} }
+
+// syn is tcp flags & (syn | ack) == syn: the first packet of a connection.
+func syn() part {
+	const flags, synBit, ackBit = 13, 0x02, 0x10
+	return append(tcp(),
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: flags, Len: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{synBit | ackBit}, Xor: []byte{0}},
+		equal([]byte{synBit}))
+}
+
+func fresh() part {
+	return part{ct(expr.CtKeySTATE), bits(expr.CtStateBitNEW, 0), differs(host32(0))}
+}
+
+// daddrIn is ip daddr @set or ip6 daddr @set, as the set's type says.
+func daddrIn(set *nftables.Set) part {
+	family, offset, length := byte(unix.NFPROTO_IPV4), uint32(16), uint32(4)
+	if set.KeyType.Name == nftables.TypeIP6Addr.Name {
+		family, offset, length = unix.NFPROTO_IPV6, 24, 16
+	}
+	return part{
+		meta(expr.MetaKeyNFPROTO), equal([]byte{family}),
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: length},
+		&expr.Lookup{SourceRegister: 1, SetName: set.Name, SetID: set.ID},
+	}
+}
+
+func cgroup(level int) expr.Any {
+	return &expr.Socket{Key: expr.SocketKeyCgroupv2, Level: uint32(level), Register: 1}
+}
+
+func cgroupIs(c Cgroup) part {
+	return part{cgroup(c.Level), equal(binaryutil.NativeEndian.PutUint64(c.ID))}
+}
+
+func cgroupIn(level int, set *nftables.Set) part {
+	return part{cgroup(level), &expr.Lookup{SourceRegister: 1, SetName: set.Name, SetID: set.ID}}
+}
+
+func saddrType(e func([]byte) expr.Any, kind uint32) part {
+	return part{&expr.Fib{Register: 1, FlagSADDR: true, ResultADDRTYPE: true}, e(host32(kind))}
+}
+
+func daddrType(e func([]byte) expr.Any, kind uint32) part {
+	return part{&expr.Fib{Register: 1, FlagDADDR: true, ResultADDRTYPE: true}, e(host32(kind))}
+}
+
+func drop() part             { return part{&expr.Verdict{Kind: expr.VerdictDrop}} }
+func leave() part            { return part{&expr.Verdict{Kind: expr.VerdictReturn}} }
+func goTo(chain string) part { return part{&expr.Verdict{Kind: expr.VerdictGoto, Chain: chain}} }
+
+func count(name string) part {
+	return part{&expr.Objref{Type: int(nftables.ObjTypeCounter), Name: name}}
+}
+
+func join(parts ...part) []expr.Any {
+	var all []expr.Any
+	for _, p := range parts {
+		all = append(all, p...)
+	}
+	return all
+}

@@ -1,0 +1,327 @@
+package steer
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"cgtun/internal/netns"
+)
+
+// linkGroup is the group of the devices of all cgtun instances, by which they
+// know each other's.
+const linkGroup = Protocol
+
+var families = []int{unix.AF_INET, unix.AF_INET6}
+
+// withRoutes calls f with a route socket of the namespace, which it closes.
+// f runs inside, for the sake of /proc/sys.
+func withRoutes(ns netns.Ref, f func(*netlink.Handle) error) error {
+	return ns.Do(func() error {
+		h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+		if err != nil {
+			return fmt.Errorf("open route netlink in %s: %w", ns, err)
+		}
+		defer h.Close()
+		return f(h)
+	})
+}
+
+// again repeats a dump that the kernel interrupted because things changed.
+func again[T any](dump func() ([]T, error)) ([]T, error) {
+	for range 20 {
+		all, err := dump()
+		if !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return all, err
+		}
+	}
+	return dump()
+}
+
+func listRules(h *netlink.Handle, family int) ([]netlink.Rule, error) {
+	rules, err := again(func() ([]netlink.Rule, error) { return h.RuleList(family) })
+	if noFamily(err) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list ip rules: %w", err)
+	}
+	return rules, nil
+}
+
+// listRoutes lists the routes of a table; 0 stands for all tables.
+func listRoutes(h *netlink.Handle, family, table int) ([]netlink.Route, error) {
+	routes, err := again(func() ([]netlink.Route, error) {
+		return h.RouteListFiltered(family, &netlink.Route{Table: table}, netlink.RT_FILTER_TABLE)
+	})
+	if noFamily(err) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list routes of table %d: %w", table, err)
+	}
+	return routes, nil
+}
+
+// noFamily is what a kernel without IPv6 says.
+func noFamily(err error) bool {
+	return errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP)
+}
+
+// wantRule is the ip rule of a plan in one family.
+func wantRule(p *Plan, family int) *netlink.Rule {
+	r := netlink.NewRule()
+	r.Family, r.Priority, r.Table, r.Protocol = family, p.Priority, p.Table, Protocol
+	r.Mark, r.Mask = p.Mark, &p.Mask
+	return r
+}
+
+func sameRule(a, b *netlink.Rule) bool {
+	return a.Priority == b.Priority && a.Table == b.Table && a.Protocol == b.Protocol &&
+		a.Mark == b.Mark && maskOf(a) == maskOf(b) && !a.Invert
+}
+
+// maskOf is the mask of a rule's fwmark; 0 means that it has none.
+func maskOf(r *netlink.Rule) uint32 {
+	switch {
+	case r.Mask != nil:
+		return *r.Mask
+	case r.Mark != 0:
+		return ^uint32(0)
+	}
+	return 0
+}
+
+// setRules adds the plan's ip rules where they are missing and says whether
+// any was. stale are other ones of the instance, to be deleted when nothing
+// sets their mark any more.
+func setRules(h *netlink.Handle, p *Plan, v6 bool) (changed bool, stale []netlink.Rule, err error) {
+	for _, family := range families {
+		rules, err := listRules(h, family)
+		if err != nil {
+			return changed, nil, err
+		}
+		want, have := wantRule(p, family), false
+		for _, r := range rules {
+			switch {
+			case r.Protocol != Protocol || r.Table != p.Table:
+			case !have && sameRule(&r, want) && (v6 || family == unix.AF_INET):
+				have = true
+			default:
+				stale = append(stale, r)
+			}
+		}
+		if have || family == unix.AF_INET6 && !v6 {
+			continue
+		}
+		if err := h.RuleAdd(want); err != nil {
+			return changed, nil, fmt.Errorf("add ip rule %s: %w", ruleText(want), err)
+		}
+		changed = true
+	}
+	return changed, stale, nil
+}
+
+func delRules(h *netlink.Handle, rules []netlink.Rule) error {
+	var errs []error
+	for _, r := range rules {
+		if err := h.RuleDel(&r); err != nil && !errors.Is(err, unix.ENOENT) {
+			errs = append(errs, fmt.Errorf("delete ip rule %s: %w", ruleText(&r), err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// ruleText shows a rule as ip-rule(8) does, as far as it concerns us.
+func ruleText(r *netlink.Rule) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "%d: from all", r.Priority)
+	if r.Src != nil {
+		b.Reset()
+		fmt.Fprintf(&b, "%d: from %s", r.Priority, r.Src)
+	}
+	if mask := maskOf(r); mask != 0 {
+		fmt.Fprintf(&b, " fwmark %#x", r.Mark)
+		if mask != ^uint32(0) {
+			fmt.Fprintf(&b, "/%#x", mask)
+		}
+	}
+	if r.Table != 0 {
+		fmt.Fprintf(&b, " lookup %d", r.Table)
+	}
+	if r.Protocol != 0 {
+		fmt.Fprintf(&b, " proto %d", r.Protocol)
+	}
+	return b.String()
+}
+
+// routeKey tells routes of one table apart.
+type routeKey struct {
+	dst  netip.Prefix
+	kind int
+	link int // 0 for what leads nowhere
+}
+
+// wantRoutes are the routes of a plan: through the device, but what is
+// bypassed is thrown back to the rules behind ours.
+func wantRoutes(p *Plan, link int, v6 bool) []routeKey {
+	var want []routeKey
+	defaults := map[bool]bool{} // by Is6
+	for _, prefix := range bypassOf(p) {
+		defaults[prefix.Addr().Is6()] = defaults[prefix.Addr().Is6()] || prefix.Bits() == 0
+		if v6 || prefix.Addr().Is4() {
+			want = append(want, routeKey{dst: prefix, kind: unix.RTN_THROW})
+		}
+	}
+	for _, all := range []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")} {
+		if is6 := all.Addr().Is6(); !defaults[is6] && (v6 || !is6) {
+			want = append(want, routeKey{dst: all, kind: unix.RTN_UNICAST, link: link})
+		}
+	}
+	return want
+}
+
+func keyOf(r *netlink.Route) routeKey {
+	k := routeKey{kind: r.Type}
+	if r.Type == unix.RTN_UNICAST {
+		k.link = r.LinkIndex
+	}
+	any := netip.IPv4Unspecified()
+	if r.Family == unix.AF_INET6 {
+		any = netip.IPv6Unspecified()
+	}
+	k.dst = netip.PrefixFrom(any, 0)
+	if r.Dst != nil {
+		if a, ok := netip.AddrFromSlice(r.Dst.IP); ok {
+			bits, _ := r.Dst.Mask.Size()
+			if r.Family == unix.AF_INET {
+				a = a.Unmap()
+			}
+			k.dst = netip.PrefixFrom(a, bits)
+		}
+	}
+	return k
+}
+
+func (k routeKey) route(table int) *netlink.Route {
+	r := &netlink.Route{Table: table, Protocol: Protocol, Type: k.kind, LinkIndex: k.link, Family: unix.AF_INET6}
+	bits := 128
+	if k.dst.Addr().Is4() {
+		r.Family, bits = unix.AF_INET, 32
+		if k.kind == unix.RTN_UNICAST {
+			r.Scope = netlink.SCOPE_LINK
+		}
+	}
+	r.Dst = &net.IPNet{IP: k.dst.Addr().AsSlice(), Mask: net.CIDRMask(k.dst.Bits(), bits)}
+	return r
+}
+
+// setRoutes makes the table hold the plan's routes and says whether it had to
+// change anything. Routes of others in it are left alone.
+func setRoutes(h *netlink.Handle, p *Plan, link int, v6 bool) (bool, error) {
+	missing := map[routeKey]bool{}
+	want := wantRoutes(p, link, v6)
+	for _, k := range want {
+		missing[k] = true
+	}
+	var stale []netlink.Route
+	for _, family := range families {
+		routes, err := listRoutes(h, family, p.Table)
+		if err != nil {
+			return false, err
+		}
+		for _, r := range routes {
+			if r.Protocol != Protocol {
+				continue
+			}
+			if k := keyOf(&r); missing[k] {
+				delete(missing, k)
+				continue
+			}
+			stale = append(stale, r)
+		}
+	}
+	changed := len(stale)+len(missing) > 0
+	// What is stale goes first: a throw and a default of one destination
+	// exclude each other.
+	if err := delRoutes(h, stale); err != nil {
+		return changed, err
+	}
+	for _, k := range want {
+		if !missing[k] {
+			continue
+		}
+		if err := h.RouteAdd(k.route(p.Table)); err != nil {
+			return changed, fmt.Errorf("add route %s to table %d: %w", k.dst, p.Table, err)
+		}
+	}
+	return changed, nil
+}
+
+func delRoutes(h *netlink.Handle, routes []netlink.Route) error {
+	var errs []error
+	for _, r := range routes {
+		if err := h.RouteDel(&r); err != nil && !errors.Is(err, syscall.ESRCH) {
+			errs = append(errs, fmt.Errorf("delete route %s of table %d: %w", keyOf(&r).dst, r.Table, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// clearRoutes deletes the rules and routes of an instance, rules first.
+func clearRoutes(h *netlink.Handle, table int) error {
+	var errs []error
+	for _, family := range families {
+		rules, err := listRules(h, family)
+		errs = append(errs, err)
+		rules = slices.DeleteFunc(rules, func(r netlink.Rule) bool {
+			return r.Protocol != Protocol || r.Table != table
+		})
+		errs = append(errs, delRules(h, rules))
+		routes, err := listRoutes(h, family, table)
+		errs = append(errs, err)
+		routes = slices.DeleteFunc(routes, func(r netlink.Route) bool { return r.Protocol != Protocol })
+		errs = append(errs, delRoutes(h, routes))
+	}
+	return errors.Join(errs...)
+}
+
+// setDevice prepares our own device: it joins the group, and its packets are
+// looked up with their mark where rp_filter asks for the way back. Both go
+// when the device goes.
+func setDevice(h *netlink.Handle, dev string) (link int, v6 bool, err error) {
+	l, err := h.LinkByName(dev)
+	if err != nil {
+		return 0, false, fmt.Errorf("find device %s: %w", dev, err)
+	}
+	if l.Attrs().Group != linkGroup {
+		if err := h.LinkSetGroup(l, linkGroup); err != nil {
+			return 0, false, fmt.Errorf("set group of device %s: %w", dev, err)
+		}
+	}
+	if err := sysctl("/proc/sys/net/ipv4/conf/"+dev+"/src_valid_mark", "1"); err != nil {
+		return 0, false, err
+	}
+	off, err := os.ReadFile("/proc/sys/net/ipv6/conf/" + dev + "/disable_ipv6")
+	return l.Attrs().Index, err == nil && strings.TrimSpace(string(off)) == "0", nil
+}
+
+func sysctl(path, value string) error {
+	now, err := os.ReadFile(path)
+	if err == nil && strings.TrimSpace(string(now)) != value {
+		err = os.WriteFile(path, []byte(value), 0)
+	}
+	if err != nil {
+		return fmt.Errorf("set sysctl %s of %s: %w", filepath.Base(path), filepath.Base(filepath.Dir(path)), err)
+	}
+	return nil
+}
