@@ -1,6 +1,7 @@
 package cgroupsel
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"path"
@@ -42,7 +43,7 @@ func (d *Docker) UnmarshalTOML(v any) error {
 		}
 		return fmt.Errorf(`is %q; allowed: "auto", "builds", true, false`, v)
 	}
-	return fmt.Errorf(`is a %T; allowed: "auto", "builds", true, false`, v)
+	return errors.New(`is neither text nor a boolean; allowed: "auto", "builds", true, false`)
 }
 
 // DefaultConfig returns the settings of an empty file.

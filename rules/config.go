@@ -64,7 +64,7 @@ func (p *PortRange) UnmarshalTOML(v any) error {
 	switch v.(type) {
 	case int64, string:
 	default:
-		return fmt.Errorf("is a %T; %s", v, allowed)
+		return fmt.Errorf("is neither a number nor text; %s", allowed)
 	}
 	from, to, isRange := strings.Cut(text, "-")
 	if !isRange {

@@ -1,0 +1,260 @@
+// Package config reads the file that says what cgtun does: it decodes the
+// file, fills in the defaults, checks ranges and references, and reports all
+// mistakes at once, each with its place.
+//
+// It owns what concerns the file as a whole: positions, cross references, the
+// list of what this version serves, and the tables that no other package
+// serves ([policy], [limits], [log]). Every other table is decoded into the
+// Config struct of the package that serves it, which has the keys, defaults
+// and ranges. Only cmd/cgtun calls it.
+//
+// The language is TOML 1.0 (https://toml.io/en/v1.0.0).
+package config
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+
+	"github.com/BurntSushi/toml"
+
+	"cgtun"
+	"cgtun/cgroupsel"
+	"cgtun/control"
+	"cgtun/dialer"
+	"cgtun/dns"
+	"cgtun/group"
+	"cgtun/rules"
+	"cgtun/steer"
+	"cgtun/tun"
+)
+
+// DefaultPath is the file that commands without -c read.
+const DefaultPath = "/etc/cgtun/config.toml"
+
+// maxFile is the largest file in bytes. Long lists of prefixes have files of
+// their own.
+const maxFile = 1 << 20
+
+// Example is the commented file that "cgtun init" writes.
+var Example = cgtun.Example
+
+// File is a file without mistakes. Values that are not written have their
+// defaults, or what acts in their place in this version (see NotServed).
+type File struct {
+	Name      string          `toml:"-"` // as it was given to Load or Parse
+	DNS       dns.Config      `toml:"dns"`
+	Outbounds []dialer.Config `toml:"outbound"`
+	Groups    []group.Config  `toml:"group"`
+	Rules     []rules.Config  `toml:"rule"`
+	Policy    Policy          `toml:"policy"`
+	Control   control.Config  `toml:"control"`
+	Limits    Limits          `toml:"limits"`
+	Log       Log             `toml:"log"`
+
+	routes    []Route
+	notServed []string
+}
+
+// Route is one way for selected packets: [route] with [select] and [tun], or
+// one [[route]].
+type Route struct {
+	steer.Config
+	Select cgroupsel.Config `toml:"select"`
+	Tun    tun.Config       `toml:"tun"`
+}
+
+// Policy is the [policy] table.
+type Policy struct {
+	// Allow has prefixes that captured container processes may reach although
+	// the built-in policy denies them.
+	Allow []netip.Prefix `toml:"allow"`
+}
+
+// Limits is the [limits] table.
+type Limits struct {
+	Memory Size `toml:"memory"` // above the start; new flows are refused before it is passed
+}
+
+// Log is the [log] table.
+type Log struct {
+	Level  string `toml:"level"`
+	Format string `toml:"format"` // FormatText or FormatJSON
+}
+
+// The values of log.format.
+const (
+	FormatText = "text"
+	FormatJSON = "json"
+)
+
+// SlogLevel returns the level for log/slog.
+func (l Log) SlogLevel() slog.Level {
+	switch l.Level {
+	case "debug":
+		return slog.LevelDebug
+	case "warn":
+		return slog.LevelWarn
+	case "error":
+		return slog.LevelError
+	}
+	return slog.LevelInfo
+}
+
+// layout is the file as it is written.
+type layout struct {
+	Select cgroupsel.Config `toml:"select"`
+	Route  []Route          `toml:"route"`
+	Tun    tun.Config       `toml:"tun"`
+	File
+}
+
+// Routes returns the routes, at least one. The first one's table number is the
+// instance.
+func (f *File) Routes() []Route { return f.routes }
+
+// NotServed returns a sentence for each default that this version does not
+// serve and that the file leaves unwritten, to be said once at start.
+func (f *File) NotServed() []string { return f.notServed }
+
+// Default returns what an empty file says.
+func Default() *File {
+	f, err := Parse("default", nil)
+	if err != nil {
+		// A test keeps this from happening.
+		return &File{Name: "default", routes: []Route{defaultRoute()}}
+	}
+	return f
+}
+
+// Load reads a file and the lists that its rules name, relative paths from the
+// folder of the file. The error is of type Errors.
+func Load(path string) (*File, error) {
+	data, err := readRegular(path, maxFile)
+	if err != nil {
+		return nil, Errors{{File: path, Msg: fmt.Sprintf("%v; allowed: a readable TOML file (cgtun init writes an example)", err)}}
+	}
+	f, rep, err := parse(path, data)
+	if err != nil {
+		return nil, err
+	}
+	for i := range f.Rules {
+		f.Rules[i].Listed = rep.lists(at("rule", i), filepath.Dir(path), f.Rules[i].CIDRFile)
+	}
+	return f.unless(rep)
+}
+
+// Parse is Load on what was read already; name stands in its errors. It reads
+// no other file: rules.Config.Listed stays empty.
+func Parse(name string, data []byte) (*File, error) {
+	f, rep, err := parse(name, data)
+	if err != nil {
+		return nil, err
+	}
+	return f.unless(rep)
+}
+
+// unless returns the file if nothing was reported.
+func (f *File) unless(rep *report) (*File, error) {
+	if len(rep.errs) == 0 {
+		return f, nil
+	}
+	rep.errs.sort(f.Name)
+	return nil, rep.errs
+}
+
+// parse returns an error if the file is no TOML; all else is in the report.
+func parse(name string, data []byte) (*File, *report, error) {
+	raw := map[string]any{}
+	if _, err := toml.Decode(string(data), &raw); err != nil {
+		return nil, nil, Errors{syntaxError(name, err)}
+	}
+	d := &decoder{
+		report: report{
+			file: name, places: scan(string(data)),
+			broken: map[string]bool{}, around: map[string]bool{}, meant: map[string]bool{}, single: map[string]bool{},
+		},
+		defaults: map[reflect.Type]reflect.Value{
+			reflect.TypeFor[Route]():         reflect.ValueOf(defaultRoute()),
+			reflect.TypeFor[dialer.Config](): reflect.ValueOf(dialer.DefaultConfig()),
+			reflect.TypeFor[group.Config]():  reflect.ValueOf(group.DefaultConfig()),
+		},
+		written: map[string]reflect.Value{},
+	}
+	l := defaultLayout()
+	l.Name = name
+	d.table("", raw, reflect.ValueOf(&l).Elem())
+	d.oneRoute = d.single["route"] || raw["route"] == nil
+	d.routes(&l)
+	d.check(&l)
+	d.served(&l)
+	for i := range l.Rules {
+		l.Rules[i].Line, _ = d.places.keyAt(d.asWritten(at("rule", i)))
+	}
+	return &l.File, &d.report, nil
+}
+
+// syntaxError turns an error of the toml package into ours.
+func syntaxError(name string, err error) Error {
+	var syntax toml.ParseError
+	if !errors.As(err, &syntax) {
+		return Error{File: name, Msg: err.Error()}
+	}
+	msg := strings.TrimPrefix(syntax.Message, "toml: ")
+	if strings.HasSuffix(syntax.LastKey, "password") {
+		// What cannot be read can be the password, without its quotes.
+		msg = syntax.LastKey + " cannot be read; allowed: text in quotes"
+	}
+	return Error{name, max(syntax.Position.Line, 1), max(syntax.Position.Col, 1), msg}
+}
+
+func defaultRoute() Route {
+	return Route{Config: steer.DefaultConfig(), Select: cgroupsel.DefaultConfig(), Tun: tun.DefaultConfig()}
+}
+
+func defaultLayout() layout {
+	return layout{
+		Select: cgroupsel.DefaultConfig(),
+		Tun:    tun.DefaultConfig(),
+		File: File{
+			DNS:     dns.DefaultConfig(),
+			Control: control.DefaultConfig(),
+			Limits:  Limits{Memory: 256 << 20},
+			Log:     Log{Level: "info", Format: FormatText},
+		},
+	}
+}
+
+// readRegular reads a file that is not a device, a pipe or larger than most.
+func readRegular(path string, most int64) ([]byte, error) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return nil, fmt.Errorf("cannot be read: %w", cause(err))
+	}
+	switch {
+	case !info.Mode().IsRegular():
+		return nil, errors.New("is not a regular file")
+	case info.Size() > most:
+		return nil, fmt.Errorf("has %d bytes, more than %d", info.Size(), most)
+	}
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("cannot be read: %w", cause(err))
+	}
+	return data, nil
+}
+
+// cause takes the name of the file off an error: it is told beside it.
+func cause(err error) error {
+	var at *fs.PathError
+	if errors.As(err, &at) {
+		return at.Err
+	}
+	return err
+}

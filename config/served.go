@@ -1,0 +1,144 @@
+package config
+
+import (
+	"fmt"
+	"maps"
+	"reflect"
+	"slices"
+	"strings"
+
+	"cgtun/cgroupsel"
+	"cgtun/dialer"
+	"cgtun/dns"
+	"cgtun/steer"
+)
+
+// notYet is a key of the contract with values that this version does not
+// serve.
+type notYet struct {
+	// key is the path with every index as []; [select] and [tun] of a
+	// [[route]] are looked up as those of the one route.
+	key string
+	// unserved tells whether a written value is not served.
+	unserved func(v any) bool
+	allowed  string
+}
+
+// notServed is the whole list of what this version does not serve. A version
+// that serves a key deletes its row, here and in docs/config.md.
+var notServed = []notYet{
+	{"select.cgroups[]", isString(func(s string) bool { return cgroupsel.IsGlob(s) || cgroupsel.IsUnit(s) }), `plain paths such as "/cgtun"`},
+	{"select.docker", isNot(cgroupsel.DockerOff), "false"},
+	{"select.netns", filled, "[]"},
+	{"select.interfaces", filled, "[]"},
+	{"route.via", func(v any) bool { return v.(steer.Via).Mode != steer.ViaTun }, `"tun"`},
+	{"route.on_exit", isNot(steer.OnExitOpen), `"open"`},
+	{"dns.mode", isNot(dns.ModeOff), `"off"`},
+	{"dns.upstreams", filled, "[]"},
+	{"dns.outbound", filled, `""`},
+	{"dns.cache", always, "to leave the key out"},
+	{"dns.hosts", filled, "to leave the key out"},
+	{"dns.route", filled, "to leave the table out"},
+	{"outbound[].type", isNot(dialer.TypeDirect), `"direct"`},
+	{"outbound[].mptcp", filled, "false"},
+	{"group", filled, "to leave the table out"},
+	{"rule[].domain", filled, ruleKeys},
+	{"rule[].domain_suffix", filled, ruleKeys},
+	{"rule[].domain_keyword", filled, ruleKeys},
+	{"rule[].domain_regex", filled, ruleKeys},
+	{"rule[].domain_file", filled, ruleKeys},
+	{"rule[].process", filled, ruleKeys},
+	{"rule[].user", filled, ruleKeys},
+	{"policy.allow", filled, "[]"},
+	{"control.metrics", filled, `""`},
+}
+
+// maxRoutes is how many [[route]] this version serves.
+const maxRoutes = 1
+
+const ruleKeys = "cidr, cidr_file, src, port, proto, cgroup, netns"
+
+// standIns are the defaults among the values that are not served: what acts in
+// their place, and what is said of it.
+var standIns = []struct {
+	key  string
+	act  func(*File)
+	says string
+}{
+	{"select.docker", func(f *File) {
+		for i := range f.routes {
+			f.routes[i].Select.Docker = cgroupsel.DockerOff
+		}
+	}, `select.docker is not written and its default "auto" is not in this version: docker is not captured`},
+	{"dns.mode", func(f *File) { f.DNS.Mode = dns.ModeOff },
+		`dns.mode is not written and its default "forward" is not in this version: queries are ordinary flows`},
+}
+
+func always(any) bool   { return true }
+func filled(v any) bool { return !empty(reflect.ValueOf(v)) }
+
+func empty(v reflect.Value) bool {
+	if v.Kind() == reflect.Slice || v.Kind() == reflect.Map {
+		return v.Len() == 0
+	}
+	return v.IsZero()
+}
+
+func isNot[T comparable](served T) func(any) bool {
+	return func(v any) bool { return v != any(served) }
+}
+
+func isString(unserved func(string) bool) func(any) bool {
+	return func(v any) bool { return unserved(v.(string)) }
+}
+
+// served reports each written value that is not served, and puts stand-ins in
+// the place of unwritten ones.
+func (d *decoder) served(l *layout) {
+	for _, path := range slices.Sorted(maps.Keys(d.written)) {
+		key := indices.ReplaceAllString(path, "[]")
+		for _, part := range []string{"select", "tun"} {
+			if rest, ok := strings.CutPrefix(key, "route[]."+part+"."); ok {
+				key = part + "." + rest
+			}
+		}
+		key = strings.Replace(key, "route[].", "route.", 1)
+		for _, row := range notServed {
+			if v := d.written[path]; row.key == key && row.unserved(v.Interface()) {
+				d.bad(path, shown(v)+"is not in this version; allowed: "+row.allowed)
+			}
+		}
+	}
+	if len(l.Route) > maxRoutes {
+		d.bad(at("route", maxRoutes), "a second route is not in this version; allowed: one")
+	}
+	for _, s := range standIns {
+		written := false
+		for i := range l.routes {
+			path := s.key
+			if rest, ok := strings.CutPrefix(s.key, "select."); ok {
+				path = d.part(i, "select") + "." + rest
+			}
+			_, ok := d.written[path]
+			written = written || ok
+		}
+		if !written {
+			s.act(&l.File)
+			l.File.notServed = append(l.File.notServed, s.says)
+		}
+	}
+}
+
+// shown is a value for a message with a space behind it; lists and tables have
+// their key alone.
+func shown(v reflect.Value) string {
+	switch v.Kind() {
+	case reflect.String:
+		return fmt.Sprintf("%.60q ", v.Interface())
+	case reflect.Bool, reflect.Int:
+		return fmt.Sprintf("%v ", v.Interface())
+	case reflect.Struct:
+		return fmt.Sprintf("{%s} ", v.Interface())
+	}
+	return ""
+}
