@@ -87,6 +87,7 @@ func ReasonOf(err error) Reason {
 type PeerError struct {
 	Peer   netip.AddrPort
 	Reason Reason
+	MTU    int // of the path, in bytes, with TooBig; 0: not known
 	Err    error
 }
 
