@@ -1,0 +1,97 @@
+package attach
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// surroundings is what a namespace has of its own: the addresses that a packet
+// of its processes may come from, and what is reached without cgtun.
+type surroundings struct {
+	local     map[netip.Addr]struct{}
+	connected []netip.Prefix // sorted, without doubles
+}
+
+// look reads the addresses and connected routes of the namespace it runs in.
+// The routes of device, which is ours, are not somebody's.
+func look(device string) (*surroundings, error) {
+	links, err := netlink.LinkList()
+	if err != nil {
+		return nil, fmt.Errorf("list links: %w", err)
+	}
+	ours := -1
+	for _, l := range links {
+		if l.Attrs().Name == device {
+			ours = l.Attrs().Index
+		}
+	}
+	s := &surroundings{local: map[netip.Addr]struct{}{}}
+	addrs, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
+	if err != nil {
+		return nil, fmt.Errorf("list addresses: %w", err)
+	}
+	for _, a := range addrs {
+		prefix, ok := prefixOf(a.IPNet)
+		if !ok {
+			continue
+		}
+		s.local[prefix.Addr()] = struct{}{}
+		s.connected = append(s.connected, host(prefix.Addr()))
+		if a.LinkIndex == ours {
+			continue
+		}
+		s.add(prefix.Masked())
+		if peer, ok := prefixOf(a.Peer); ok {
+			s.add(peer.Masked())
+		}
+	}
+	routes, err := netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+	if err != nil {
+		return nil, fmt.Errorf("list routes: %w", err)
+	}
+	for _, r := range routes {
+		// The kernel's own routes are those that came with an address.
+		if r.Protocol != unix.RTPROT_KERNEL || r.Gw != nil || r.LinkIndex == ours || r.Dst == nil {
+			continue
+		}
+		if prefix, ok := prefixOf(r.Dst); ok {
+			s.add(prefix.Masked())
+		}
+	}
+	slices.SortFunc(s.connected, comparePrefix)
+	s.connected = slices.Compact(s.connected)
+	return s, nil
+}
+
+// add takes a connected prefix, never one that covers a whole family.
+func (s *surroundings) add(p netip.Prefix) {
+	if p.Bits() > 0 {
+		s.connected = append(s.connected, p)
+	}
+}
+
+func host(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
+
+func comparePrefix(a, b netip.Prefix) int {
+	if c := a.Addr().Compare(b.Addr()); c != 0 {
+		return c
+	}
+	return a.Bits() - b.Bits()
+}
+
+func prefixOf(n *net.IPNet) (netip.Prefix, bool) {
+	if n == nil {
+		return netip.Prefix{}, false
+	}
+	addr, ok := netip.AddrFromSlice(n.IP)
+	if !ok {
+		return netip.Prefix{}, false
+	}
+	ones, _ := n.Mask.Size()
+	return netip.PrefixFrom(addr.Unmap(), ones), true
+}

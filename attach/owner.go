@@ -1,0 +1,124 @@
+package attach
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+
+	"cgtun/flow"
+)
+
+// The parts of sock_diag(7) and linux/inet_diag.h that netlink does not name
+// or does not parse.
+const (
+	sockDiagByFamily = 20
+	inetDiagCgroupID = 21
+	inetDiagMsgLen   = 72 // struct inet_diag_msg
+	uidOffset        = 64
+	anyState         = 0xffffffff
+)
+
+// diagRequest is struct inet_diag_req_v2 for one socket.
+type diagRequest struct {
+	family, proto  uint8
+	local, remote  netip.AddrPort
+	swapSrcAndDest bool // as udp_diag wants it, "for historical reasons"
+}
+
+func (r *diagRequest) Len() int { return 56 }
+
+func (r *diagRequest) Serialize() []byte {
+	b := make([]byte, r.Len())
+	b[0], b[1] = r.family, r.proto
+	binary.NativeEndian.PutUint32(b[4:], anyState)
+	src, dst := r.local, r.remote
+	if r.swapSrcAndDest {
+		src, dst = dst, src
+	}
+	binary.BigEndian.PutUint16(b[8:], src.Port())
+	binary.BigEndian.PutUint16(b[10:], dst.Port())
+	copy(b[12:28], src.Addr().AsSlice())
+	copy(b[28:44], dst.Addr().AsSlice())
+	for i := 48; i < 56; i++ {
+		b[i] = 0xff // INET_DIAG_NOCOOKIE
+	}
+	return b
+}
+
+// socket is what sock_diag says of a client's socket.
+type socket struct {
+	cookie   uint64
+	uid      uint32
+	cgroupID uint64
+}
+
+// diagnose asks the kernel of the namespace it runs in for the socket behind a
+// flow. It returns nil where there is none any more, or where the packets were
+// made without one.
+func diagnose(f *flow.Flow) (*socket, error) {
+	family := uint8(unix.AF_INET)
+	if f.Src.Addr().Is6() {
+		family = unix.AF_INET6
+	}
+	req := nl.NewNetlinkRequest(sockDiagByFamily, 0)
+	req.AddData(&diagRequest{
+		family: family, proto: uint8(f.Proto),
+		local: f.Src, remote: f.Dst, swapSrcAndDest: f.Proto == flow.UDP,
+	})
+	answers, err := req.Execute(unix.NETLINK_SOCK_DIAG, 0)
+	if errors.Is(err, unix.ENOENT) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("ask sock_diag for the socket of %s: %w", f.Src, err)
+	}
+	if len(answers) == 0 || len(answers[0]) < inetDiagMsgLen {
+		return nil, nil
+	}
+	msg := answers[0]
+	s := &socket{
+		cookie: uint64(binary.NativeEndian.Uint32(msg[44:])) | uint64(binary.NativeEndian.Uint32(msg[48:]))<<32,
+		uid:    binary.NativeEndian.Uint32(msg[uidOffset:]),
+	}
+	attrs, err := nl.ParseRouteAttr(msg[inetDiagMsgLen:])
+	if err != nil {
+		return nil, fmt.Errorf("read sock_diag's answer for %s: %w", f.Src, err)
+	}
+	for _, a := range attrs {
+		if a.Attr.Type == inetDiagCgroupID && len(a.Value) >= 8 {
+			s.cgroupID = binary.NativeEndian.Uint64(a.Value)
+		}
+	}
+	return s, nil
+}
+
+// Owner says whose flow it is, by sock_diag in the flow's namespace. Nil
+// without an error: the socket has gone, or there never was one. Safe for
+// concurrent use.
+func (m *Manager) Owner(_ context.Context, f *flow.Flow) (*flow.Owner, error) {
+	if f.Proto != flow.TCP && f.Proto != flow.UDP {
+		return nil, nil
+	}
+	a := m.find(f.Attachment)
+	if a == nil {
+		return nil, nil
+	}
+	var s *socket
+	err := a.NS.Do(func() (err error) {
+		s, err = diagnose(f)
+		return err
+	})
+	if err != nil || s == nil {
+		return nil, err
+	}
+	owner := &flow.Owner{CgroupID: s.cgroupID, UID: s.uid}
+	if m.opts.CgroupPath != nil {
+		owner.Cgroup, _ = m.opts.CgroupPath(s.cgroupID)
+	}
+	return owner, nil
+}
