@@ -1,0 +1,179 @@
+package cgroupsel
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path"
+	"slices"
+
+	"github.com/cilium/ebpf"
+)
+
+// allowed is nil unless Options.Without names the feature.
+func (s *Selector) allowed(feature string) error {
+	if slices.Contains(s.opts.Without, feature) {
+		return errSwitchedOff
+	}
+	return nil
+}
+
+// trace makes the maps, fills the trie and attaches the tracepoints.
+func (s *Selector) trace() error {
+	if err := s.allowed(FeatureMkdir); err != nil {
+		return err
+	}
+	l, err := readLayout()
+	if err != nil {
+		return err
+	}
+	prefix, err := s.tree.prefix(l)
+	if err != nil {
+		return err
+	}
+	for _, p := range s.opts.Cgroups {
+		real := path.Join(prefix, p)
+		if len(real) > maxPathLen {
+			return fmt.Errorf("select %s: its path from the real root, %s, is longer than %d bytes", p, real, maxPathLen)
+		}
+		if err := s.maps.paths.Put(trieKey(real), s.value); err != nil {
+			return fmt.Errorf("select %s: %w", p, err)
+		}
+	}
+	s.traces, err = attachTracepoints(s.maps, l)
+	return err
+}
+
+// fill selects the cgroups that are older than the tracepoints.
+func (s *Selector) fill() error {
+	for _, top := range s.opts.Cgroups {
+		err := s.tree.walk(top, func(name string, dir *os.File) error { return s.fillOne(name, dir) })
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *Selector) fillOne(name string, dir *os.File) error {
+	id, err := inode(dir)
+	if err != nil {
+		return err
+	}
+	if err := s.maps.sel.Put(id, s.value); err != nil {
+		return fmt.Errorf("select %s (at most %d cgroups): %w", name, s.opts.MaxCgroups, err)
+	}
+	// Removed before the entry was in: nobody else would delete it.
+	if now, err := s.tree.id(name); err == nil && now == id {
+		return nil
+	}
+	if err := s.maps.sel.Delete(id); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("unselect %s: %w", name, err)
+	}
+	return nil
+}
+
+// armRoot attaches the socket programs once for all.
+func (s *Selector) armRoot() error {
+	err := s.allowed(FeatureRoot)
+	if err == nil {
+		s.root, err = attachSockets(s.tree.root, socketPrograms(s.maps, bySel(s.maps)))
+	}
+	return err
+}
+
+// dropTraces gives up what is of no use without programs at the root.
+func (s *Selector) dropTraces() {
+	if err := s.traces.Close(); err != nil {
+		s.log.Warn("detach tracepoints", "err", err)
+	}
+	s.traces = nil
+}
+
+// each is the second best way: socket programs on the selected cgroups
+// themselves, attached anew to one that is made again. Only begin, Run and
+// Close touch it, one after the other.
+type each struct {
+	programs []*ebpf.ProgramSpec
+	on       map[string]armed
+}
+
+// armed are the programs on one cgroup. A cgroup that is made again has
+// another id; the programs of the old one ended with it.
+type armed struct {
+	id    uint64
+	hooks hooks
+}
+
+// useEach goes over to programs on each cgroup, or says why not.
+func (s *Selector) useEach() {
+	if s.each != nil {
+		return
+	}
+	err := s.allowed(FeaturePerCgroup)
+	if err == nil && s.maps == nil {
+		s.maps, err = newMaps(1)
+	}
+	if err == nil {
+		choose := always(s.value, s.exempt())
+		s.each = &each{programs: socketPrograms(s.maps, choose), on: make(map[string]armed)}
+		if err = s.armEach(); err != nil {
+			err = errors.Join(err, s.each.close())
+			s.each = nil
+		}
+	}
+	s.note(FeaturePerCgroup, err)
+}
+
+// armEach attaches to each selected cgroup that is new since the last time.
+func (s *Selector) armEach() error {
+	if s.each == nil {
+		return nil
+	}
+	for _, p := range s.opts.Cgroups {
+		if err := s.each.arm(s.tree, p); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (e *each) arm(t *tree, name string) error {
+	dir, err := t.dir(name)
+	if gone(err) {
+		return e.drop(name)
+	}
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	id, err := inode(dir)
+	if err != nil || e.on[name].id == id {
+		return err
+	}
+	if err := e.drop(name); err != nil {
+		return err
+	}
+	h, err := attachSockets(dir, e.programs)
+	if gone(err) {
+		return nil // removed meanwhile: the next look sees it
+	}
+	if err == nil {
+		e.on[name] = armed{id: id, hooks: h}
+	}
+	return err
+}
+
+func (e *each) drop(name string) error {
+	err := e.on[name].hooks.Close()
+	delete(e.on, name)
+	return err
+}
+
+func (e *each) close() error {
+	var errs []error
+	for name := range e.on {
+		errs = append(errs, e.drop(name))
+	}
+	return errors.Join(errs...)
+}

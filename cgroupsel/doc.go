@@ -1,0 +1,38 @@
+// Package cgroupsel owns what hangs on cgroups: the BPF programs and maps at
+// the root of cgroup2, the cgroups that cgtun made, and the cgroup that cgtun
+// itself is in. It says who is captured; it knows nothing of routes, devices
+// or flows. cmd makes one Selector, attach reads its snapshots, control and
+// router ask it for paths.
+//
+// # Theory of operation
+//
+// Who is selected is decided in the kernel at the moment a cgroup is made,
+// before any process can be in it:
+//
+//	raw tracepoint cgroup_mkdir    parent selected, or path in the trie → sel[id] = {mark, mask}
+//	raw tracepoint cgroup_release  delete sel[id]; not at rmdir: sockets outlive that
+//	sock_create, connect4, connect6 at the root of cgroup2:
+//	                               v = sel[current cgroup]; mark = mark &^ v.mask | v.mark
+//
+// The trie holds "/a/b/" per selected path, so that "/a/b" and all below match
+// and "/a/bc" does not. The tracepoints are attached first and the tree is
+// walked after; both write the same values, so that nothing is missed between.
+// Links are not pinned: with the process they are gone, however it dies.
+//
+// An entry with mask 0 means "not selected": the cgroup of cgtun itself. If
+// cgtun was started inside a selected cgroup it makes a child of it, moves
+// there before the socket programs are attached, and comes back in Close.
+//
+// Where the kernel refuses a part, the next way is taken and said (Features):
+//
+//	tracepoints and programs at the root   held: no re-creation slips by
+//	programs on each selected cgroup       attached again when inotify tells of a new one
+//	none                                   only what steer does with the ids of a Snapshot
+//
+// Cgroups and parents that were made here carry the xattr user.cgtun with the
+// instance, which is how they are known again: in Close, and by Find and Remove
+// after a kill. There is no state file.
+//
+// See cgroups(7), cgroup_namespaces(7), bpf(2), inotify(7), and
+// Documentation/admin-guide/cgroup-v2.rst of the kernel.
+package cgroupsel

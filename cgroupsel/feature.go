@@ -1,0 +1,82 @@
+package cgroupsel
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+)
+
+// The parts of the kernel that selection uses, best first. Their names are for
+// Options.Without, logs and doctor.
+const (
+	FeatureMkdir     = "cgroup_mkdir program"
+	FeatureRoot      = "socket programs at the root of cgroup2"
+	FeaturePerCgroup = "socket programs on each selected cgroup"
+	FeatureInotify   = "inotify on cgroups"
+)
+
+// facts is what a user is told about a feature that is missing.
+var facts = map[string]struct{ kernel, lost string }{
+	FeatureMkdir:     {"5.8", "a selected cgroup that is made again is found by inotify: its first packets can pass uncaptured"},
+	FeatureRoot:      {"5.8", "a selected cgroup that is made again is found by inotify: its first packets can pass uncaptured"},
+	FeaturePerCgroup: {"5.8", "the firewall alone marks: capture needs a default route, MPTCP subflows and sockets older than their process's move are missed"},
+	FeatureInotify:   {"5.15", "a selected cgroup that is made again is looked for every two seconds"},
+}
+
+// errSwitchedOff is why a feature in Options.Without is not used.
+var errSwitchedOff = errors.New("switched off")
+
+// FeatureError says which part of the kernel was refused, which version has it
+// and what is lost without it. errors.Is sees the kernel's own error.
+type FeatureError struct {
+	Name   string // one of the Feature constants
+	Kernel string // the first version that has it
+	Lost   string
+	Err    error
+}
+
+func (e *FeatureError) Error() string {
+	return fmt.Sprintf("%s refused (kernels have it since %s): %v; %s", e.Name, e.Kernel, e.Err, e.Lost)
+}
+
+func (e *FeatureError) Unwrap() error { return e.Err }
+
+func featureError(name string, err error) *FeatureError {
+	return &FeatureError{Name: name, Kernel: facts[name].kernel, Lost: facts[name].lost, Err: err}
+}
+
+// Feature is a part of the kernel that was tried.
+type Feature struct {
+	Name string
+	Err  *FeatureError // nil: in use
+}
+
+// Features lists what was tried, in the order in which it was. A feature that
+// a better one made needless is not tried.
+func (s *Selector) Features() []Feature {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return append([]Feature(nil), s.features...)
+}
+
+// note records how the try of a feature ended, and says so if it is news. It
+// reports whether the feature is there.
+func (s *Selector) note(name string, err error) bool {
+	f := Feature{Name: name}
+	if err != nil {
+		f.Err = featureError(name, err)
+	}
+	s.mu.Lock()
+	i := slices.IndexFunc(s.features, func(old Feature) bool { return old.Name == name })
+	news := i < 0 || (s.features[i].Err == nil) != (err == nil)
+	if i < 0 {
+		s.features = append(s.features, f)
+	} else {
+		s.features[i] = f
+	}
+	s.mu.Unlock()
+	if err != nil && news {
+		s.log.Warn("kernel feature missing", "feature", name, "kernel", f.Err.Kernel, "lost", f.Err.Lost, "err", err)
+	}
+	return err == nil
+}

@@ -1,0 +1,142 @@
+package cgroupsel
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+)
+
+// maps are those of one selector. They live as long as a program or a
+// descriptor refers to them.
+type maps struct {
+	sel     *ebpf.Map // cgroup id → value
+	paths   *ebpf.Map // trie of "/a/b/" → value
+	scratch *ebpf.Map // per CPU: the trie key being made, too large for the stack
+	count   *ebpf.Map // counters
+}
+
+func newMaps(cgroups int) (*maps, error) {
+	m := &maps{}
+	for _, spec := range []struct {
+		to **ebpf.Map
+		ebpf.MapSpec
+	}{
+		// Preallocated (no flag): an update in cgroup_mkdir never waits for
+		// memory and never fails for want of it.
+		{&m.sel, ebpf.MapSpec{Name: "cgtun_sel", Type: ebpf.Hash, KeySize: 8, ValueSize: 8, MaxEntries: uint32(cgroups)}},
+		{&m.paths, ebpf.MapSpec{Name: "cgtun_paths", Type: ebpf.LPMTrie, KeySize: 4 + pathBytes, ValueSize: 8, MaxEntries: maxPaths, Flags: noPrealloc}},
+		{&m.scratch, ebpf.MapSpec{Name: "cgtun_scratch", Type: ebpf.PerCPUArray, KeySize: 4, ValueSize: 8 + pathBytes, MaxEntries: 1}},
+		{&m.count, ebpf.MapSpec{Name: "cgtun_count", Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: countEntries}},
+	} {
+		made, err := ebpf.NewMap(&spec.MapSpec)
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("make map %s: %w", spec.Name, err), m.Close())
+		}
+		*spec.to = made
+	}
+	return m, nil
+}
+
+// noPrealloc is BPF_F_NO_PREALLOC, which a trie wants.
+const noPrealloc = 1
+
+func (m *maps) Close() error {
+	var errs []error
+	for _, one := range []*ebpf.Map{m.sel, m.paths, m.scratch, m.count} {
+		if one != nil {
+			errs = append(errs, one.Close())
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// trieKey is the key of a path as cgroup_mkdir's program makes it.
+func trieKey(name string) []byte {
+	if name != "/" {
+		name += "/"
+	}
+	key := make([]byte, 4+pathBytes)
+	binary.NativeEndian.PutUint32(key, uint32(8*len(name)))
+	copy(key[4:], name)
+	return key
+}
+
+// hooks are attached programs. None is pinned: all end with the process.
+type hooks []io.Closer
+
+// Close detaches, the last attached first.
+func (h hooks) Close() error {
+	var errs []error
+	for i := len(h) - 1; i >= 0; i-- {
+		errs = append(errs, h[i].Close())
+	}
+	return errors.Join(errs...)
+}
+
+// attachTracepoints makes the kernel keep sel by itself from here on.
+func attachTracepoints(m *maps, l *layout) (hooks, error) {
+	var h hooks
+	for _, tp := range []struct {
+		name string
+		spec *ebpf.ProgramSpec
+	}{
+		{"cgroup_release", releaseProgram(m, l)},
+		{"cgroup_mkdir", mkdirProgram(m, l)},
+	} {
+		lk, err := attach(tp.spec, func(p *ebpf.Program) (io.Closer, error) {
+			return link.AttachRawTracepoint(link.RawTracepointOptions{Name: tp.name, Program: p})
+		})
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("tracepoint %s: %w", tp.name, err), h.Close())
+		}
+		h = append(h, lk)
+	}
+	return h, nil
+}
+
+// socketPrograms are what marks the sockets of those whom choose lets through.
+func socketPrograms(m *maps, choose chooser) []*ebpf.ProgramSpec {
+	return []*ebpf.ProgramSpec{
+		createProgram(choose),
+		connectProgram("cgtun_connect4", ebpf.AttachCGroupInet4Connect, m, choose),
+		connectProgram("cgtun_connect6", ebpf.AttachCGroupInet6Connect, m, choose),
+	}
+}
+
+// attachSockets attaches the socket programs to one cgroup: they run for it and
+// for all below it.
+func attachSockets(dir *os.File, specs []*ebpf.ProgramSpec) (hooks, error) {
+	var h hooks
+	for _, spec := range specs {
+		lk, err := attach(spec, func(p *ebpf.Program) (io.Closer, error) {
+			return link.AttachRawLink(link.RawLinkOptions{Target: int(dir.Fd()), Program: p, Attach: spec.AttachType})
+		})
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("%s: %w", spec.AttachType, err), h.Close())
+		}
+		h = append(h, lk)
+	}
+	return h, nil
+}
+
+// attach loads a program and attaches it. The link alone keeps it loaded.
+func attach(spec *ebpf.ProgramSpec, to func(*ebpf.Program) (io.Closer, error)) (io.Closer, error) {
+	p, err := ebpf.NewProgram(spec)
+	if err != nil {
+		return nil, fmt.Errorf("load %s: %w", spec.Name, err)
+	}
+	defer p.Close()
+	lk, err := to(p)
+	if errors.Is(err, os.ErrPermission) {
+		return nil, fmt.Errorf("attach %s (another program there may allow no second one: see `bpftool cgroup tree`): %w", spec.Name, err)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("attach %s: %w", spec.Name, err)
+	}
+	return lk, nil
+}

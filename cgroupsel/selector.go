@@ -1,0 +1,271 @@
+package cgroupsel
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"path"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+)
+
+// Bounds of what one selector holds.
+const (
+	// maxPaths is how many paths can be selected.
+	maxPaths = 1024
+	// maxPathLen is the longest of them: the trie compares 256 bytes with a
+	// slash at the end.
+	maxPathLen = pathBytes - 1
+	// defaultCgroups is the default of Options.MaxCgroups: 1.2 MB of kernel memory.
+	defaultCgroups = 16384
+	// lookAgain is how often Run looks without having been told to.
+	lookAgain = 2 * time.Second
+)
+
+// Options say what to select. Cgroups, Mark and Instance are needed.
+type Options struct {
+	Cgroups    []string     // plain paths from the root of cgroup2, "/a/b"; all below is selected too
+	Create     bool         // make those that are missing
+	Mark, Mask uint32       // fwmark of what they send; Mask 0 is all bits
+	Instance   string       // who we are: the table's number as text
+	MaxCgroups int          // selected cgroups with all below, 0 is 16,384; those beyond are in Counters.Full
+	Logger     *slog.Logger // nil: silent
+	// Without names features that are not to be used, as if the kernel
+	// refused them: for tests, and to rule one out.
+	Without []string
+}
+
+// Cgroup is a cgroup as it is now.
+type Cgroup struct {
+	Path    string // "/a/b"
+	ID      uint64 // 0: not there; a cgroup that is made again has another one
+	Level   int    // depth, as nft's `socket cgroupv2 level` counts: 2 for "/a/b"
+	Present bool
+	Held    bool // made again, it is selected before a process can be in it
+}
+
+// Snapshot is the whole newest picture. It is immutable.
+type Snapshot struct {
+	Cgroups []Cgroup // in the order of Options.Cgroups
+}
+
+// Counters count what went wrong in the kernel since New.
+type Counters struct {
+	Full    uint64 // new cgroups that MaxCgroups had no room for: uncaptured by BPF
+	Unread  uint64 // new or ended cgroups whose path or id could not be read
+	Refused uint64 // connects in which the mark could not be set
+}
+
+// Selector selects cgroups from New to Close. It is safe for concurrent use.
+type Selector struct {
+	opts   Options
+	log    *slog.Logger
+	tree   *tree
+	ids    *idCache
+	value  value
+	maps   *maps // nil: no BPF at all
+	traces hooks // the tracepoints
+	root   hooks // the socket programs at the root
+	held   bool
+	each   *each  // nil: not used
+	full   uint64 // Counters.Full, as Run last saw it
+
+	mu       sync.Mutex
+	snapshot Snapshot
+	features []Feature
+	created  []string // ours by xattr, parents first
+	self     Cgroup   // our own cgroup
+	home     string   // where we were before we moved to self; "" if we did not
+	closed   bool
+}
+
+// New selects. Sockets are marked from here on; what they send goes the old
+// way until steer has put its rules in. It moves this process into a cgroup of
+// its own if it is in a selected one. The caller closes the Selector, also if
+// Run was never called.
+func New(o Options) (*Selector, error) {
+	o, err := o.checked()
+	if err != nil {
+		return nil, err
+	}
+	t, err := openTree()
+	if err != nil {
+		return nil, err
+	}
+	s := &Selector{opts: o, log: o.Logger, tree: t, ids: newIDCache(t)}
+	s.value = value{Mark: o.Mark & o.Mask, Mask: o.Mask}
+	if err := s.begin(); err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
+	return s, nil
+}
+
+// begin arms the kernel. The tracepoints come before the walk, so that no
+// cgroup is missed between; our own cgroup before the socket programs, so that
+// none of our sockets is marked.
+func (s *Selector) begin() error {
+	var refused error
+	s.maps, refused = newMaps(s.opts.MaxCgroups)
+	if refused == nil {
+		refused = s.trace()
+	}
+	if s.opts.Create {
+		for _, p := range s.opts.Cgroups {
+			if err := s.create(p); err != nil {
+				return err
+			}
+		}
+	}
+	if refused == nil {
+		refused = s.fill()
+	}
+	traced := s.note(FeatureMkdir, refused)
+	if err := s.stepOut(); err != nil {
+		return err
+	}
+	if traced && s.note(FeatureRoot, s.armRoot()) {
+		s.held = true
+	} else {
+		s.dropTraces()
+		s.useEach()
+	}
+	s.resolve()
+	return nil
+}
+
+func (o Options) checked() (Options, error) {
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	if o.Mask == 0 {
+		o.Mask = ^uint32(0)
+	}
+	if o.MaxCgroups == 0 {
+		o.MaxCgroups = defaultCgroups
+	}
+	if o.Instance == "" || strings.ContainsRune(o.Instance, '/') || len(o.Instance) > 32 {
+		return o, fmt.Errorf("select cgroups: instance %q is not a name", o.Instance)
+	}
+	if len(o.Cgroups) > maxPaths {
+		return o, fmt.Errorf("select cgroups: %d paths, at most %d", len(o.Cgroups), maxPaths)
+	}
+	for _, p := range o.Cgroups {
+		if !path.IsAbs(p) || path.Clean(p) != p || len(p) > maxPathLen-1 || strings.ContainsRune(p, 0) {
+			return o, fmt.Errorf("select cgroup %q: not a clean path from the root of cgroup2 of at most %d bytes", p, maxPathLen-1)
+		}
+	}
+	o.Cgroups = slices.Clone(o.Cgroups)
+	return o, nil
+}
+
+// Snapshot returns the newest picture. Run keeps it new.
+func (s *Selector) Snapshot() Snapshot {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.snapshot
+}
+
+// Selected tells whether processes in a cgroup are captured, by its path.
+func (s *Selector) Selected(cgroup string) bool {
+	s.mu.Lock()
+	own := s.home != "" && within(cgroup, s.self.Path)
+	s.mu.Unlock()
+	return !own && s.inSelection(cgroup)
+}
+
+func (s *Selector) inSelection(cgroup string) bool {
+	return slices.ContainsFunc(s.opts.Cgroups, func(top string) bool { return within(cgroup, top) })
+}
+
+// Counters reads the counters of the kernel's side.
+func (s *Selector) Counters() Counters {
+	if s.maps == nil {
+		return Counters{}
+	}
+	var n [countEntries]uint64
+	for i := range n {
+		// An array map of a known size: only a closed one fails, as zero.
+		_ = s.maps.count.Lookup(uint32(i), &n[i])
+	}
+	return Counters{Full: n[countFull], Unread: n[countPath], Refused: n[countMark]}
+}
+
+// resolve looks at the cgroups again and tells whether the picture changed.
+func (s *Selector) resolve() bool {
+	held := s.held && s.Counters().Full == 0
+	next := Snapshot{Cgroups: make([]Cgroup, 0, len(s.opts.Cgroups))}
+	for _, p := range s.opts.Cgroups {
+		id, err := s.tree.id(p)
+		next.Cgroups = append(next.Cgroups, Cgroup{Path: p, Level: level(p), ID: id, Present: err == nil, Held: held})
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	changed := !slices.Equal(s.snapshot.Cgroups, next.Cgroups)
+	s.snapshot = next
+	return changed
+}
+
+// Run watches until ctx ends, and calls changed with the first picture and
+// with each new one. It calls it from its own goroutine; while changed runs
+// nothing is missed, as only the newest picture counts. It returns ctx's
+// error.
+func (s *Selector) Run(ctx context.Context, changed func(Snapshot)) error {
+	w := s.watch()
+	defer w.close()
+	tick := time.NewTicker(lookAgain)
+	defer tick.Stop()
+	s.look(w)
+	changed(s.Snapshot())
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-w.events:
+		case <-tick.C:
+		}
+		if s.look(w) {
+			changed(s.Snapshot())
+		}
+	}
+}
+
+// look brings watches, programs and picture up to date. The watches come
+// first: what happens after them wakes Run again.
+func (s *Selector) look(w *watcher) bool {
+	w.follow(s.tree, s.opts.Cgroups)
+	if full := s.Counters().Full; full > s.full {
+		s.log.Warn("too many selected cgroups for the map", "limit", s.opts.MaxCgroups, "missed", full)
+		s.full = full
+		s.useEach() // needs no entry in the map
+	}
+	if err := s.armEach(); err != nil {
+		s.note(FeaturePerCgroup, err)
+	}
+	return s.resolve()
+}
+
+// Close lets everything go: programs and maps, our own cgroup, and those that
+// we made and that are empty. Run must have returned.
+func (s *Selector) Close() error {
+	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		return nil
+	}
+	s.closed = true
+	created := s.created
+	s.mu.Unlock()
+
+	errs := []error{s.root.Close()}
+	if s.each != nil {
+		errs = append(errs, s.each.close())
+	}
+	errs = append(errs, s.stepBack(), s.removeCreated(created), s.traces.Close())
+	if s.maps != nil {
+		errs = append(errs, s.maps.Close())
+	}
+	return errors.Join(append(errs, s.tree.close())...)
+}

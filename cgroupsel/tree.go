@@ -1,0 +1,254 @@
+package cgroupsel
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// xattr marks the directories that cgtun made; its value is the instance.
+const xattr = "user.cgtun"
+
+// tree is cgroup2 seen from one directory. All paths are absolute in it
+// ("/a/b"), as /proc/PID/cgroup shows them, and are never looked up in the
+// process's mount namespace. Safe for concurrent use.
+type tree struct {
+	root *os.File
+	// name is what the kernel calls the root in /proc/self/fd: the mount
+	// point, or "/" for a mount that is nowhere.
+	name string
+}
+
+func openTree() (*tree, error) {
+	root, err := openRoot()
+	if err != nil {
+		return nil, err
+	}
+	name, err := os.Readlink(fdPath(root))
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("name root of cgroup2: %w", err), root.Close())
+	}
+	return &tree{root: root, name: name}, nil
+}
+
+func (t *tree) close() error { return t.root.Close() }
+
+// fdPath is a name for an open file that works where its own path may not.
+func fdPath(f *os.File) string { return fmt.Sprintf("/proc/self/fd/%d", f.Fd()) }
+
+// open opens a cgroup, or a file of it. The caller closes it.
+func (t *tree) open(name string, flags int) (*os.File, error) {
+	rel := strings.TrimPrefix(name, "/")
+	if rel == "" {
+		rel = "."
+	}
+	fd, err := unix.Openat2(int(t.root.Fd()), rel, &unix.OpenHow{
+		Flags:   uint64(flags | unix.O_CLOEXEC),
+		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_XDEV,
+	})
+	if err != nil {
+		return nil, &fs.PathError{Op: "open cgroup", Path: name, Err: err}
+	}
+	return os.NewFile(uintptr(fd), name), nil
+}
+
+func (t *tree) dir(name string) (*os.File, error) {
+	return t.open(name, unix.O_RDONLY|unix.O_DIRECTORY)
+}
+
+// id is the inode of the directory, which is what the kernel calls the
+// cgroup's id.
+func (t *tree) id(name string) (uint64, error) {
+	f, err := t.open(name, unix.O_PATH|unix.O_DIRECTORY)
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	return inode(f)
+}
+
+func inode(f *os.File) (uint64, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return 0, &fs.PathError{Op: "stat cgroup", Path: f.Name(), Err: err}
+	}
+	return st.Ino, nil
+}
+
+// walk calls visit for a cgroup and all below it, parents first. What
+// disappears meanwhile is passed over.
+func (t *tree) walk(name string, visit func(name string, dir *os.File) error) error {
+	dir, err := t.dir(name)
+	if gone(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	if err := visit(name, dir); err != nil {
+		return err
+	}
+	entries, err := dir.ReadDir(-1)
+	if err != nil && !gone(err) {
+		return err
+	}
+	for _, e := range entries {
+		if !e.IsDir() {
+			continue
+		}
+		if err := t.walk(path.Join(name, e.Name()), visit); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// gone tells that a cgroup was removed: ENODEV is what its open files say.
+func gone(err error) bool {
+	return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV)
+}
+
+// make makes a cgroup and the parents it lacks, marked as ours, and returns
+// those that it made or found to be ours, parents first.
+func (t *tree) make(name, instance string) ([]string, error) {
+	var ours []string
+	for _, p := range lineage(name) {
+		parent, err := t.dir(path.Dir(p))
+		if err != nil {
+			return ours, err
+		}
+		err = unix.Mkdirat(int(parent.Fd()), path.Base(p), 0o755)
+		parent.Close()
+		if err != nil && !errors.Is(err, unix.EEXIST) {
+			return ours, &fs.PathError{Op: "make cgroup", Path: p, Err: err}
+		}
+		mine, err := t.claim(p, instance, err == nil)
+		if err != nil {
+			return ours, err
+		}
+		if mine {
+			ours = append(ours, p)
+		}
+	}
+	return ours, nil
+}
+
+// claim marks a cgroup that was just made, and tells of an older one whether
+// an earlier run of this instance made it.
+func (t *tree) claim(name, instance string, fresh bool) (bool, error) {
+	d, err := t.dir(name)
+	if err != nil {
+		return false, err
+	}
+	defer d.Close()
+	if !fresh {
+		return owner(d) == instance, nil
+	}
+	if err := unix.Fsetxattr(int(d.Fd()), xattr, []byte(instance), 0); err != nil {
+		err = fmt.Errorf("mark cgroup %s as ours: %w", name, err)
+		return false, errors.Join(err, t.remove(name))
+	}
+	return true, nil
+}
+
+// owner is the instance that made a cgroup, "" for none of ours.
+func owner(d *os.File) string {
+	buf := make([]byte, 64)
+	n, err := unix.Fgetxattr(int(d.Fd()), xattr, buf)
+	if err != nil {
+		return ""
+	}
+	return string(buf[:n])
+}
+
+// remove removes a cgroup; the kernel refuses one with processes or children.
+func (t *tree) remove(name string) error {
+	parent, err := t.dir(path.Dir(name))
+	if err != nil {
+		return err
+	}
+	defer parent.Close()
+	if err := unix.Unlinkat(int(parent.Fd()), path.Base(name), unix.AT_REMOVEDIR); err != nil {
+		return &fs.PathError{Op: "remove cgroup", Path: name, Err: err}
+	}
+	return nil
+}
+
+// removeOurs removes a cgroup if the instance made it and nobody uses it, and
+// says whether it did.
+func (t *tree) removeOurs(name, instance string) (bool, error) {
+	d, err := t.dir(name)
+	if gone(err) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	mine := owner(d) == instance
+	d.Close()
+	if !mine {
+		return false, nil
+	}
+	err = t.remove(name)
+	if gone(err) || errors.Is(err, unix.EBUSY) || errors.Is(err, unix.ENOTEMPTY) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// move puts a process with all its threads into a cgroup. pid "0" is this
+// process.
+func (t *tree) move(name, pid string) error {
+	f, err := t.open(path.Join(name, "cgroup.procs"), unix.O_WRONLY)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	_, err = f.WriteString(pid)
+	switch {
+	case errors.Is(err, unix.EBUSY):
+		return fmt.Errorf("move process %s to cgroup %s: its controllers are on for its children, so it can hold no process itself; name a child: %w", pid, name, err)
+	case err != nil:
+		return fmt.Errorf("move process %s to cgroup %s: %w", pid, name, err)
+	}
+	return nil
+}
+
+// cgroupOf is the path of a process's cgroup, "self" being this process. It is
+// relative to our cgroup namespace, and begins with "/.." outside of that.
+func cgroupOf(pid string) (string, error) {
+	text, err := os.ReadFile("/proc/" + pid + "/cgroup")
+	if err != nil {
+		return "", fmt.Errorf("find cgroup of process: %w", err)
+	}
+	for line := range bytes.Lines(text) {
+		if p, ok := strings.CutPrefix(strings.TrimSuffix(string(line), "\n"), "0::"); ok {
+			return strings.TrimSuffix(p, " (deleted)"), nil
+		}
+	}
+	return "", fmt.Errorf("find cgroup of process %s: this kernel has no cgroup2", pid)
+}
+
+// lineage lists a path and its parents, the root left out, parents first.
+func lineage(name string) []string {
+	if name == "/" {
+		return nil
+	}
+	return append(lineage(path.Dir(name)), name)
+}
+
+// within tells whether a cgroup is at or below another: "/a/b" is within "/a",
+// "/ab" is not.
+func within(name, top string) bool {
+	return top == "/" || name == top || strings.HasPrefix(name, top+"/")
+}
+
+// level is the depth below the root, as nft's `socket cgroupv2 level` counts.
+func level(name string) int { return len(lineage(name)) }
