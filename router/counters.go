@@ -12,6 +12,7 @@ import (
 type counters struct {
 	flows, refused, denied, panics       atomic.Uint64
 	ownersUnknown, closedForgotten, lost atomic.Uint64
+	peersEvicted                         atomic.Uint64
 }
 
 // Counters count from the start of the Router, but FlowsLive.
@@ -24,6 +25,7 @@ type Counters struct {
 	OwnersFailed    uint64 // look-ups of an owner that failed
 	ClosedForgotten uint64 // closed flows that went out of the table early, for want of room
 	EventsLost      uint64 // events that a slow watcher did not get
+	PeersEvicted    uint64 // datagram flows that ended to make room for another
 }
 
 // Counters returns a snapshot.
@@ -36,6 +38,7 @@ func (r *Router) Counters() Counters {
 		FlowsTotal: c.flows.Load(), FlowsLive: uint64(live), RefusedTotal: c.refused.Load(), DeniedTotal: c.denied.Load(),
 		PanicsTotal: c.panics.Load(), OwnersFailed: c.ownersUnknown.Load(),
 		ClosedForgotten: c.closedForgotten.Load(), EventsLost: c.lost.Load(),
+		PeersEvicted: c.peersEvicted.Load(),
 	}
 }
 

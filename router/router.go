@@ -53,6 +53,8 @@ type Options struct {
 	// WatchBuffer is how many events wait for one watcher that is slow:
 	// 1024. Counters.EventsLost counts what found no room.
 	WatchBuffer int
+	// Packets bounds what datagrams can fill.
+	Packets PacketOptions
 }
 
 func (o Options) withDefaults() Options {
@@ -86,6 +88,8 @@ type Router struct {
 	table  table
 	counts counters
 	ways   ways
+
+	livePeers atomic.Int64 // of all PacketConns
 
 	reload sync.Mutex // one Reload at a time
 }
@@ -128,12 +132,18 @@ func (r *Router) Reload(set *rules.Set, outbounds map[string]dialer.Outbound) {
 // is nil for rules.Reject, rules.Drop and a name that nobody has.
 func (r *Router) decide(ctx context.Context, f *flow.Flow) (rules.Verdict, dialer.Outbound, *flow.Owner) {
 	owner := r.owner(ctx, f)
+	v, o := r.match(f, owner)
+	return v, o, owner
+}
+
+// match is decide for a flow whose owner was looked up already.
+func (r *Router) match(f *flow.Flow, owner *flow.Owner) (rules.Verdict, dialer.Outbound) {
 	p := r.policy.Load()
 	v, _ := p.set.Match(&rules.Facts{Flow: f, Owner: owner, Known: rules.FactOwner})
 	if o, ok := p.outs[v.Use]; ok {
-		return v, o.Outbound, owner
+		return v, o.Outbound
 	}
-	return v, nil, owner
+	return v, nil
 }
 
 func (r *Router) owner(ctx context.Context, f *flow.Flow) *flow.Owner {

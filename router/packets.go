@@ -1,0 +1,444 @@
+package router
+
+import (
+	"container/list"
+	"context"
+	"errors"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"cgtun/dialer"
+	"cgtun/flow"
+	"cgtun/relay"
+	"cgtun/rules"
+)
+
+// Datagrams, theory of operation.
+//
+// A client source is one flow.PacketConn with many peers. Rules judge each peer
+// by itself, so the table has one flow for each source and peer. The outbound
+// that a verdict names gets one socket for all peers of a family (the mapping
+// is endpoint-independent, RFC 4787 §4.1), opened for the first of them.
+//
+// The goroutine of ServePackets reads the client, finds the peer of each
+// datagram, and sends runs of one outbound on in one batch, joined datagrams as
+// they are. Each outbound socket has a goroutine for the way back. It lets
+// everything through, also from peers the client never wrote to (§5), and counts
+// it where there is a flow. What fails for one peer is told to the client by
+// ICMP; a socket that fails as a whole is closed, and opened again by the
+// datagram after.
+//
+// A verdict other than an outbound, and a socket that could not be opened, is
+// remembered for a moment, so that a client that insists makes no new flow with
+// every datagram.
+
+// PacketOptions bound what datagrams can fill; zero values mean the defaults.
+type PacketOptions struct {
+	// PeersPerSource is how many peers of one source are flows at a time:
+	// 1,024. The longest silent one makes room.
+	PeersPerSource int
+	// Peers is the same for all sources together: 16,384. Beyond it each
+	// source keeps one.
+	Peers int
+	// Idle ends the flow of a peer that is silent while others of its source
+	// are not: 5 min. Where all are, the capture ends them (RFC 4787 §4.3).
+	Idle time.Duration
+}
+
+func (o PacketOptions) withDefaults() PacketOptions {
+	if o.PeersPerSource == 0 {
+		o.PeersPerSource = 1024
+	}
+	if o.Peers == 0 {
+		o.Peers = 16384
+	}
+	if o.Idle == 0 {
+		o.Idle = 5 * time.Minute
+	}
+	return o
+}
+
+const (
+	// How long a refusal is remembered, and a socket that did not open.
+	refusedFor = 10 * time.Second
+	failedFor  = time.Second
+	// ownerFor is how long the owner of a source is believed: a port can pass
+	// to another process, and a scan need not look up its owner at every step.
+	ownerFor = time.Second
+	// sweepEvery is how often silent peers of a busy source are looked for.
+	sweepEvery = 10 * time.Second
+)
+
+// ServePackets sees all flows of one client source to their end. It implements
+// flow.Handler.
+func (r *Router) ServePackets(ctx context.Context, client flow.PacketConn) {
+	s := &source{
+		r:      r,
+		o:      r.opts.Packets.withDefaults(),
+		client: client,
+		peers:  make(map[netip.AddrPort]*peer),
+		idle:   list.New(),
+		outs:   make(map[outKey]*packetOut),
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	stop := context.AfterFunc(ctx, func() { client.Close() })
+	defer func() {
+		why := flow.Closed
+		if ctx.Err() != nil {
+			why = flow.Canceled
+		}
+		cancel()
+		stop()
+		s.close(why)
+	}()
+	defer r.recovered(s.noEntry(), func() {})
+	s.serve(ctx)
+}
+
+// source is the state of one ServePackets.
+type source struct {
+	r      *Router
+	o      PacketOptions
+	client flow.PacketConn
+
+	owner   *flow.Owner // as of ownedAt
+	ownedAt time.Time
+	swept   time.Time
+
+	mu    sync.Mutex
+	peers map[netip.AddrPort]*peer
+	idle  *list.List // of *peer, the longest silent first
+	outs  map[outKey]*packetOut
+
+	back sync.WaitGroup // the goroutines of outs
+}
+
+// outKey: each outbound has one socket a family.
+type outKey struct {
+	outbound dialer.Outbound
+	v6       bool
+}
+
+// packetOut is an open outbound socket.
+type packetOut struct {
+	key  outKey
+	conn *dialer.PacketConn
+	dead atomic.Bool
+}
+
+// peer is the flow between the source and one peer.
+type peer struct {
+	addr netip.AddrPort
+	e    *entry
+	out  *packetOut  // nil: refused
+	tell flow.Reason // what the client hears if out is nil
+	// until is when a refusal is forgotten.
+	until time.Time
+
+	// Guarded by source.mu.
+	place *list.Element
+	last  time.Time   // of the last datagram in either direction
+	wrong flow.Reason // the failure that nothing has come after, or 0
+}
+
+// noEntry stands for the flows of the source where a panic is reported: they
+// end with the source.
+func (s *source) noEntry() *entry {
+	return &entry{flow: s.client.Flow(), r: s.r, state: flow.StateClosed}
+}
+
+// serve moves the client's datagrams until there are no more.
+func (s *source) serve(ctx context.Context) {
+	b := relay.NewBatch(s.client)
+	defer b.Release()
+	for {
+		dgs, err := b.Read()
+		if err != nil {
+			return
+		}
+		s.forward(ctx, dgs)
+	}
+}
+
+// forward sends the datagrams to the outbounds of their peers, in runs as long
+// as possible.
+func (s *source) forward(ctx context.Context, dgs []flow.Datagram) {
+	now := time.Now()
+	s.sweep(now)
+	var run *packetOut
+	var p *peer
+	start := 0
+	for i := range dgs {
+		d := &dgs[i]
+		if p == nil || p.addr != d.Peer {
+			p = s.peer(ctx, d.Peer, now)
+		}
+		p.e.up.Add(int64(len(d.Data)))
+		if p.out == run {
+			if run == nil {
+				s.unreachable(d.Peer, p.tell, 0)
+			}
+			continue
+		}
+		s.send(run, dgs[start:i])
+		run, start = p.out, i
+		if run == nil {
+			s.unreachable(d.Peer, p.tell, 0)
+		}
+	}
+	s.send(run, dgs[start:])
+}
+
+// send sends a run to one outbound socket; nil: to none.
+func (s *source) send(out *packetOut, dgs []flow.Datagram) {
+	if out == nil || len(dgs) == 0 {
+		return
+	}
+	if err := relay.Send(out.conn, dgs, s.failed); err != nil {
+		s.drop(out, err)
+	}
+}
+
+// peer returns the flow with addr, a new one if there is none that still holds.
+func (s *source) peer(ctx context.Context, addr netip.AddrPort, now time.Time) *peer {
+	s.mu.Lock()
+	p := s.peers[addr]
+	if p != nil && p.holds(now) {
+		p.last = now
+		s.idle.MoveToBack(p.place)
+		s.mu.Unlock()
+		return p
+	}
+	s.mu.Unlock()
+	if p != nil {
+		s.end(p, flow.Closed)
+	}
+	s.makeRoom()
+	p = s.newPeer(ctx, addr, now)
+	s.mu.Lock()
+	p.last = now
+	p.place = s.idle.PushBack(p)
+	s.peers[addr] = p
+	s.mu.Unlock()
+	return p
+}
+
+// holds says whether what was decided about a peer still stands.
+func (p *peer) holds(now time.Time) bool {
+	if p.out == nil {
+		return now.Before(p.until)
+	}
+	return !p.out.dead.Load()
+}
+
+// newPeer makes a flow, asks the rules, and opens a socket where there is none.
+func (s *source) newPeer(ctx context.Context, addr netip.AddrPort, now time.Time) *peer {
+	src := s.client.Flow()
+	f := flow.New(flow.UDP, src.Src, addr, src.Attachment)
+	s.r.livePeers.Add(1)
+	p := &peer{addr: addr, e: s.r.begin(f)}
+	if now.Sub(s.ownedAt) > ownerFor {
+		s.owner, s.ownedAt = s.r.owner(ctx, f), now
+	}
+	verdict, outbound := s.r.match(f, s.owner)
+	p.e.decided(verdict, s.owner)
+	if outbound == nil {
+		p.refuse(s.r, verdict, now)
+		return p
+	}
+	began := time.Now()
+	out, err := s.open(ctx, outbound, f)
+	if err != nil {
+		p.tell = p.e.dialled(began, err)
+		if errors.Is(err, errors.ErrUnsupported) {
+			p.tell = flow.Refused // CONTRACT: what an outbound cannot carry
+		}
+		p.until = now.Add(failedFor)
+		p.e.end(p.tell)
+		return p
+	}
+	p.out = out
+	p.e.path(out.conn.Path)
+	return p
+}
+
+// refuse ends the flow of a peer that the rules give no outbound.
+func (p *peer) refuse(r *Router, v rules.Verdict, now time.Time) {
+	tell, why := r.refusal(v, flow.UDP)
+	p.tell, p.until = tell, now.Add(refusedFor)
+	p.e.end(why)
+}
+
+// open returns the socket of an outbound for the family of f's destination.
+func (s *source) open(ctx context.Context, outbound dialer.Outbound, f *flow.Flow) (*packetOut, error) {
+	key := outKey{outbound: outbound, v6: f.Dst.Addr().Is6()}
+	s.mu.Lock()
+	out := s.outs[key]
+	s.mu.Unlock()
+	if out != nil && !out.dead.Load() {
+		return out, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, s.r.opts.Deadline)
+	defer cancel()
+	conn, err := outbound.OpenPackets(ctx, target(f))
+	if err != nil {
+		return nil, err
+	}
+	if w := s.r.ways.find(outbound.Name()); w != nil {
+		w.dials.Add(1) // its time says nothing: nobody was asked
+	}
+	out = &packetOut{key: key, conn: conn}
+	s.mu.Lock()
+	s.outs[key] = out
+	s.mu.Unlock()
+	s.back.Go(func() {
+		defer s.r.recovered(s.noEntry(), func() { s.drop(out, nil) })
+		err := relay.Packets(s.client, out.conn, relay.PacketOptions{Seen: s.seen, Failed: s.failed})
+		s.drop(out, err)
+	})
+	return out, nil
+}
+
+// drop closes a socket that does not work any more. Its peers' flows end when
+// the client writes to them again, or with the session.
+func (s *source) drop(out *packetOut, err error) {
+	if out.dead.Swap(true) {
+		return
+	}
+	s.mu.Lock()
+	if s.outs[out.key] == out {
+		delete(s.outs, out.key)
+	}
+	s.mu.Unlock()
+	out.conn.Close()
+	s.r.log.Debug("datagram socket ended", "flow", s.client.Flow().ID, "outbound", out.key.outbound.Name(), "err", err)
+}
+
+// seen counts what came back.
+func (s *source) seen(dgs []flow.Datagram) {
+	now := time.Now()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var p *peer
+	for i := range dgs {
+		if p == nil || p.addr != dgs[i].Peer {
+			if p = s.peers[dgs[i].Peer]; p == nil {
+				continue
+			}
+			p.last, p.wrong = now, 0
+			s.idle.MoveToBack(p.place)
+		}
+		p.e.down.Add(int64(len(dgs[i].Data)))
+	}
+}
+
+// failed tells the client what became of its datagrams to one peer, if it sent
+// any: a made-up error is not passed on.
+func (s *source) failed(e *flow.PeerError) {
+	why := e.FlowReason()
+	s.mu.Lock()
+	p := s.peers[e.Peer]
+	if p != nil && p.out != nil {
+		p.wrong = why
+	}
+	s.mu.Unlock()
+	if p != nil {
+		s.unreachable(e.Peer, why, e.MTU)
+	}
+}
+
+// tooBig is a client that can be told the MTU of a path.
+type tooBig interface {
+	TooBig(peer netip.AddrPort, mtu int) error
+}
+
+// unreachable tells the client. An error means that its device has gone, which
+// the next read says too.
+func (s *source) unreachable(peer netip.AddrPort, why flow.Reason, mtu int) {
+	if c, ok := s.client.(tooBig); ok && why == flow.TooBig && mtu > 0 {
+		_ = c.TooBig(peer, mtu)
+		return
+	}
+	_ = s.client.Unreachable(peer, why)
+}
+
+// makeRoom ends the longest silent peer where one more would be too many.
+func (s *source) makeRoom() {
+	s.mu.Lock()
+	n := s.idle.Len()
+	var victim *peer
+	if n >= s.o.PeersPerSource || (n > 0 && s.r.livePeers.Load() >= int64(s.o.Peers)) {
+		victim = s.idle.Front().Value.(*peer)
+	}
+	s.mu.Unlock()
+	if victim != nil {
+		s.r.counts.peersEvicted.Add(1)
+		s.end(victim, flow.Closed)
+	}
+}
+
+// sweep ends the flows that have been silent for too long, and forgets refusals.
+func (s *source) sweep(now time.Time) {
+	if now.Sub(s.swept) < sweepEvery {
+		return
+	}
+	s.swept = now
+	for {
+		s.mu.Lock()
+		front := s.idle.Front()
+		s.mu.Unlock()
+		if front == nil {
+			return
+		}
+		p := front.Value.(*peer)
+		s.mu.Lock()
+		silent := now.Sub(p.last)
+		s.mu.Unlock()
+		if silent < s.o.Idle {
+			return
+		}
+		s.end(p, flow.Closed)
+	}
+}
+
+// end takes a peer out of the source and ends its flow. A failure that nothing
+// came after is the reason.
+func (s *source) end(p *peer, why flow.Reason) {
+	s.mu.Lock()
+	if s.peers[p.addr] != p {
+		s.mu.Unlock()
+		return
+	}
+	delete(s.peers, p.addr)
+	s.idle.Remove(p.place)
+	if p.wrong != 0 && why == flow.Closed {
+		why = p.wrong
+	}
+	s.mu.Unlock()
+	s.r.livePeers.Add(-1)
+	p.e.end(why)
+}
+
+// close ends everything of the source and waits for it.
+func (s *source) close(why flow.Reason) {
+	s.client.Close()
+	s.mu.Lock()
+	outs := make([]*packetOut, 0, len(s.outs))
+	for _, out := range s.outs {
+		outs = append(outs, out)
+	}
+	peers := make([]*peer, 0, len(s.peers))
+	for _, p := range s.peers {
+		peers = append(peers, p)
+	}
+	s.mu.Unlock()
+	for _, out := range outs {
+		s.drop(out, nil)
+	}
+	s.back.Wait()
+	for _, p := range peers {
+		s.end(p, why)
+	}
+}
