@@ -109,16 +109,18 @@ func (w *way) connected(took time.Duration, log *slog.Logger) {
 	}
 }
 
-// failed counts a dial that did not. What only says that the destination said
-// no, or that the client left, counts as a failure, but makes no spell: the
-// outbound works.
+// failed counts a dial that did not. That the client left is nobody's failure;
+// that the destination said no makes no spell: the outbound works.
 func (w *way) failed(err error, why flow.Reason, log *slog.Logger) {
 	if w == nil {
 		return
 	}
 	w.dials.Add(1)
+	if why == flow.Canceled {
+		return
+	}
 	w.failures.Add(1)
-	if why == flow.Refused || why == flow.Canceled {
+	if why == flow.Refused {
 		return
 	}
 	w.mu.Lock()

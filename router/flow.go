@@ -42,7 +42,9 @@ func (e *entry) dialled(began time.Time, err error) flow.Reason {
 		return why
 	}
 	way.failed(err, why, e.r.log)
-	e.r.counts.refused.Add(1)
+	if why != flow.Canceled {
+		e.r.counts.refused.Add(1)
+	}
 	return why
 }
 
@@ -70,4 +72,10 @@ func (e *entry) log() {
 		attrs = append(attrs, slog.String("cgroup", owner.Cgroup))
 	}
 	e.r.log.LogAttrs(ctx, slog.LevelDebug, "flow ended", attrs...)
+}
+
+// failed writes the line of a flow that got no connection, at debug: the only
+// place that has the error itself.
+func (e *entry) failed(err error) {
+	e.r.log.Debug("flow not connected", "flow", e.flow.ID, "attachment", e.flow.Attachment, "dst", e.flow.Dst.String(), "err", err)
 }

@@ -1,0 +1,102 @@
+package router
+
+import (
+	"context"
+	"time"
+
+	"cgtun/dialer"
+	"cgtun/flow"
+	"cgtun/relay"
+)
+
+// ServeStream implements flow.Handler: whose is it, what do the rules say,
+// dial, answer the client, relay, end.
+//
+// The frame that waits for as long as the flow lives is this one and those of
+// relay: what is deep or large is done in calls that have returned by then, so
+// that the collector can shrink the goroutine's stack.
+func (r *Router) ServeStream(ctx context.Context, s flow.Stream) {
+	e := r.begin(s.Flow())
+	var ends streamEnds
+	defer ends.close()
+	defer r.recovered(e, func() { ends.abort(s) })
+	if !r.connect(ctx, e, s, &ends) {
+		return
+	}
+	result := relay.Streams(ctx, ends.client, ends.server, relay.Options{Up: &e.up, Down: &e.down})
+	e.end(result.Reason)
+}
+
+// streamEnds are the two ends of a flow, as far as they are there.
+type streamEnds struct {
+	client   flow.Conn
+	server   *dialer.Conn
+	answered bool // Accept or Reject was called
+}
+
+func (s *streamEnds) close() {
+	if s.client != nil {
+		_ = s.client.Close()
+	}
+	if s.server != nil {
+		_ = s.server.Close()
+	}
+}
+
+// abort lets both ends see that the flow did not end in order.
+func (s *streamEnds) abort(st flow.Stream) {
+	if !s.answered {
+		s.answered = true
+		st.Reject(flow.Unknown)
+	}
+	if s.client != nil {
+		_ = s.client.Reset()
+	}
+	if s.server != nil {
+		_ = s.server.Reset()
+	}
+}
+
+func (s *streamEnds) reject(st flow.Stream, why flow.Reason) {
+	s.answered = true
+	st.Reject(why)
+}
+
+// connect brings a flow to the point where both ends are connected. If it
+// returns false, the client was told and the flow has ended.
+func (r *Router) connect(ctx context.Context, e *entry, s flow.Stream, ends *streamEnds) bool {
+	verdict, outbound, owner := r.decide(ctx, e.flow)
+	e.decided(verdict, owner)
+	if outbound == nil {
+		tell, why := r.refusal(verdict, flow.TCP)
+		ends.reject(s, tell)
+		e.end(why)
+		return false
+	}
+	began := time.Now()
+	server, err := r.dial(ctx, e.flow, outbound)
+	if why := e.dialled(began, err); err != nil {
+		e.failed(err)
+		ends.reject(s, why)
+		e.end(why)
+		return false
+	}
+	ends.server, ends.answered = server, true
+	client, err := s.Accept()
+	if err != nil {
+		_ = server.Reset() // nobody is left who could use it
+		e.failed(err)
+		e.end(flow.Canceled)
+		return false
+	}
+	ends.client = client
+	e.path(server.Path)
+	return true
+}
+
+// dial gives a flow what is left of its deadline.
+func (r *Router) dial(ctx context.Context, f *flow.Flow, o dialer.Outbound) (*dialer.Conn, error) {
+	ctx, cancel := context.WithDeadline(ctx, f.Start.Add(r.opts.Deadline))
+	defer cancel()
+	return o.DialStream(ctx, target(f))
+}
