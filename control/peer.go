@@ -1,14 +1,11 @@
 package control
 
 import (
-	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
 	"os"
-	"path/filepath"
-	"strconv"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -53,8 +50,8 @@ func readPeer(fd int) (*Peer, error) {
 		return p, nil // of a pid namespace that we do not see into
 	}
 	// SO_PEERPIDFD (6.5) names the process that connected, whatever became
-	// of its pid. Before it, a pidfd that is opened now may be a successor's:
-	// but that one did not wait for our answer, and MoveTo looks again.
+	// of its pid. On older kernels the one that is opened now is the caller's
+	// too, as long as the caller waits for our answer.
 	if p.pidfd, err = unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PEERPIDFD); err == nil {
 		return p, nil
 	}
@@ -124,46 +121,24 @@ func (p *Peer) Alive() error {
 	return nil
 }
 
+// Pidfd returns a descriptor that names the process (pidfd_open(2)); the caller
+// closes it. It is an error if the process has gone.
+func (p *Peer) Pidfd() (*os.File, error) {
+	if err := p.Alive(); err != nil {
+		return nil, err
+	}
+	fd, err := unix.FcntlInt(uintptr(p.pidfd), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("duplicate pidfd of process %d: %w", p.PID, err)
+	}
+	return os.NewFile(uintptr(fd), "pidfd"), nil
+}
+
 // Netns returns the inode of the network namespace that the peer is in.
 func (p *Peer) Netns() (uint64, error) {
 	var st unix.Stat_t
-	if err := unix.Stat(p.proc("ns/net"), &st); err != nil {
+	if err := unix.Stat(fmt.Sprintf("/proc/%d/ns/net", p.PID), &st); err != nil {
 		return 0, fmt.Errorf("network namespace of process %d: %w", p.PID, err)
 	}
 	return st.Ino, p.Alive()
 }
-
-// Cgroup returns the path of the peer's cgroup in cgroup2, "/a/b".
-func (p *Peer) Cgroup() (string, error) {
-	data, err := os.ReadFile(p.proc("cgroup"))
-	if err != nil {
-		return "", fmt.Errorf("cgroup of process %d: %w", p.PID, err)
-	}
-	for line := range bytes.Lines(data) {
-		if path, ok := bytes.CutPrefix(bytes.TrimSpace(line), []byte("0::")); ok {
-			return string(path), p.Alive()
-		}
-	}
-	return "", fmt.Errorf("process %d is in no cgroup2", p.PID)
-}
-
-// MoveTo moves the peer, with all of its threads, into the cgroup2 directory
-// dir. It fails if the process has gone; should its pid be taken over within
-// the write, the error says so.
-func (p *Peer) MoveTo(dir string) error {
-	if err := p.Alive(); err != nil {
-		return err
-	}
-	file := filepath.Join(dir, "cgroup.procs")
-	f, err := os.OpenFile(file, os.O_WRONLY, 0)
-	if err != nil {
-		return fmt.Errorf("move process %d: %w", p.PID, err)
-	}
-	_, err = f.WriteString(strconv.Itoa(p.PID))
-	if err = errors.Join(err, f.Close()); err != nil {
-		return fmt.Errorf("move process %d: write %s: %w", p.PID, file, err)
-	}
-	return p.Alive()
-}
-
-func (p *Peer) proc(name string) string { return fmt.Sprintf("/proc/%d/%s", p.PID, name) }

@@ -2,6 +2,7 @@ package control_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -40,10 +41,6 @@ func child() int {
 		return 1
 	}
 	fmt.Print("ok")
-	if command == "join" {
-		own, _ := os.ReadFile("/proc/self/cgroup")
-		fmt.Printf(", in\n%s", own)
-	}
 	return 0
 }
 
@@ -96,7 +93,7 @@ func TestUsersAreToldApart(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.who+" "+tt.command, func(t *testing.T) {
-			if got, _, _ := strings.Cut(as(t, tt.cred, c, tt.command), ","); got != tt.want {
+			if got := as(t, tt.cred, c, tt.command); got != tt.want {
 				t.Errorf("got %q, want %q", got, tt.want)
 			}
 		})
@@ -122,54 +119,67 @@ func TestGroupLeavesRoomForRoot(t *testing.T) {
 	}
 }
 
-// Join moves the process that asks, and tells it in which namespace and cgroup
-// the kernel saw it.
-func TestCallerIsMoved(t *testing.T) {
-	labtest.Need(t, labtest.Root, labtest.CgroupV2)
-	cg := labtest.New(t).Cgroup("sel")
-	f := &fake{move: cg.Dir}
-	_, c := serve(t, control.Options{Source: f})
+// The daemon is told who asks by descriptors and numbers of the kernel's, and
+// they go on naming that process after it has ended.
+func TestCallerIsNamed(t *testing.T) {
+	labtest.Need(t, labtest.Root)
+	var seen struct {
+		pid  string
+		ino  uint64
+		errs error
+	}
+	_, c := serve(t, control.Options{Source: joiner{&fake{}, func(p *control.Peer) {
+		seen.ino, seen.errs = p.Netns()
+		fd, err := p.Pidfd()
+		if err != nil {
+			seen.errs = errors.Join(seen.errs, err)
+			return
+		}
+		defer fd.Close()
+		info, err := os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", fd.Fd()))
+		_, rest, _ := strings.Cut(string(info), "\nPid:")
+		seen.pid, _, _ = strings.Cut(strings.TrimSpace(rest), "\n")
+		seen.errs = errors.Join(seen.errs, err)
+	}}})
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Env = append(os.Environ(), childEnv+"="+c.Socket+" join")
-	out, err := cmd.CombinedOutput()
-	if err != nil || !strings.Contains(string(out), "0::"+cg.Path+"\n") {
-		t.Fatalf("the caller is not in %s: %v\n%s", cg.Path, err, out)
+	if out, err := cmd.CombinedOutput(); err != nil || string(out) != "ok" {
+		t.Fatalf("%v: %s", err, out)
 	}
-	if f.peer.PID != cmd.Process.Pid {
-		t.Errorf("process %d was moved, %d had asked", f.peer.PID, cmd.Process.Pid)
-	}
-	if err := f.peer.Alive(); err == nil {
-		t.Error("a process that has ended counts as alive")
-	}
-	if err := f.peer.MoveTo(cg.Dir); err == nil {
-		t.Error("a process that has ended could be moved")
-	}
-}
-
-func TestPeerIsSeen(t *testing.T) {
-	var ino uint64
-	var cgroup string
-	var errs [2]error
-	_, c := serve(t, control.Options{Source: joiner{&fake{}, func(p *control.Peer) {
-		ino, errs[0] = p.Netns()
-		cgroup, errs[1] = p.Cgroup()
-	}}})
-	if err := c.Join(t.Context(), "", false); err != nil {
-		t.Fatal(err)
+	if seen.errs != nil {
+		t.Fatal(seen.errs)
 	}
 	var st unix.Stat_t
 	if err := unix.Stat("/proc/self/ns/net", &st); err != nil {
 		t.Fatal(err)
 	}
-	if errs[0] != nil || ino != st.Ino {
-		t.Errorf("network namespace %d, want %d (%v)", ino, st.Ino, errs[0])
+	if seen.pid != fmt.Sprint(cmd.Process.Pid) || seen.ino != st.Ino {
+		t.Errorf("the caller is said to be process %s in namespace %d, and is %d in %d", seen.pid, seen.ino, cmd.Process.Pid, st.Ino)
 	}
-	own, err := os.ReadFile("/proc/self/cgroup")
-	if err != nil {
+}
+
+// A caller that ended before the daemon came to it is nobody.
+func TestCallerThatEndedIsNotFound(t *testing.T) {
+	labtest.Need(t, labtest.Root)
+	here, gone := make(chan struct{}), make(chan struct{})
+	result := make(chan error, 1)
+	_, c := serve(t, control.Options{Source: joiner{&fake{}, func(p *control.Peer) {
+		close(here)
+		<-gone
+		_, err := p.Pidfd()
+		result <- err
+	}}})
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), childEnv+"="+c.Socket+" join")
+	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	if errs[1] != nil || !strings.Contains(string(own), "0::"+cgroup+"\n") {
-		t.Errorf("cgroup %q, %v; own: %s", cgroup, errs[1], own)
+	<-here
+	cmd.Process.Kill()
+	cmd.Wait()
+	close(gone)
+	if err := <-result; err == nil || !strings.Contains(err.Error(), "has gone") {
+		t.Errorf("got %v", err)
 	}
 }
 

@@ -136,34 +136,47 @@ func (s *Server) Run(ctx context.Context) error {
 			}
 			continue
 		}
-		clients.Go(func() { s.serve(ctx, conn) })
+		if c := s.admit(conn); c != nil {
+			clients.Go(func() { s.serve(ctx, c) })
+		}
 	}
 }
 
-// serve answers one client. The number of goroutines here is bounded too: who
-// is one too many is sent away without a wait.
-func (s *Server) serve(ctx context.Context, conn *net.UnixConn) {
-	defer conn.Close()
-	defer context.AfterFunc(ctx, func() { conn.Close() })()
+// admit decides who is served; nil: the client was told why not. It does not
+// block: a refusal fits into the buffer of a new socket.
+func (s *Server) admit(conn *net.UnixConn) *client {
 	peer, err := peerOf(conn)
 	if err != nil {
 		s.opt.Log.Debug("control client refused", "err", err)
-		return
+		conn.Close()
+		return nil
 	}
-	defer peer.close()
 	c := &client{s: s, conn: conn, peer: peer}
 	if !s.mayRead(peer) {
 		s.denied.Add(1)
 		c.fail(&Error{Exit: 1, Text: "needs root or group " + s.opt.Group})
-		return
+		c.close()
+		return nil
 	}
-	n := s.clients.Add(1)
-	defer s.clients.Add(-1)
-	if limit := int64(s.opt.MaxClients); n > limit || !peer.root() && n > limit-limit/4 {
+	limit := int64(s.opt.MaxClients)
+	if !peer.root() {
+		limit -= limit / 4
+	}
+	if n := s.clients.Load(); n >= limit {
 		s.full.Add(1)
-		c.fail(&Error{Exit: 1, Text: fmt.Sprintf("the control socket has its %d clients already: try again", n-1)})
-		return
+		c.fail(&Error{Exit: 1, Text: fmt.Sprintf("the control socket has its %d clients already: try again", n)})
+		c.close()
+		return nil
 	}
+	s.clients.Add(1)
+	return c
+}
+
+// serve answers one client that was admitted.
+func (s *Server) serve(ctx context.Context, c *client) {
+	defer s.clients.Add(-1)
+	defer c.close()
+	defer context.AfterFunc(ctx, func() { c.conn.Close() })()
 	req, err := c.read()
 	if err != nil {
 		s.bad.Add(1)
@@ -184,6 +197,11 @@ type client struct {
 	s    *Server
 	conn *net.UnixConn
 	peer *Peer
+}
+
+func (c *client) close() {
+	c.conn.Close()
+	c.peer.close()
 }
 
 // read takes the one request. Nothing of it is kept beyond the limit.

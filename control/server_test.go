@@ -33,7 +33,6 @@ func TestMain(m *testing.M) {
 type fake struct {
 	mu     sync.Mutex
 	peer   control.Peer // of the last Join
-	move   string       // directory that Join moves its peer to; empty: none
 	reload error
 	emit   chan func(flow.Event) // gets the watcher's callback
 }
@@ -65,9 +64,6 @@ func (f *fake) Join(p *control.Peer, cgroup string, direct bool) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.peer = *p
-	if f.move != "" {
-		return p.MoveTo(f.move)
-	}
 	return nil
 }
 
