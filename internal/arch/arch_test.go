@@ -6,6 +6,7 @@ import (
 	"go/parser"
 	"go/token"
 	"io/fs"
+	"maps"
 	"os"
 	"path"
 	"path/filepath"
@@ -28,7 +29,7 @@ var imports = map[string][]string{
 	"internal/netns": {},
 	"doctor":         {},
 	"rules":          {"flow"},
-	"relay":          {"flow", "dialer"},
+	"relay":          {"flow"},
 	"dialer":         {"flow"},
 	"group":          {"dialer", "flow"},
 	"dns":            {"dialer", "flow"},
@@ -202,6 +203,42 @@ func TestLibrariesHaveOwners(t *testing.T) {
 				}
 			}
 		}
+	}
+}
+
+// TestLibrariesHaveReasons wants a line in the architecture for each module that
+// is imported, and none for one that is not.
+func TestLibrariesHaveReasons(t *testing.T) {
+	page, err := os.ReadFile(filepath.Join(root(t), "docs/architecture.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, table, found := strings.Cut(string(page), "\n## Libraries\n")
+	if !found {
+		t.Fatal("docs/architecture.md has no section about libraries")
+	}
+	unused := map[string]bool{}
+	for line := range strings.Lines(table) {
+		if cell := strings.Split(line, "|"); len(cell) > 2 && strings.Contains(cell[1], "/") {
+			unused[strings.TrimSpace(cell[1])] = true
+		}
+	}
+	reasons := slices.Collect(maps.Keys(unused))
+	for _, s := range sources(t) {
+		for _, i := range s.imports() {
+			if first, _, _ := strings.Cut(i, "/"); !strings.Contains(first, ".") {
+				continue
+			}
+			n := slices.IndexFunc(reasons, func(lib string) bool { return i == lib || strings.HasPrefix(i, lib+"/") })
+			if n < 0 {
+				t.Errorf("%s: docs/architecture.md has no reason for %s", s.path, i)
+				continue
+			}
+			delete(unused, reasons[n])
+		}
+	}
+	for lib := range unused {
+		t.Errorf("docs/architecture.md has a reason for %s, which nothing imports", lib)
 	}
 }
 
