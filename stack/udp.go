@@ -229,11 +229,11 @@ func (u *udp) deliverReassembled(src, dst netip.AddrPort, payload []byte) {
 // take puts a datagram into the queue of its session.
 func (u *udp) take(src, dst netip.AddrPort, payload []byte, segment int) {
 	if src.Port() == 0 || dst.Port() == 0 || !oneHost(src.Addr()) || !oneHost(dst.Addr()) ||
-		len(payload) > bufferSizes[len(bufferSizes)-1] {
+		len(payload) > slabSizes[len(slabSizes)-1] {
 		u.bad.Add(1)
 		return
 	}
-	buf := getBuffer(len(payload))
+	buf := getSlab(len(payload))
 	it := item{peer: dst, buf: buf, n: copy(buf.data, payload), segment: segment}
 	now := u.now()
 	// A session may end between finding and filling it; its successor is new

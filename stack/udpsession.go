@@ -16,7 +16,7 @@ import (
 // item is one entry of a session's queue. It owns its buffer.
 type item struct {
 	peer    netip.AddrPort
-	buf     *buffer
+	buf     *slab
 	n       int // bytes of buf.data that are payload
 	segment int // as in flow.Datagram
 }
@@ -54,7 +54,7 @@ type session struct {
 	bytes  int // memory of the queue's buffers
 	ended  bool
 
-	lent []*buffer // by ReadLent, until the next call
+	lent []*slab // by ReadLent, until the next call
 }
 
 func newSession(u *udp, src netip.AddrPort) *session {
