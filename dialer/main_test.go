@@ -1,0 +1,9 @@
+package dialer_test
+
+import (
+	"testing"
+
+	"cgtun/internal/labtest"
+)
+
+func TestMain(m *testing.M) { labtest.Main(m) }
