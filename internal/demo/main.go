@@ -37,6 +37,8 @@ const (
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Minute)
+	defer cancel()
 	// The fetching program of the third kind is this one: see programs.go.
 	if len(os.Args) == 3 && os.Args[1] == socksFetch {
 		if err := fetch(os.Args[2]); err != nil {

@@ -36,8 +36,12 @@ func (f flow) String() string {
 	if f.Rule != nil {
 		rule = fmt.Sprintf("rule %d", *f.Rule)
 	}
-	return fmt.Sprintf("%s %s → %s, cgroup %s, process %s, %s, use %s, path %s, up %d, down %d, %s",
-		f.Proto, f.Src, f.Dst, f.Cgroup, f.Process, rule, f.Use, strings.Join(f.Path, " → "), f.Up, f.Down, f.State)
+	process := ""
+	if f.Process != "" {
+		process = ", process " + f.Process
+	}
+	return fmt.Sprintf("%s %s → %s, cgroup %s%s, %s, use %s, path %s, up %d, down %d, %s",
+		f.Proto, f.Src, f.Dst, f.Cgroup, process, rule, f.Use, strings.Join(f.Path, " → "), f.Up, f.Down, f.State)
 }
 
 // seen is what one run of a program did.
