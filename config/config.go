@@ -173,7 +173,7 @@ func (f *File) unless(rep *report) (*File, error) {
 func parse(name string, data []byte) (*File, *report, error) {
 	raw := map[string]any{}
 	if _, err := toml.Decode(string(data), &raw); err != nil {
-		return nil, nil, Errors{syntaxError(name, err)}
+		return nil, nil, Errors{syntaxError(name, string(data), err)}
 	}
 	d := &decoder{
 		report: report{
@@ -200,18 +200,28 @@ func parse(name string, data []byte) (*File, *report, error) {
 	return &l.File, &d.report, nil
 }
 
-// syntaxError turns an error of the toml package into ours.
-func syntaxError(name string, err error) Error {
+// syntaxError turns an error of the toml package into ours. Of its place the
+// offset alone is right: the column is not where a line begins.
+func syntaxError(name, data string, err error) Error {
 	var syntax toml.ParseError
 	if !errors.As(err, &syntax) {
 		return Error{File: name, Msg: err.Error()}
 	}
-	msg := strings.TrimPrefix(syntax.Message, "toml: ")
-	if strings.HasSuffix(syntax.LastKey, "password") {
+	what := strings.TrimSuffix(syntax.Message, ".")
+	allowed := "TOML 1.0 (https://toml.io)"
+	switch {
+	case strings.HasSuffix(syntax.LastKey, "password"):
 		// What cannot be read can be the password, without its quotes.
-		msg = syntax.LastKey + " cannot be read; allowed: text in quotes"
+		what, allowed = syntax.LastKey+" cannot be read", "text in quotes"
+	case strings.HasPrefix(what, "expected value"):
+		allowed = "text in quotes, a number, true, false, a [list] or a {table}"
+	case strings.HasSuffix(what, "has already been defined"):
+		allowed = "each key and table once"
+	case strings.HasSuffix(what, "cannot be used as an array"):
+		allowed = "either one [table] or several [[table]]"
 	}
-	return Error{name, max(syntax.Position.Line, 1), max(syntax.Position.Col, 1), msg}
+	line, col := linesOf(data).at(max(syntax.Position.Start, 0))
+	return Error{name, line, col, what + "; allowed: " + allowed}
 }
 
 func defaultRoute() Route {

@@ -81,12 +81,40 @@ func (d *decoder) unknown(path, key string, known []string) {
 		where = "in [" + display(path) + "]"
 	}
 	what := fmt.Sprintf("unknown key %.60q %s; ", key, where)
-	if meant := nearest(key, known); meant != "" {
+	meant, homes := nearest(key, known), homesOf(key)
+	if len(homes) == 1 && (meant == "" || path == "") {
+		d.badKey(join(path, key), what+"it stands in "+homes[0])
+		return
+	}
+	if meant != "" {
 		d.meant[join(path, meant)] = true
 		d.badKey(join(path, key), what+fmt.Sprintf("the nearest known one is %q", meant))
 		return
 	}
 	d.badKey(join(path, key), what+"allowed: "+strings.Join(known, ", "))
+}
+
+// homesOf lists the tables that have a key.
+func homesOf(key string) (homes []string) {
+	var visit func(t reflect.Type, path string)
+	visit = func(t reflect.Type, path string) {
+		if t.Kind() == reflect.Slice {
+			t = t.Elem()
+		}
+		if t.Kind() != reflect.Struct {
+			return
+		}
+		for name, field := range fields(reflect.New(t).Elem()) {
+			if name == key && path != "" {
+				homes = append(homes, "["+path+"]")
+			}
+			if t != reflect.TypeFor[Route]() {
+				visit(field.Type(), join(path, name))
+			}
+		}
+	}
+	visit(reflect.TypeFor[layout](), "")
+	return homes
 }
 
 // list decodes a list, or a single value that stands for a list of one.
@@ -145,7 +173,11 @@ func (d *decoder) scalar(path string, raw any, dst reflect.Value) bool {
 		}
 		if !isText {
 			// Without the value: it can be a password.
-			d.bad(path, "is not text; allowed: text in quotes")
+			allowed = "text in quotes"
+			if dst.Kind() == reflect.Struct && len(fields(dst)) > 0 {
+				allowed += ", or a table"
+			}
+			d.bad(path, "is not text; allowed: "+allowed)
 			return true
 		}
 		err = into.UnmarshalText([]byte(text))

@@ -6,13 +6,23 @@ func nearest(key string, known []string) string {
 	if len(key) > 64 {
 		return ""
 	}
-	best, least := "", max(2, len(key)/3+1)
+	best, least := "", max(1, len(key)/3)
 	for _, k := range known {
-		if d := distance(key, k); d < least && d < len(k) {
-			best, least = k, d
+		d := distance(key, k)
+		if d >= len(k) || d > least || d == least && best != "" && alike(key, k) <= alike(key, best) {
+			continue
 		}
+		best, least = k, d
 	}
 	return best
+}
+
+// alike counts the letters with which both begin.
+func alike(a, b string) (n int) {
+	for n < min(len(a), len(b)) && a[n] == b[n] {
+		n++
+	}
+	return n
 }
 
 // distance counts the letters to be put in, taken out, changed or swapped with

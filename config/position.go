@@ -51,10 +51,32 @@ func parent(path string) string {
 // tells it for syntax errors alone: the rest it keys by name, so that the
 // first of two [[rule]] is told the second's line, and unknown keys have none.
 type positions struct {
-	keys   []toml.Key     // as MetaData.Keys has them
-	key    map[string]int // path to offset, of keys and headers
-	value  map[string]int // path to offset, of values and elements
-	starts []int          // offsets at which the lines begin
+	keys  []toml.Key     // as MetaData.Keys has them
+	key   map[string]int // path to offset, of keys and headers
+	value map[string]int // path to offset, of values and elements
+	lines lines
+}
+
+// lines has the offsets at which the lines of a text begin.
+type lines []int
+
+func linesOf(data string) lines {
+	starts := lines{0}
+	for i, c := range []byte(trimBOM(data)) {
+		if c == '\n' {
+			starts = append(starts, i+1)
+		}
+	}
+	return starts
+}
+
+// at returns line and column, from 1, of an offset.
+func (l lines) at(offset int) (line, col int) {
+	line, exact := slices.BinarySearch(l, offset)
+	if !exact {
+		line--
+	}
+	return line + 1, offset - l[line] + 1
 }
 
 // keyAt and valueAt return line and column, from 1, of the path or, where that
@@ -75,14 +97,9 @@ func (p *positions) find(path string, first, second map[string]int) (line, col i
 		if !ok {
 			offset, ok = second[path]
 		}
-		if !ok {
-			continue
+		if ok {
+			return p.lines.at(offset)
 		}
-		line, exact := slices.BinarySearch(p.starts, offset)
-		if !exact {
-			line--
-		}
-		return line + 1, offset - p.starts[line] + 1
 	}
 	return 1, 1
 }
@@ -93,12 +110,7 @@ func scan(data string) *positions {
 	s := scanner{
 		src:    trimBOM(data),
 		tables: map[string]int{},
-		out:    &positions{key: map[string]int{}, value: map[string]int{}, starts: []int{0}},
-	}
-	for i, c := range []byte(s.src) {
-		if c == '\n' {
-			s.out.starts = append(s.out.starts, i+1)
-		}
+		out:    &positions{key: map[string]int{}, value: map[string]int{}, lines: linesOf(data)},
 	}
 	s.file()
 	return s.out
@@ -119,9 +131,13 @@ func trimBOM(data string) string {
 type scanner struct {
 	src    string
 	at     int
+	depth  int            // of lists and inline tables
 	tables map[string]int // path of an array of tables to the number of its tables so far
 	out    *positions
 }
+
+// maxDepth is how deep in lists places are kept: no key has lists of lists.
+const maxDepth = 16
 
 // part is one part of a dotted key.
 type part struct {
@@ -237,14 +253,21 @@ func unquoteKey(quoted string) string {
 }
 
 func (s *scanner) value(path string, name toml.Key) {
-	s.out.value[path] = s.at
+	if s.depth++; s.depth <= maxDepth {
+		s.out.value[path] = s.at
+	}
+	defer func() { s.depth-- }()
 	switch s.peek() {
 	case '"', '\'':
 		s.quoted()
 	case '[':
 		s.at++
 		for i := 0; !s.closed(']'); i++ {
-			s.value(at(path, i), name)
+			element := path
+			if s.depth <= maxDepth {
+				element = at(path, i)
+			}
+			s.value(element, name)
 		}
 	case '{':
 		s.at++

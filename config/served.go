@@ -110,7 +110,7 @@ func (d *decoder) served(l *layout) {
 		}
 	}
 	if len(l.Route) > maxRoutes {
-		d.bad(at("route", maxRoutes), "a second route is not in this version; allowed: one")
+		d.bad(at("route", maxRoutes), "is a second one, which is not in this version; allowed: one route")
 	}
 	for _, s := range standIns {
 		written := false

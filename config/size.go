@@ -1,6 +1,7 @@
 package config
 
 import (
+	"errors"
 	"fmt"
 	"math"
 	"strconv"
@@ -19,10 +20,15 @@ var units = []struct {
 	{"TB", 1e12}, {"GB", 1e9}, {"MB", 1e6}, {"kB", 1e3}, {"B", 1},
 }
 
-// UnmarshalText takes an integer with a unit, such as "256MiB" or "1GB".
-func (s *Size) UnmarshalText(text []byte) error {
+// UnmarshalTOML takes an integer with a unit, such as "256MiB" or "1GB".
+func (s *Size) UnmarshalTOML(v any) error {
+	const allowed = `allowed: an integer with one of B, kB, MB, GB, TB, KiB, MiB, GiB, TiB, such as "256MiB"`
+	text, ok := v.(string)
+	if !ok {
+		return errors.New("is not text; " + allowed)
+	}
 	for _, unit := range units {
-		digits, ok := strings.CutSuffix(string(text), unit.name)
+		digits, ok := strings.CutSuffix(text, unit.name)
 		if !ok {
 			continue
 		}
@@ -33,7 +39,7 @@ func (s *Size) UnmarshalText(text []byte) error {
 		*s = Size(n * unit.bytes)
 		return nil
 	}
-	return fmt.Errorf(`%.60q is not a size; allowed: an integer with one of B, kB, MB, GB, TB, KiB, MiB, GiB, TiB, such as "256MiB"`, text)
+	return fmt.Errorf("%.60q is not a size; %s", text, allowed)
 }
 
 // String returns the size in the largest binary unit that divides it.

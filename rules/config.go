@@ -111,7 +111,7 @@ func (c *Config) Validate(bad func(key, what string)) {
 	}
 	for i, expression := range c.DomainRegex {
 		if _, err := regexp.Compile(expression); err != nil {
-			bad(index("domain_regex", i), fmt.Sprintf("%v; allowed: RE2 (https://github.com/google/re2/wiki/Syntax)", err))
+			bad(index("domain_regex", i), fmt.Sprintf("%q is no expression: %s; allowed: the syntax of RE2", expression, strings.TrimPrefix(err.Error(), "error parsing regexp: ")))
 		}
 	}
 	for i, process := range c.Process {
