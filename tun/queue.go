@@ -6,6 +6,7 @@ import (
 	"os"
 	"sync"
 	"syscall"
+	"time"
 	"unsafe"
 
 	"cgtun/internal/netns"
@@ -142,15 +143,19 @@ func (q *Queue) WritePacket(o Offload, slices [][]byte) error {
 	return nil
 }
 
+// SetReadDeadline lets ReadPacket return os.ErrDeadlineExceeded from t on. The
+// zero time: never.
+func (q *Queue) SetReadDeadline(t time.Time) error { return q.file.SetReadDeadline(t) }
+
 // Close detaches the queue and ends its reader. The last queue takes the device
 // with it.
 func (q *Queue) Close() error { return q.file.Close() }
 
-// closed gives the error of a RawConn its public name: without a deadline it
-// can only be that the file was closed, but the runtime's own error for that
+// closed gives the error of a RawConn its public name: it is a deadline's or
+// says that the file was closed, and the runtime's own error for the latter
 // cannot be named here.
 func closed(err error) error {
-	if errors.Is(err, os.ErrClosed) {
+	if errors.Is(err, os.ErrClosed) || errors.Is(err, os.ErrDeadlineExceeded) {
 		return err
 	}
 	return fmt.Errorf("%w (%w)", os.ErrClosed, err)

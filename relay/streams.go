@@ -1,0 +1,155 @@
+package relay
+
+import (
+	"context"
+	"errors"
+	"net"
+	"os"
+	"sync/atomic"
+	"time"
+
+	"cgtun/flow"
+
+	"golang.org/x/sys/unix"
+)
+
+// Kernel is an end that is a plain TCP socket and nothing more: bytes may be
+// moved on its descriptor. flow.TCPConn is one.
+type Kernel interface{ TCP() *net.TCPConn }
+
+// Direct is an end that tells of events instead of being waited for and that
+// shows and takes bytes where they lie: no goroutine and no buffer while
+// nothing happens, no copy of ours when something does. The client end of a
+// netstack is one. Peek and Discard are called by one goroutine, Fill by one
+// other.
+type Direct interface {
+	flow.Conn
+	// Notify has f called after something may have become readable (also an
+	// end or a reset) or writable, or when the conn has broken (ended). f is
+	// called with locks of the conn held: it only wakes somebody. When Notify
+	// returns, an earlier f is not and will not be running. A nil f ends it.
+	Notify(f func(readable, writable, ended bool))
+	// Peek appends to dst slices of what has been received, at most cap(dst)
+	// of them, and returns them with their sum. They are valid until Discard
+	// or until the conn is closed or reset by us. 0 and no error: nothing
+	// now. io.EOF: nothing will come; an error: reset. Both only after all
+	// bytes were discarded.
+	Peek(dst [][]byte) ([][]byte, int, error)
+	// Discard drops the first n bytes.
+	Discard(n int)
+	// Fill sends at most n bytes, which it gets by calls of read: n bytes in
+	// all must be ready there. 0 and no error: no room now.
+	Fill(n int, read func([]byte) (int, error)) (int, error)
+}
+
+// Options of one relay.
+type Options struct {
+	// Up and Down count the bytes that were handed on from the client and
+	// from the server, as they go. Both may be nil.
+	Up, Down *atomic.Int64
+	// Idle ends a flow on which nothing went either way for at least this
+	// long, at most twice. 0: never.
+	Idle time.Duration
+}
+
+// Side is an end of a flow.
+type Side uint8
+
+// The sides.
+const (
+	Neither Side = iota
+	Client
+	Server
+)
+
+// String returns "client", "server" or "neither".
+func (s Side) String() string {
+	switch s {
+	case Client:
+		return "client"
+	case Server:
+		return "server"
+	}
+	return "neither"
+}
+
+// Result is how a flow ended.
+type Result struct {
+	Up, Down int64
+	Reason   flow.Reason // Closed, Reset, TimedOut, Canceled, …
+	By       Side        // who ended it, if not both in order
+	Err      error       // nil if Closed
+}
+
+// Reset after a reset waits at most drainTime until a kernel socket's peer has
+// acknowledged what was written before.
+const drainTime = 10 * time.Second
+
+var errIdle = &idleError{}
+
+type idleError struct{}
+
+func (*idleError) Error() string           { return "nothing sent either way for too long" }
+func (*idleError) FlowReason() flow.Reason { return flow.TimedOut }
+
+// Streams moves bytes between client and server until both have closed, one has
+// reset (the other is then reset, after it has got all bytes before), ctx ends
+// (both are reset at once), or nothing happens for Options.Idle. It closes
+// neither end; all goroutines of its own are gone when it returns.
+func Streams(ctx context.Context, client, server flow.Conn, o Options) Result {
+	if o.Up == nil {
+		o.Up = new(atomic.Int64)
+	}
+	if o.Down == nil {
+		o.Down = new(atomic.Int64)
+	}
+	up, down := o.Up.Load(), o.Down.Load()
+	var r Result
+	k, kernel := server.(Kernel)
+	if d, ok := client.(Direct); ok && kernel {
+		r = relayDirect(ctx, d, k.TCP(), o)
+	} else {
+		r = relayCopy(ctx, client, server, o)
+	}
+	r.Up, r.Down = o.Up.Load()-up, o.Down.Load()-down
+	r.Reason = flow.ReasonOf(r.Err)
+	return r
+}
+
+// resetAfterDelivery resets c once its peer has all that was written before. A
+// kernel socket throws away what is not acknowledged and has no event for it,
+// so it is asked again and again; others do it by themselves.
+func resetAfterDelivery(ctx context.Context, c flow.Conn) {
+	if k, ok := c.(Kernel); ok {
+		drain(ctx, k.TCP())
+	}
+	_ = c.Reset()
+}
+
+func drain(ctx context.Context, c *net.TCPConn) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return
+	}
+	deadline := time.Now().Add(drainTime)
+	for pause := time.Millisecond; time.Now().Before(deadline); pause = min(2*pause, 50*time.Millisecond) {
+		left := 0
+		if err := raw.Control(func(fd uintptr) { left, err = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ) }); err != nil || left == 0 {
+			return
+		}
+		t := time.NewTimer(pause)
+		select {
+		case <-ctx.Done():
+			t.Stop()
+			return
+		case <-t.C:
+		}
+	}
+}
+
+// isDeadline recognises the deadlines that are set in the past to wake a
+// waiting goroutine.
+func isDeadline(err error) bool { return errors.Is(err, os.ErrDeadlineExceeded) }
+
+// past is a deadline that has passed.
+var past = time.Unix(1, 0)

@@ -1,0 +1,174 @@
+package relay
+
+import (
+	"context"
+	"io"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"cgtun/flow"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// copyBuffer is what one direction of the plain path holds while open.
+	copyBuffer = 32 << 10
+	// spliceStep bounds one splice, so that the counts are live.
+	spliceStep = 1 << 20
+)
+
+// copier is the plain path: a goroutine and a buffer a direction. Between two
+// kernel sockets the kernel moves the bytes (splice(2)) and there is no buffer.
+type copier struct {
+	client, server flow.Conn
+	o              Options
+
+	once sync.Once
+	by   Side
+	why  error
+	over chan struct{}
+}
+
+func relayCopy(ctx context.Context, client, server flow.Conn, o Options) Result {
+	c := &copier{client: client, server: server, o: o, over: make(chan struct{})}
+	// Deadlines wake both directions and leave the ends usable: what a peer
+	// sent before its reset is still to be delivered by Reset.
+	wake := func() {
+		_ = client.SetDeadline(past)
+		_ = server.SetDeadline(past)
+	}
+	ended := make(chan struct{})
+	var watch, halves sync.WaitGroup
+	watch.Go(func() { c.watch(ctx, ended, wake) })
+	halves.Go(func() { c.half(server, client, Client, o.Up) })
+	halves.Go(func() { c.half(client, server, Server, o.Down) })
+	halves.Wait()
+	close(ended)
+	watch.Wait()
+	_ = client.SetDeadline(time.Time{})
+	_ = server.SetDeadline(time.Time{})
+	switch {
+	case c.why == nil:
+	case c.by == Client:
+		resetAfterDelivery(ctx, server)
+	case c.by == Server:
+		resetAfterDelivery(ctx, client)
+	default:
+		_ = client.Reset()
+		_ = server.Reset()
+	}
+	return Result{By: c.by, Err: c.why}
+}
+
+// end notes the first failure.
+func (c *copier) end(by Side, why error) {
+	c.once.Do(func() {
+		c.by, c.why = by, why
+		close(c.over)
+	})
+}
+
+// watch wakes both directions when the flow has failed, ctx has ended, or
+// nothing went for too long.
+func (c *copier) watch(ctx context.Context, ended <-chan struct{}, wake func()) {
+	var tick <-chan time.Time
+	if c.o.Idle > 0 {
+		t := time.NewTicker(c.o.Idle)
+		defer t.Stop()
+		tick = t.C
+	}
+	for bytes := int64(-1); ; {
+		select {
+		case <-ended:
+			return
+		case <-ctx.Done():
+			c.end(Neither, context.Cause(ctx))
+		case <-tick:
+			now := c.o.Up.Load() + c.o.Down.Load()
+			if now != bytes {
+				bytes = now
+				continue
+			}
+			c.end(Neither, errIdle)
+		case <-c.over:
+		}
+		wake()
+		<-ended
+		return
+	}
+}
+
+// half moves one direction to its end and passes that on.
+func (c *copier) half(dst, src flow.Conn, from Side, count *atomic.Int64) {
+	to := Client + Server - from
+	err, writing := move(dst, src, count)
+	switch {
+	case err == nil:
+		if err := dst.CloseWrite(); err != nil {
+			c.end(to, err)
+		}
+	case isDeadline(err):
+	case writing:
+		c.end(to, err)
+	default:
+		c.end(from, err)
+	}
+}
+
+// move copies until the end of src. An error is one of writing or of reading.
+func move(dst, src flow.Conn, count *atomic.Int64) (err error, writing bool) {
+	kd, ok := dst.(Kernel)
+	ks, ok2 := src.(Kernel)
+	if ok && ok2 {
+		return spliceAll(kd.TCP(), ks.TCP(), count)
+	}
+	buf := make([]byte, copyBuffer)
+	for {
+		n, rerr := src.Read(buf)
+		if n > 0 {
+			m, werr := dst.Write(buf[:n])
+			count.Add(int64(m))
+			if werr != nil {
+				return werr, true
+			}
+		}
+		if rerr == io.EOF {
+			return nil, false
+		}
+		if rerr != nil {
+			return rerr, false
+		}
+	}
+}
+
+func spliceAll(dst, src *net.TCPConn, count *atomic.Int64) (err error, writing bool) {
+	for {
+		n, err := dst.ReadFrom(&io.LimitedReader{R: src, N: spliceStep})
+		count.Add(n)
+		if err != nil {
+			return err, !closed(src) && closed(dst)
+		}
+		if n < spliceStep {
+			return nil, false
+		}
+	}
+}
+
+// closed tells whose error a failed splice was: a socket that was reset is in
+// state CLOSE.
+func closed(c *net.TCPConn) bool {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return true
+	}
+	var info *unix.TCPInfo
+	if cerr := raw.Control(func(fd uintptr) {
+		info, err = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
+	}); cerr != nil || err != nil {
+		return true
+	}
+	return info.State == unix.BPF_TCP_CLOSE
+}

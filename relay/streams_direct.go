@@ -1,0 +1,306 @@
+package relay
+
+import (
+	"context"
+	"io"
+	"net"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"cgtun/flow"
+
+	"golang.org/x/sys/unix"
+)
+
+// # Theory of operation
+//
+// A Direct client beside a kernel socket. While nothing happens there is one
+// goroutine, that of the caller, which waits for the socket, and no buffer.
+//
+// Down (server to client): the caller's goroutine sleeps in the runtime's poller
+// until the socket is readable. SIOCINQ says how many bytes there are, and the
+// client reads exactly those from the socket into memory of its own. No room:
+// it sleeps until the client says so.
+//
+// Up (client to server): an event of the client starts the pump, a goroutine
+// that writes what Peek shows with one writev and discards it, until nothing is
+// left; then it ends. `wanted` counts events so that none is lost between its
+// last look and its end. The bytes wait in the client's receive buffer until
+// the socket has taken them, so the client's window is the back-pressure.
+//
+// Ends. Each direction ends by itself: end of stream is passed on with
+// CloseWrite. When down has ended, the caller goes on waiting on the socket for
+// a reset, which is the only thing that can still come there. When up has
+// ended, events of the client still start the pump, for the same reason. A
+// reset of one side, with all bytes before it passed on, ends both. An error of
+// a write says only that the server is gone; what it sent before may still be
+// in the socket, so down is let run to its end first. A client that broke is
+// given drainTime until the server has taken what came before; a server that
+// does not read must not hold the flow for ever.
+//
+// Waking the caller is done by a read deadline in the past, waking the pump by a
+// write deadline; `over` is closed before that. The pump has ended when
+// relayDirect returns, because the client may recycle what Peek has shown.
+
+const (
+	// maxFill bounds one read from the socket: a few segments of 64 KiB.
+	maxFill = 256 << 10
+	// maxRounds bounds how long one wait of the poller is used before the
+	// goroutine is seen by the scheduler again.
+	maxRounds = 32
+	// maxVec bounds the slices of one writev: 64 reads of a tun or so.
+	maxVec = 256
+)
+
+type direct struct {
+	client Direct
+	server *net.TCPConn
+	raw    syscall.RawConn
+	o      Options
+
+	wanted atomic.Int64 // events since the pump last found nothing; 0: no pump
+	pumps  sync.WaitGroup
+	room   chan struct{} // the client may be writable
+
+	// State of one raw.Read, kept here so that it allocates nothing.
+	downFn func(fd uintptr) bool
+	readFn func([]byte) (int, error)
+	fd     int
+	full   bool
+	eof    bool
+	gone   bool // the client takes nothing any more
+	err    error
+
+	over chan struct{}
+
+	breakOnce sync.Once
+	broken    *time.Timer // set once the client has broken; read after Notify(nil)
+
+	mu      sync.Mutex
+	ended   bool
+	by      Side
+	why     error
+	upDone  bool
+	upError error // of a write to the server
+}
+
+func relayDirect(ctx context.Context, client Direct, server *net.TCPConn, o Options) Result {
+	raw, err := server.SyscallConn()
+	if err != nil {
+		return Result{By: Server, Err: err}
+	}
+	d := &direct{client: client, server: server, raw: raw, o: o, room: make(chan struct{}, 1), over: make(chan struct{})}
+	d.downFn, d.readFn = d.fillClient, d.readServer
+	stop := context.AfterFunc(ctx, func() { d.end(Neither, context.Cause(ctx)) })
+	client.Notify(d.event)
+	d.wakePump() // what came before Notify
+	d.down()
+	// No event starts a pump after this, so none is missed by the wait.
+	client.Notify(nil)
+	d.pumps.Wait()
+	stop()
+	if d.broken != nil {
+		d.broken.Stop()
+	}
+	_ = server.SetDeadline(time.Time{})
+	d.settle(ctx)
+	return Result{By: d.by, Err: d.why}
+}
+
+// settle passes a reset on. Nothing else runs any more.
+func (d *direct) settle(ctx context.Context) {
+	switch {
+	case d.why == nil:
+	case d.by == Client:
+		resetAfterDelivery(ctx, flow.NewTCPConn(d.server))
+	case d.by == Server:
+		_ = d.client.Reset()
+	default:
+		_ = d.client.Reset()
+		_ = flow.NewTCPConn(d.server).Reset()
+	}
+}
+
+// end notes the first cause, nil for an end in order, and wakes everybody.
+func (d *direct) end(by Side, why error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.ended {
+		return
+	}
+	d.ended, d.by, d.why = true, by, why
+	close(d.over)
+	_ = d.server.SetDeadline(past)
+}
+
+func (d *direct) isOver() bool {
+	select {
+	case <-d.over:
+		return true
+	default:
+		return false
+	}
+}
+
+// event is called by the client with locks held.
+func (d *direct) event(readable, writable, ended bool) {
+	if ended {
+		d.breakOnce.Do(func() {
+			d.broken = time.AfterFunc(drainTime, func() { d.end(Client, syscall.ECONNRESET) })
+		})
+	}
+	if writable {
+		select {
+		case d.room <- struct{}{}:
+		default:
+		}
+	}
+	if readable {
+		d.wakePump()
+	}
+}
+
+func (d *direct) wakePump() {
+	if d.wanted.Add(1) == 1 {
+		d.pumps.Add(1)
+		go d.pump()
+	}
+}
+
+// vectors is what a pump works with. Pooled: pumps come and go with each burst.
+type vectors struct {
+	slices [][]byte
+	iov    []unix.Iovec
+	n      int // bytes written
+	errno  syscall.Errno
+	fn     func(fd uintptr) bool
+}
+
+var vectorPool = sync.Pool{New: func() any {
+	v := &vectors{slices: make([][]byte, 0, maxVec), iov: make([]unix.Iovec, 0, maxVec)}
+	v.fn = v.write
+	return v
+}}
+
+func (d *direct) pump() {
+	defer d.pumps.Done()
+	v := vectorPool.Get().(*vectors)
+	defer vectorPool.Put(v)
+	for {
+		seen := d.wanted.Load()
+		d.up(v)
+		if d.wanted.CompareAndSwap(seen, 0) {
+			return
+		}
+	}
+}
+
+// up moves what the client has sent until there is nothing more now.
+func (d *direct) up(v *vectors) {
+	for !d.isOver() {
+		slices, n, err := d.client.Peek(v.slices[:0])
+		if err == io.EOF {
+			d.upEnded(d.server.CloseWrite)
+			return
+		}
+		if err != nil {
+			d.end(Client, err)
+			return
+		}
+		if n == 0 {
+			return
+		}
+		d.mu.Lock()
+		gone := d.upError != nil
+		d.mu.Unlock()
+		if gone {
+			return // kept, unread: the client's window closes
+		}
+		err = v.writeAll(d.raw, slices)
+		clear(slices)
+		d.client.Discard(v.n)
+		d.o.Up.Add(int64(v.n))
+		if err != nil && !isDeadline(err) {
+			d.writeFailed(err)
+			return
+		}
+	}
+}
+
+// upEnded notes that the client has ended its direction, once.
+func (d *direct) upEnded(closeWrite func() error) {
+	d.mu.Lock()
+	first := !d.upDone
+	d.upDone = true
+	d.mu.Unlock()
+	if !first {
+		return
+	}
+	// An error means that the server has gone; down will say how.
+	_ = closeWrite()
+	_ = d.server.SetReadDeadline(past) // down may have ended before
+}
+
+// writeFailed notes that the server takes nothing any more.
+func (d *direct) writeFailed(err error) {
+	d.mu.Lock()
+	d.upError = err
+	d.mu.Unlock()
+	_ = d.server.SetReadDeadline(past)
+}
+
+func (d *direct) upState() (done bool, failed error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.upDone, d.upError
+}
+
+// writeAll writes the slices and waits where the socket is full.
+func (v *vectors) writeAll(raw syscall.RawConn, slices [][]byte) error {
+	v.iov, v.n, v.errno = v.iov[:0], 0, 0
+	for _, b := range slices {
+		e := unix.Iovec{Base: unsafe.SliceData(b)}
+		e.SetLen(len(b))
+		v.iov = append(v.iov, e)
+	}
+	err := raw.Write(v.fn)
+	clear(v.iov[:cap(v.iov)])
+	if err == nil && v.errno != 0 {
+		err = v.errno
+	}
+	return err
+}
+
+func (v *vectors) write(fd uintptr) bool {
+	for len(v.iov) > 0 {
+		n, _, errno := syscall.Syscall(unix.SYS_WRITEV, fd, uintptr(unsafe.Pointer(&v.iov[0])), uintptr(len(v.iov)))
+		switch errno {
+		case 0:
+			v.n += int(n)
+			v.iov = advance(v.iov, int(n))
+		case unix.EINTR:
+		case unix.EAGAIN:
+			return false
+		default:
+			v.errno = errno
+			return true
+		}
+	}
+	return true
+}
+
+// advance drops the first n bytes.
+func advance(iov []unix.Iovec, n int) []unix.Iovec {
+	for len(iov) > 0 && n >= int(iov[0].Len) {
+		n -= int(iov[0].Len)
+		iov = iov[1:]
+	}
+	if n > 0 {
+		iov[0].Base = (*byte)(unsafe.Add(unsafe.Pointer(iov[0].Base), n))
+		iov[0].SetLen(int(iov[0].Len) - n)
+	}
+	return iov
+}

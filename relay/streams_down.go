@@ -1,0 +1,212 @@
+package relay
+
+import (
+	"errors"
+	"io"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// down moves what the server sends, then waits until the flow is over.
+func (d *direct) down() {
+	if !d.downBytes() {
+		return
+	}
+	d.awaitEnd()
+}
+
+// downBytes returns true when the server has ended its direction in order.
+func (d *direct) downBytes() bool {
+	idle := d.newIdle()
+	for {
+		if d.isOver() {
+			return false
+		}
+		idle.arm()
+		d.full, d.eof, d.gone, d.err = false, false, false, nil
+		err := d.raw.Read(d.downFn)
+		if err == nil {
+			err = d.err
+		}
+		switch {
+		case isDeadline(err):
+			// An end, news of up, or silence.
+			if idle.expired() {
+				d.end(Neither, errIdle)
+				return false
+			}
+		case err != nil:
+			d.end(Server, err)
+			return false
+		case d.eof:
+			if _, failed := d.upState(); failed != nil {
+				// The write took the reset's errno with it.
+				d.end(Server, failed)
+				return false
+			}
+			_ = d.client.CloseWrite()
+			return true
+		case d.gone:
+			// The pump says how, after it has passed on what came before.
+			d.wakePump()
+			<-d.over
+			return false
+		case d.full:
+			select {
+			case <-d.room:
+			case <-d.over:
+			}
+		}
+	}
+}
+
+// fillClient runs when the socket may be readable; false waits for more.
+func (d *direct) fillClient(fd uintptr) bool {
+	d.fd = int(fd)
+	for range maxRounds {
+		n, err := unix.IoctlGetInt(d.fd, unix.SIOCINQ)
+		if err != nil {
+			d.err = err
+			return true
+		}
+		if n == 0 {
+			return d.nothingQueued()
+		}
+		sent, err := d.client.Fill(min(n, maxFill), d.readFn)
+		d.o.Down.Add(int64(sent))
+		if err != nil {
+			d.gone = true
+			return true
+		}
+		if sent == 0 {
+			d.full = true
+			return true
+		}
+	}
+	return true
+}
+
+// nothingQueued tells an end from a pause. SIOCINQ is 0 for both.
+func (d *direct) nothingQueued() bool {
+	var b [1]byte
+	n, _, err := unix.Recvfrom(d.fd, b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
+	switch {
+	case err == unix.EAGAIN || err == unix.EINTR:
+		return false
+	case err != nil:
+		d.err = err
+	case n == 0:
+		d.eof = true
+	}
+	return true
+}
+
+// readServer gives the client the next bytes of the socket, which are there. An
+// end in their place would be a kernel's lie, but one that Fill must see as an
+// error: it asks until it has all.
+func (d *direct) readServer(b []byte) (int, error) {
+	if len(b) == 0 {
+		return 0, nil
+	}
+	for {
+		n, err := syscall.Read(d.fd, b)
+		switch {
+		case err == syscall.EINTR:
+		case err != nil:
+			return 0, err
+		case n == 0:
+			return 0, io.ErrUnexpectedEOF
+		default:
+			return n, nil
+		}
+	}
+}
+
+// awaitEnd waits, after the server's end of stream, for that of the client or
+// for a reset of the server.
+func (d *direct) awaitEnd() {
+	idle := d.newIdle()
+	for {
+		done, failed := d.upState()
+		switch {
+		case d.isOver():
+			return
+		case failed != nil:
+			d.end(Server, failed)
+			return
+		case done:
+			d.end(Neither, nil)
+			return
+		}
+		idle.arm()
+		// Between the look above and this line upEnded may have set its
+		// deadline, and arm would have taken it back: look again.
+		if done, failed = d.upState(); done || failed != nil || d.isOver() {
+			continue
+		}
+		d.err = nil
+		err := d.raw.Read(d.resetSeen)
+		switch {
+		case isDeadline(err):
+			if idle.expired() {
+				d.end(Neither, errIdle)
+				return
+			}
+		case err != nil || d.err != nil:
+			d.end(Server, errors.Join(err, d.err))
+			return
+		}
+	}
+}
+
+// resetSeen runs on each event of a socket whose stream has ended.
+func (d *direct) resetSeen(fd uintptr) bool {
+	errno, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR)
+	switch {
+	case err != nil:
+		d.err = err
+	case errno != 0:
+		d.err = unix.ECONNRESET
+	default:
+		return false
+	}
+	return true
+}
+
+// idleTimer ends flows on which nothing goes either way. It is the read
+// deadline of the server's socket, so it costs no goroutine.
+type idleTimer struct {
+	d     *direct
+	bytes int64
+	until time.Time
+}
+
+func (d *direct) newIdle() *idleTimer { return &idleTimer{d: d, bytes: -1} }
+
+// arm sets the deadline anew if bytes went since the last time, and takes back
+// one that only woke us.
+func (i *idleTimer) arm() {
+	if i.d.o.Idle <= 0 {
+		i.d.setReadDeadline(time.Time{})
+		return
+	}
+	if now := i.d.o.Up.Load() + i.d.o.Down.Load(); now != i.bytes {
+		i.bytes, i.until = now, time.Now().Add(i.d.o.Idle)
+	}
+	i.d.setReadDeadline(i.until)
+}
+
+func (i *idleTimer) expired() bool {
+	return i.d.o.Idle > 0 && time.Now().After(i.until) && i.d.o.Up.Load()+i.d.o.Down.Load() == i.bytes
+}
+
+// setReadDeadline never takes back the deadline of an end.
+func (d *direct) setReadDeadline(t time.Time) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if !d.ended {
+		_ = d.server.SetReadDeadline(t)
+	}
+}

@@ -1,0 +1,9 @@
+package stack_test
+
+import (
+	"testing"
+
+	"cgtun/internal/labtest"
+)
+
+func TestMain(m *testing.M) { labtest.Main(m) }

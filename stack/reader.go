@@ -1,0 +1,175 @@
+package stack
+
+import (
+	"errors"
+	"fmt"
+	"os"
+
+	gvbuffer "gvisor.dev/gvisor/pkg/buffer"
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/checksum"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	gvstack "gvisor.dev/gvisor/pkg/tcpip/stack"
+
+	"cgtun/flow"
+	"cgtun/tun"
+)
+
+// viewSizes are the pieces that one packet is read into, 66 KiB in all. Those
+// that a packet does not touch serve the next one; so a small packet holds 2 KiB
+// and a large one at most a third more than it has, and nothing is copied. The
+// first holds all headers that anybody sends.
+var viewSizes = [...]int{2 << 10, 8 << 10, 16 << 10, 32 << 10, 8 << 10}
+
+// maxFailures is how many reads may fail in a row before the device is given up.
+const maxFailures = 100
+
+// reader takes the packets of one queue.
+type reader struct {
+	s     *Stack
+	q     Queue
+	views [len(viewSizes)]*gvbuffer.View
+	bufs  [][]byte
+	line  []byte // a packet in one piece, for those who need that
+}
+
+func newReader(s *Stack, q Queue) *reader {
+	r := &reader{s: s, q: q, bufs: make([][]byte, len(viewSizes))}
+	for i := range viewSizes {
+		r.refill(i)
+	}
+	return r
+}
+
+func (r *reader) refill(i int) {
+	r.views[i] = gvbuffer.NewViewSize(viewSizes[i])
+	r.bufs[i] = r.views[i].AsSlice()
+}
+
+// close gives the views back.
+func (r *reader) close() {
+	for _, v := range r.views {
+		v.Release()
+	}
+}
+
+// run reads until the device ends or the deadline of Run's end has come; the
+// latter is no error.
+func (r *reader) run() error {
+	failures := 0
+	for {
+		off, n, err := r.q.ReadPacket(r.bufs)
+		switch {
+		case err == nil:
+			failures = 0
+			r.packet(off, n)
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			return nil
+		case tun.IsEnd(err):
+			return fmt.Errorf("read device: %w", err)
+		default:
+			r.s.count.unread.Add(1)
+			if failures++; failures > maxFailures {
+				return fmt.Errorf("read device: %d times in a row: %w", failures, err)
+			}
+		}
+	}
+}
+
+// packet decides about one packet of n bytes, which lies in r.bufs.
+func (r *reader) packet(off tun.Offload, n int) {
+	c := &r.s.count
+	first := r.bufs[0][:min(n, len(r.bufs[0]))]
+	h, err := parseHeaders(first)
+	if err != nil || h.end > n || h.off > h.end || h.off > len(first) {
+		c.malformed.Add(1)
+		return
+	}
+	if h.src.Is4() && checksum.Checksum(first[:int(first[0]&0x0f)*4], 0) != 0xffff {
+		c.badSum.Add(1)
+		return
+	}
+	if !r.s.o.Local(h.src) {
+		c.notLocal.Add(1)
+		return
+	}
+	if !oneHost(h.dst) || !oneHost(h.src) || h.dst.IsLinkLocalUnicast() {
+		c.multicast.Add(1)
+		return
+	}
+	if h.fragment {
+		r.deliver(h, n)
+		return
+	}
+	switch h.proto {
+	case protoTCP:
+		if off.NeedsCsum || off.DataValid || transportSumOK(h, r.inOnePiece(n)) {
+			r.deliver(h, n)
+			return
+		}
+		c.badSum.Add(1)
+	case protoUDP:
+		if h.end-h.off < header.UDPMinimumSize {
+			c.malformed.Add(1)
+			return
+		}
+		r.s.udp.deliverParsed(off, h, r.inOnePiece(n))
+	case protoICMPv4, protoICMPv6:
+		r.deliver(h, n)
+	default:
+		c.otherProto.Add(1)
+		r.s.sendError(flow.Refused, r.inOnePiece(n))
+	}
+}
+
+// inOnePiece returns the packet that was read last, contiguous, until the next.
+func (r *reader) inOnePiece(n int) []byte {
+	if n <= len(r.bufs[0]) {
+		return r.bufs[0][:n]
+	}
+	r.line = r.line[:0]
+	for _, b := range r.bufs {
+		b = b[:min(n, len(b))]
+		r.line = append(r.line, b...)
+		if n -= len(b); n == 0 {
+			break
+		}
+	}
+	return r.line
+}
+
+// deliver gives the packet to netstack, with the views that it touches.
+func (r *reader) deliver(h ipHeader, n int) {
+	var whole gvbuffer.Buffer
+	for i := 0; n > 0; i++ {
+		v := r.views[i]
+		v.CapLength(n)
+		n -= v.Size()
+		_ = whole.Append(v)
+		r.refill(i)
+	}
+	proto := tcpip.NetworkProtocolNumber(header.IPv4ProtocolNumber)
+	if h.src.Is6() {
+		proto = header.IPv6ProtocolNumber
+	}
+	pkt := gvstack.NewPacketBuffer(gvstack.PacketBufferOptions{Payload: whole})
+	r.s.link.to.DeliverNetworkPacket(proto, pkt)
+	pkt.DecRef()
+}
+
+// sendError tells the sender of a packet by ICMP why it failed, if the reason
+// has a message and the rate allows it.
+func (s *Stack) sendError(why flow.Reason, orig []byte) bool {
+	pkt, ok := icmpError(why, orig)
+	if !ok {
+		return false
+	}
+	if !s.tcp.errors.Allow() {
+		s.count.limited.Add(1)
+		return true
+	}
+	if err := s.link.write(tun.Offload{}, [][]byte{pkt}); err != nil {
+		s.count.unwritten.Add(1)
+	}
+	return true
+}

@@ -1,0 +1,67 @@
+package stack
+
+import "sync/atomic"
+
+// Stats says what a stack holds and what it turned away. All but the gauges
+// only grow.
+type Stats struct {
+	// Packets that never reached netstack.
+	NotLocal      uint64 // from an address that is not of the namespace
+	Malformed     uint64 // impossible headers
+	BadChecksum   uint64 // wrong sums of raw sockets
+	Multicast     uint64 // to more than one host, or to none in particular
+	OtherProtocol uint64 // neither TCP, UDP nor ICMP: answered with protocol unreachable
+	ICMP          uint64 // ICMP that nobody is there for
+	Unread        uint64 // reads of the device that failed
+	Unwritten     uint64 // packets that the device did not take
+
+	// Streams.
+	OddSYN            uint64 // SYN with FIN or RST
+	Pending           int    // gauge: clients that wait for their outbound or their handshake
+	Evicted           uint64 // pending, ended for room in all
+	EvictedSource     uint64 // for room of their source
+	EvictedDest       uint64 // for room of their destination
+	GaveUp            uint64 // the client stopped asking
+	HandshakeFailed   uint64 // the outbound was there, the client not any more
+	Accepted          uint64
+	Rejected          uint64
+	Conns             int // gauge: accepted and not closed by us
+	ICMPErrorsLimited uint64
+
+	UDP UDPCounters
+}
+
+type counters struct {
+	notLocal, malformed, badSum, multicast, otherProto, icmp, unread, unwritten atomic.Uint64
+
+	oddSYN, evicted, evictedSource, evictedDest, gaveUp, handshakeFailed atomic.Uint64
+	accepted, rejected, limited                                          atomic.Uint64
+	conns                                                                atomic.Int64
+}
+
+// Stats returns what has been counted so far.
+func (s *Stack) Stats() Stats {
+	c := &s.count
+	return Stats{
+		NotLocal:          c.notLocal.Load(),
+		Malformed:         c.malformed.Load(),
+		BadChecksum:       c.badSum.Load(),
+		Multicast:         c.multicast.Load(),
+		OtherProtocol:     c.otherProto.Load(),
+		ICMP:              c.icmp.Load(),
+		Unread:            c.unread.Load(),
+		Unwritten:         c.unwritten.Load(),
+		OddSYN:            c.oddSYN.Load(),
+		Pending:           s.tcp.table.len(),
+		Evicted:           c.evicted.Load(),
+		EvictedSource:     c.evictedSource.Load(),
+		EvictedDest:       c.evictedDest.Load(),
+		GaveUp:            c.gaveUp.Load(),
+		HandshakeFailed:   c.handshakeFailed.Load(),
+		Accepted:          c.accepted.Load(),
+		Rejected:          c.rejected.Load(),
+		Conns:             int(c.conns.Load()),
+		ICMPErrorsLimited: c.limited.Load(),
+		UDP:               s.udp.counters(),
+	}
+}

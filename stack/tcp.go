@@ -1,0 +1,345 @@
+package stack
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"time"
+
+	"golang.org/x/time/rate"
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	gvstack "gvisor.dev/gvisor/pkg/tcpip/stack"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+
+	"cgtun/flow"
+)
+
+// # Theory of operation
+//
+// Truth. A client learns by the answer to its SYN whether the far end is there,
+// so the SYN is held until the outbound has connected.
+//
+//	SYN ──► handle ──► pending (dialing), handler runs ServeStream
+//	                     │ Accept ──► the held SYN goes to netstack's forwarder:
+//	                     │            SYN-ACK, ACK (handshaking) ──► conn
+//	                     │ Reject ──► RST, an ICMP error, or silence
+//	                     │ repeats of the SYN only say that the client waits
+//	                     └ no repeat in time: the client has given up, and the
+//	                       dial is cancelled. There is no other sign: a client
+//	                       that closes while it connects sends nothing.
+//
+// Netstack has its own bound on forwarded handshakes and no idea of dials, so
+// the table of pendings is ours (pending.go). When it is full the oldest goes:
+// under a flood of SYNs a new client is served at once, and what is lost is
+// nearly always one of the flood. Its dial is cancelled, or its half-open
+// endpoint aborted.
+//
+// An answer is remembered for a moment (verdict), because the client's repeat
+// may have crossed it: it gets the same answer and starts no second dial.
+//
+// What is answered as a plain SYN: ECN bits, TCP fast open, MPTCP and IP options
+// are not taken up and do not hurt. SYN with FIN or RST is dropped. Any other
+// segment without a connection gets a RST (RFC 9293 §3.5.2).
+//
+// Endings (conn.go). CloseWrite is a FIN. Close is a FIN, or a RST if the client
+// had sent what nobody read. Reset first waits until the client has acknowledged
+// what was written, then sends RST. A closed connection that makes no progress
+// for the linger time is given up. TIME-WAIT lasts 20 ms: the 60 s of the book
+// would swallow a new SYN on the same ports without an answer, and a tun neither
+// reorders nor delays.
+
+const (
+	timeWait = 20 * time.Millisecond
+	// synRetries bounds how long a half-open endpoint waits for the client's
+	// ACK: about 15 s.
+	synRetries = 3
+	// firstBuffer is what a buffer may hold before it has grown; it limits,
+	// and holds nothing by itself.
+	minBuffer, firstBuffer = 4 << 10, 1 << 20
+	// icmpErrors a second are sent at most.
+	icmpErrors = 5000
+
+	keepAliveInterval = 10 * time.Second
+	keepAliveCount    = 6
+)
+
+// streams is the TCP side of a stack.
+type streams struct {
+	s      *Stack
+	h      flow.Handler
+	table  *table
+	fwd    *tcp.Forwarder
+	errors *rate.Limiter
+
+	serving sync.WaitGroup // goroutines in ServeStream
+
+	mu         sync.Mutex
+	ctx        context.Context // of all flows; nil before run
+	handshakes sync.WaitGroup  // goroutines of the forwarder's
+	ended      bool
+}
+
+func newStreams(s *Stack, h flow.Handler) *streams {
+	t := &streams{
+		s: s, h: h,
+		table:  newTable(&s.o.TCP, &s.count),
+		errors: rate.NewLimiter(icmpErrors, icmpErrors/5),
+	}
+	// Handshakes that were evicted stay in the forwarder until they end.
+	t.fwd = tcp.NewForwarder(s.gv, 0, 2*s.o.TCP.Pending, t.handshake)
+	return t
+}
+
+// protocolOptions are those that hold for all connections.
+func (t *streams) protocolOptions() []tcpip.SettableTransportProtocolOption {
+	o := &t.s.o.TCP
+	sack := tcpip.TCPSACKEnabled(true)
+	moderate := tcpip.TCPModerateReceiveBufferOption(true)
+	// RACK and its tail probes retransmit hundreds of times a second on a
+	// link that loses nothing.
+	recovery := tcpip.TCPRecovery(0)
+	wait := tcpip.TCPTimeWaitTimeoutOption(timeWait)
+	linger := tcpip.TCPLingerTimeoutOption(o.Linger)
+	retries := tcpip.TCPSynRetriesOption(synRetries)
+	first := min(firstBuffer, o.Buffer)
+	return []tcpip.SettableTransportProtocolOption{
+		&sack, &moderate, &recovery, &wait, &linger, &retries,
+		&tcpip.TCPReceiveBufferSizeRangeOption{Min: min(minBuffer, first), Default: first, Max: o.Buffer},
+		&tcpip.TCPSendBufferSizeRangeOption{Min: min(minBuffer, first), Default: first, Max: o.Buffer},
+	}
+}
+
+// run lets flows in until ctx ends and returns when the last handler has.
+func (t *streams) run(ctx context.Context) {
+	t.mu.Lock()
+	t.ctx = ctx
+	t.mu.Unlock()
+	t.table.run(ctx)
+	t.mu.Lock()
+	t.ended = true
+	t.mu.Unlock()
+	t.table.close()
+	t.serving.Wait()
+}
+
+// waitHandshakes returns when the forwarder's goroutines are gone. Netstack has
+// been destroyed: none waits for a client any more.
+func (t *streams) waitHandshakes() { t.handshakes.Wait() }
+
+// handle is called by a reader for each segment that belongs to no connection.
+// False lets netstack answer with RST.
+func (t *streams) handle(id gvstack.TransportEndpointID, pkt *gvstack.PacketBuffer) bool {
+	h := header.TCP(pkt.TransportHeader().Slice())
+	const judged = header.TCPFlagSyn | header.TCPFlagAck | header.TCPFlagFin | header.TCPFlagRst
+	switch flags := h.Flags() & judged; {
+	case flags == header.TCPFlagSyn:
+		t.syn(id, h.SequenceNumber(), pkt)
+		return true
+	case flags.Contains(header.TCPFlagRst):
+		t.clientReset(id)
+		if flags.Contains(header.TCPFlagSyn) {
+			t.s.count.oddSYN.Add(1)
+		}
+		return true
+	case flags.Contains(header.TCPFlagSyn | header.TCPFlagFin):
+		t.s.count.oddSYN.Add(1)
+		return true
+	}
+	return false
+}
+
+// syn holds a new SYN, or notes a repeated one.
+func (t *streams) syn(id gvstack.TransportEndpointID, seq uint32, pkt *gvstack.PacketBuffer) {
+	now := time.Now()
+	t.table.mu.Lock()
+	kind, why := t.table.classifyLocked(id, seq, now)
+	if kind != synNew {
+		t.table.mu.Unlock()
+		if kind == synJudged {
+			t.answer(id, pkt, why)
+		}
+		return
+	}
+	t.mu.Lock()
+	parent := t.ctx
+	if t.ended || parent == nil {
+		t.mu.Unlock()
+		t.table.mu.Unlock()
+		return
+	}
+	t.serving.Add(1)
+	t.mu.Unlock()
+	p := &pending{t: t, id: id, seq: seq, last: now, syn: pkt.Clone()}
+	p.flow = flow.New(flow.TCP, addrPort(id.RemoteAddress, id.RemotePort), addrPort(id.LocalAddress, id.LocalPort), t.s.o.Attachment)
+	p.ctx, p.cancel = context.WithCancel(parent)
+	gone := t.table.addLocked(p)
+	t.table.mu.Unlock()
+	for _, g := range gone {
+		g.evict()
+	}
+	go t.serve(p)
+}
+
+// serve runs the handler of one flow to its end.
+func (t *streams) serve(p *pending) {
+	defer t.serving.Done()
+	defer p.cancel()
+	t.h.ServeStream(p.ctx, p)
+	if !p.answered {
+		p.Reject(flow.Unknown)
+	}
+}
+
+// clientReset cancels the dial of a client that says itself that it gave up.
+func (t *streams) clientReset(id gvstack.TransportEndpointID) {
+	t.table.mu.Lock()
+	p := t.table.byID[id]
+	if p == nil || p.phase != dialing {
+		t.table.mu.Unlock()
+		return
+	}
+	t.table.removeLocked(p)
+	t.table.mu.Unlock()
+	t.s.count.gaveUp.Add(1)
+	p.cancel()
+}
+
+// evict ends a pending that was taken out for room.
+func (p *pending) evict() {
+	if p == nil {
+		return
+	}
+	p.cancel()
+	p.abortHandshake()
+}
+
+// abortHandshake ends a half-open endpoint, if there is one.
+func (p *pending) abortHandshake() {
+	net := tcpip.NetworkProtocolNumber(header.IPv4ProtocolNumber)
+	if p.flow.Src.Addr().Is6() {
+		net = header.IPv6ProtocolNumber
+	}
+	if ep := p.t.s.gv.FindTransportEndpoint(net, tcp.ProtocolNumber, p.id, nicID); ep != nil {
+		ep.Abort()
+	}
+}
+
+// Flow implements flow.Stream.
+func (p *pending) Flow() *flow.Flow { return p.flow }
+
+// Accept implements flow.Stream: it answers the SYN and waits for the client's
+// ACK. The error wraps context.Canceled if there is nobody any more who asked.
+func (p *pending) Accept() (flow.Conn, error) {
+	t := p.t
+	t.table.mu.Lock()
+	if p.answered || p.phase != dialing {
+		p.answered = true
+		t.table.mu.Unlock()
+		return nil, p.goneError("the client has given up")
+	}
+	p.answered = true
+	p.phase, p.last = handshaking, time.Now()
+	p.shaken = make(chan struct{})
+	syn := p.syn
+	p.syn = nil
+	t.table.mu.Unlock()
+
+	t.fwd.HandlePacket(p.id, syn)
+	syn.DecRef()
+	select {
+	case <-p.shaken:
+	case <-p.ctx.Done():
+		p.abortHandshake()
+	}
+	t.table.mu.Lock()
+	c, err := p.conn, p.err
+	p.conn = nil
+	t.table.removeLocked(p) // from now on handshake throws an endpoint away
+	t.table.mu.Unlock()
+	if c == nil {
+		t.s.count.handshakeFailed.Add(1)
+		if err == nil {
+			err = p.goneError("it was ended first")
+		}
+		return nil, err
+	}
+	t.s.count.accepted.Add(1)
+	return c, nil
+}
+
+func (p *pending) goneError(why string) error {
+	return fmt.Errorf("answer %s: %s: %w", p.flow.Src, why, context.Canceled)
+}
+
+// handshake runs in a goroutine of the forwarder's, for the SYN that Accept gave
+// it.
+func (t *streams) handshake(r *tcp.ForwarderRequest) {
+	defer r.Complete(false)
+	t.table.mu.Lock()
+	p := t.table.byID[r.ID()]
+	if p == nil || p.phase != handshaking || p.shaken == nil {
+		t.table.mu.Unlock()
+		return
+	}
+	t.handshakes.Add(1)
+	t.table.mu.Unlock()
+	defer t.handshakes.Done()
+
+	c := &conn{s: t.s, local: p.flow.Dst, remote: p.flow.Src}
+	ep, terr := r.CreateEndpoint(&c.wq)
+	if terr == nil {
+		c.open(ep)
+	}
+	t.table.mu.Lock()
+	taken := p.phase == handshaking
+	if taken && terr == nil {
+		p.conn = c
+	} else if taken {
+		p.err = p.goneError(terr.String())
+	}
+	if taken {
+		close(p.shaken)
+	}
+	t.table.mu.Unlock()
+	if !taken && terr == nil {
+		ep.Abort()
+		c.released()
+	}
+}
+
+// Reject implements flow.Stream.
+func (p *pending) Reject(why flow.Reason) {
+	t := p.t
+	t.table.mu.Lock()
+	p.answered = true
+	syn := p.syn
+	p.syn = nil
+	if p.phase == dialing && why != flow.Canceled {
+		t.table.judgeLocked(p, why)
+	}
+	t.table.removeLocked(p)
+	t.table.mu.Unlock()
+	t.s.count.rejected.Add(1)
+	if syn != nil {
+		t.answer(p.id, syn, why)
+		syn.DecRef()
+	}
+}
+
+// answer tells a client why there is no connection.
+func (t *streams) answer(id gvstack.TransportEndpointID, syn *gvstack.PacketBuffer, why flow.Reason) {
+	switch why {
+	case flow.Dropped, flow.Canceled:
+		return
+	case flow.Refused, flow.Reset, flow.Closed:
+	default:
+		orig := append([]byte(nil), syn.NetworkHeader().Slice()...)
+		orig = append(orig, syn.TransportHeader().Slice()...)
+		if t.s.sendError(why, orig) {
+			return
+		}
+	}
+	// A RST is what netstack sends for a segment that nobody wants.
+	t.s.gv.TransportProtocolInstance(tcp.ProtocolNumber).HandleUnknownDestinationPacket(id, syn)
+}
