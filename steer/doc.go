@@ -16,6 +16,7 @@
 //	own socket of cgtun                    as it is
 //	answer to what came in from outside    unmarked
 //	to a bypassed prefix                   unmarked
+//	answer or ICMP error, ct mark M        mark M: the kernel's own have no socket
 //	TCP, SYN of a selected cgroup          ct mark M
 //	TCP, SYN that is marked already        ct mark M
 //	TCP, ct mark M                         mark M, with or without a socket
@@ -24,8 +25,16 @@
 // Chain post is the guard: a marked packet leaves by our device or not at all
 // (SO_BINDTODEVICE needs no capability), and what enters the device has a
 // source of this namespace. What comes out of the device reaches this
-// namespace's own sockets and nothing else: chains in and forward. Chain pre
-// marks it, for rp_filter=1 looks the way back up with the mark.
+// namespace's own sockets and nothing else: chains pre and forward. It gets ct
+// mark M, so that it is answered the way it came, and is marked, for
+// rp_filter=1 looks the way back up with the mark.
+//
+// # The routes
+//
+// The table's default route has the source address that the main table would
+// choose. A socket that is marked from its birth gets its source by this
+// route; a UDP server that is, and answers or connects back to who came in
+// from outside, must do so from the address that was asked.
 //
 // # Bits of the ct mark
 //

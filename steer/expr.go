@@ -90,9 +90,12 @@ func syn() part {
 		equal([]byte{synBit}))
 }
 
-func fresh() part {
-	return part{ct(expr.CtKeySTATE), bits(expr.CtStateBitNEW, 0), differs(host32(0))}
+func state(bit uint32) part {
+	return part{ct(expr.CtKeySTATE), bits(bit, 0), differs(host32(0))}
 }
+
+func fresh() part   { return state(expr.CtStateBitNEW) }
+func related() part { return state(expr.CtStateBitRELATED) }
 
 // daddrIn is ip daddr @set or ip6 daddr @set, as the set's type says.
 func daddrIn(set *nftables.Set) part {

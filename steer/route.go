@@ -3,6 +3,7 @@ package steer
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -168,12 +169,35 @@ func ruleText(r *netlink.Rule) string {
 type routeKey struct {
 	dst  netip.Prefix
 	kind int
-	link int // 0 for what leads nowhere
+	link int        // 0 for what leads nowhere
+	src  netip.Addr // not valid: the kernel's choice
+}
+
+// What stands for far away in the question which source address packets have:
+// addresses for documentation (RFC 5737, RFC 3849), to which nobody has a
+// route of his own.
+var (
+	far4 = netip.MustParseAddr("192.0.2.1")
+	far6 = netip.MustParseAddr("2001:db8:ffff::1")
+)
+
+// source returns the address that an unmarked packet to far away would have;
+// not a valid one where it would go nowhere.
+func source(h *netlink.Handle, far netip.Addr) netip.Addr {
+	routes, err := h.RouteGet(far.AsSlice())
+	if err != nil || len(routes) == 0 {
+		return netip.Addr{}
+	}
+	src, _ := netip.AddrFromSlice(routes[0].Src)
+	if src = src.Unmap(); !src.IsGlobalUnicast() {
+		return netip.Addr{}
+	}
+	return src
 }
 
 // wantRoutes are the routes of a plan: through the device, but what is
 // bypassed is thrown back to the rules behind ours.
-func wantRoutes(p *Plan, link int, v6 bool) []routeKey {
+func wantRoutes(h *netlink.Handle, p *Plan, link int, v6 bool) []routeKey {
 	var want []routeKey
 	defaults := map[bool]bool{} // by Is6
 	for _, prefix := range bypassOf(p) {
@@ -182,9 +206,10 @@ func wantRoutes(p *Plan, link int, v6 bool) []routeKey {
 			want = append(want, routeKey{dst: prefix, kind: unix.RTN_THROW})
 		}
 	}
-	for _, all := range []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")} {
-		if is6 := all.Addr().Is6(); !defaults[is6] && (v6 || !is6) {
-			want = append(want, routeKey{dst: all, kind: unix.RTN_UNICAST, link: link})
+	for _, far := range []netip.Addr{far4, far6} {
+		if is6 := far.Is6(); !defaults[is6] && (v6 || !is6) {
+			all, _ := far.Prefix(0)
+			want = append(want, routeKey{dst: all, kind: unix.RTN_UNICAST, link: link, src: source(h, far)})
 		}
 	}
 	return want
@@ -194,6 +219,8 @@ func keyOf(r *netlink.Route) routeKey {
 	k := routeKey{kind: r.Type}
 	if r.Type == unix.RTN_UNICAST {
 		k.link = r.LinkIndex
+		src, _ := netip.AddrFromSlice(r.Src)
+		k.src = src.Unmap()
 	}
 	any := netip.IPv4Unspecified()
 	if r.Family == unix.AF_INET6 {
@@ -221,19 +248,22 @@ func (k routeKey) route(table int) *netlink.Route {
 			r.Scope = netlink.SCOPE_LINK
 		}
 	}
+	if k.src.IsValid() {
+		r.Src = k.src.AsSlice()
+	}
 	r.Dst = &net.IPNet{IP: k.dst.Addr().AsSlice(), Mask: net.CIDRMask(k.dst.Bits(), bits)}
 	return r
 }
 
 // setRoutes makes the table hold the plan's routes and says whether it had to
 // change anything. Routes of others in it are left alone.
-func setRoutes(h *netlink.Handle, p *Plan, link int, v6 bool) (bool, error) {
+func setRoutes(h *netlink.Handle, p *Plan, link int, v6 bool) (changed bool, err error) {
+	want := wantRoutes(h, p, link, v6)
 	missing := map[routeKey]bool{}
-	want := wantRoutes(p, link, v6)
 	for _, k := range want {
 		missing[k] = true
 	}
-	var stale []netlink.Route
+	stale := map[netip.Prefix]netlink.Route{}
 	for _, family := range families {
 		routes, err := listRoutes(h, family, p.Table)
 		if err != nil {
@@ -243,28 +273,29 @@ func setRoutes(h *netlink.Handle, p *Plan, link int, v6 bool) (bool, error) {
 			if r.Protocol != Protocol {
 				continue
 			}
-			if k := keyOf(&r); missing[k] {
+			k := keyOf(&r)
+			if missing[k] {
 				delete(missing, k)
 				continue
 			}
-			stale = append(stale, r)
+			stale[k.dst] = r
 		}
 	}
-	changed := len(stale)+len(missing) > 0
-	// What is stale goes first: a throw and a default of one destination
-	// exclude each other.
-	if err := delRoutes(h, stale); err != nil {
-		return changed, err
-	}
+	changed = len(stale)+len(missing) > 0
 	for _, k := range want {
 		if !missing[k] {
 			continue
 		}
-		if err := h.RouteAdd(k.route(p.Table)); err != nil {
+		set := h.RouteAdd
+		if _, ours := stale[k.dst]; ours {
+			delete(stale, k.dst)
+			set = h.RouteReplace // without a moment in which there is none
+		}
+		if err := set(k.route(p.Table)); err != nil {
 			return changed, fmt.Errorf("add route %s to table %d: %w", k.dst, p.Table, err)
 		}
 	}
-	return changed, nil
+	return changed, delRoutes(h, slices.Collect(maps.Values(stale)))
 }
 
 func delRoutes(h *netlink.Handle, routes []netlink.Route) error {

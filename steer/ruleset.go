@@ -50,12 +50,15 @@ func newRuleset(p *Plan) *ruleset {
 func (r *ruleset) edges(p *Plan) {
 	dev := p.Device
 	pre := r.hook("pre", nftables.ChainHookPrerouting, nftables.ChainPriorityRaw)
+	// Before routing: that would answer what goes nowhere with an ICMP redirect.
+	r.add(pre, iif(dev), daddrType(differs, unix.RTN_LOCAL), count(countStray), drop())
 	r.add(pre, iif(dev), setMark(p.Mask, p.Mark))
 
 	in := r.hook("in", nftables.ChainHookInput, nftables.ChainPriorityMangle)
-	r.add(in, iif(dev), daddrType(differs, unix.RTN_LOCAL), count(countStray), drop())
+	r.add(in, iif(dev), setCtMark(p.ctMask(), p.ctMark()))
 	r.add(in, iifNot("lo"), iifGroupNot(linkGroup), original(), setCtMark(cameIn, cameIn))
 
+	// What a nat chain has given another destination since.
 	forward := r.hook("forward", nftables.ChainHookForward, nftables.ChainPriorityFilter)
 	r.add(forward, iif(dev), count(countStray), drop())
 
@@ -84,6 +87,8 @@ func (r *ruleset) out(p *Plan) {
 	}
 
 	captured := ctMarkIs(p.ctMask(), p.ctMark())
+	r.add(out, reply(), captured, setMark(p.Mask, p.Mark))
+	r.add(out, related(), captured, setMark(p.Mask, p.Mark))
 	r.add(out, syn(), captured, setCtMark(p.ctMask(), 0))
 	levels, sets := r.cgroups(p)
 	for i, set := range sets {

@@ -65,7 +65,8 @@ func (s *Steering) Run(ctx context.Context, repaired func(what string, err error
 func (s *Steering) listen() ([]*mdl.Conn, error) {
 	groups := map[int][]uint32{
 		unix.NETLINK_ROUTE: {
-			unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV6_RULE,
+			unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV4_IFADDR,
+			unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV6_RULE, unix.RTNLGRP_IPV6_IFADDR,
 		},
 		unix.NETLINK_NETFILTER: {unix.NFNLGRP_NFTABLES},
 	}
