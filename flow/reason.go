@@ -91,6 +91,8 @@ type PeerError struct {
 	Err    error
 }
 
-func (e *PeerError) Error() string      { return fmt.Sprintf("send to %s: %v", e.Peer, e.Err) }
-func (e *PeerError) Unwrap() error      { return e.Err }
+func (e *PeerError) Error() string { return fmt.Sprintf("send to %s: %v", e.Peer, e.Err) }
+func (e *PeerError) Unwrap() error { return e.Err }
+
+// FlowReason lets ReasonOf find the reason.
 func (e *PeerError) FlowReason() Reason { return e.Reason }

@@ -14,6 +14,7 @@ import (
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
+	"cgtun/internal/labtest"
 	"cgtun/internal/netns"
 )
 
@@ -22,9 +23,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // space makes a namespace with a dummy name that goes with the test.
 func space(t *testing.T, suffix string) string {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root: run as root")
-	}
+	labtest.Need(t, labtest.Root, labtest.Tool("ip"))
 	name := fmt.Sprintf("nsref%d%s", os.Getpid(), suffix)
 	run(t, "ip", "netns", "add", name)
 	t.Cleanup(func() { exec.Command("ip", "netns", "del", name).Run() })
