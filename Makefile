@@ -20,8 +20,9 @@ build:
 deps:
 	internal/tools/deps.sh
 
-test: deps
+test: deps build
 	internal/tools/test.sh
+	go run ./internal/demo
 
 unit:
 	go test -short ./...
