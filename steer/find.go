@@ -2,6 +2,7 @@ package steer
 
 import (
 	"cmp"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
@@ -26,7 +27,7 @@ type Object struct {
 }
 
 // Find lists the objects of all instances in a namespace, the running ones
-// too, by instance.
+// too, sorted by instance and kind.
 func Find(ns netns.Ref) ([]Object, error) {
 	tables, err := ourTables(ns)
 	if err != nil {
@@ -37,7 +38,7 @@ func Find(ns netns.Ref) ([]Object, error) {
 	for _, t := range tables {
 		instance := strings.TrimPrefix(t.Name, tablePrefix)
 		objects = append(objects, Object{Instance: instance, Kind: "nft table", Text: "inet " + t.Name})
-		alive[instance] = t.Flags&flagOwner != 0
+		alive[instance] = hasOwner(t)
 	}
 	err = withRoutes(ns, func(h *netlink.Handle) error {
 		for _, family := range families {
@@ -58,8 +59,16 @@ func Find(ns netns.Ref) ([]Object, error) {
 	for i := range objects {
 		objects[i].Alive = alive[objects[i].Instance]
 	}
-	slices.SortStableFunc(objects, func(a, b Object) int { return cmp.Compare(a.Instance, b.Instance) })
-	return slices.Compact(objects), nil
+	slices.SortStableFunc(objects, func(a, b Object) int {
+		return cmp.Or(cmp.Compare(a.Instance, b.Instance), cmp.Compare(a.Kind, b.Kind))
+	})
+	return slices.Compact(objects), nil // a table has routes of two families
+}
+
+// hasOwner reads the table's flags, which come in network order; the library
+// takes them for the machine's.
+func hasOwner(t *nftables.Table) bool {
+	return binary.BigEndian.Uint32(host32(t.Flags))&flagOwner != 0
 }
 
 // findRoutes lists rules and tables of one family, and the instances whose
