@@ -205,9 +205,7 @@ func (c *conn) Close() error {
 }
 
 // Reset implements flow.Conn. The RST goes when the client has acknowledged all
-// that was written, or when it has not for the linger time. Abort alone would
-// throw the unsent away, and no option tells how much that is; but an endpoint
-// whose send buffer has one byte is writable exactly when nothing is left.
+// that was written, or when it has not for the linger time.
 func (c *conn) Reset() error {
 	if !c.closed.CompareAndSwap(false, true) {
 		return nil
@@ -216,21 +214,81 @@ func (c *conn) Reset() error {
 	c.write.stop()
 	linger := tcpip.TCPUserTimeoutOption(c.s.o.TCP.Linger)
 	_ = c.ep.SetSockOpt(&linger)
-	c.ep.SocketOptions().SetSendBufferSize(2, true)
 	c.released()
+	(&resetting{ep: c.ep, pause: minResetPause}).begin(&c.wq)
+	return nil
+}
 
-	var once sync.Once
-	check := func() {
-		if c.ep.Readiness(waiter.WritableEvents) != 0 {
-			once.Do(c.ep.Abort)
-		}
-	}
+const (
+	// oneByte is a send buffer that is writable exactly when it is empty.
+	oneByte                      = 2
+	minResetPause, maxResetPause = 5 * time.Millisecond, 500 * time.Millisecond
+)
+
+// resetting aborts an endpoint when its send queue is empty. Abort alone would
+// throw the queue away, and no option tells how much is in it; but an endpoint
+// whose send buffer holds one byte is writable exactly when nothing is left.
+// Netstack may set the size that it has just computed for an ACK after ours, so
+// ours is set again until it stays, and since that size decides too whether an
+// event is sent, a timer asks as well.
+type resetting struct {
+	ep    tcpip.Endpoint
+	entry waiter.Entry
+
+	mu    sync.Mutex
+	done  bool
+	pause time.Duration
+	timer *time.Timer
+}
+
+func (r *resetting) begin(wq *waiter.Queue) {
 	// Called with the endpoint locked: the goroutine ends when it got that
 	// lock.
-	e := waiter.NewFunctionEntry(waiter.WritableEvents|waiter.EventHUp|waiter.EventErr, func(waiter.EventMask) { go check() })
-	c.wq.EventRegister(&e)
-	check()
-	return nil
+	r.entry = waiter.NewFunctionEntry(waiter.WritableEvents|waiter.EventHUp|waiter.EventErr, func(waiter.EventMask) { go r.check() })
+	wq.EventRegister(&r.entry)
+	r.mu.Lock()
+	r.timer = time.AfterFunc(r.pause, r.later)
+	r.mu.Unlock()
+	r.check()
+}
+
+// check aborts if the time has come.
+func (r *resetting) check() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.done || !r.empty() {
+		return
+	}
+	r.done = true
+	r.timer.Stop()
+	r.ep.Abort()
+}
+
+// later is check by the timer.
+func (r *resetting) later() {
+	r.check()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.done {
+		r.pause = min(2*r.pause, maxResetPause)
+		r.timer.Reset(r.pause)
+	}
+}
+
+// empty says whether nothing is left to be delivered, or never will be.
+func (r *resetting) empty() bool {
+	o := r.ep.SocketOptions()
+	if o.GetSendBufferSize() != oneByte {
+		o.SetSendBufferSize(oneByte, true)
+	}
+	switch tcp.EndpointState(r.ep.State()) {
+	case tcp.StateFinWait1, tcp.StateClosing, tcp.StateLastAck:
+		// Our FIN is behind the data, and not acknowledged: to netstack an
+		// endpoint that is closed for sending is always writable.
+		return false
+	}
+	// Closed for receiving is reported whatever was asked.
+	return r.ep.Readiness(waiter.WritableEvents)&waiter.WritableEvents != 0 && o.GetSendBufferSize() == oneByte
 }
 
 // LocalAddr implements net.Conn: where the client wanted to go.

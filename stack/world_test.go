@@ -121,12 +121,20 @@ func (r *relaying) ServeStream(ctx context.Context, s flow.Stream) {
 	defer out.Close()
 	in, err := s.Accept()
 	if err != nil {
+		// The client was gone before it was accepted.
 		out.Reset()
+		r.note(relay.Result{Reason: flow.Reset, By: relay.Client, Err: err})
 		return
 	}
 	defer in.Close()
-	res := relay.Streams(ctx, in, out, relay.Options{})
+	r.note(relay.Streams(ctx, in, out, relay.Options{}))
+}
+
+func (r *relaying) note(res relay.Result) {
 	r.w.mu.Lock()
+	if testing.Verbose() {
+		r.w.t.Logf("result %+v", res)
+	}
 	r.w.results = append(r.w.results, res)
 	r.w.mu.Unlock()
 }
