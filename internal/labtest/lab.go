@@ -126,7 +126,7 @@ func (l *Lab) close() {
 		if h.dirty {
 			continue
 		}
-		for _, r := range residue("ip", "netns", "exec", h.Name) {
+		for _, r := range residue("nsenter", "--net="+h.Path) {
 			l.t.Errorf("left in namespace %s: %s", h.Name, r)
 		}
 	}

@@ -3,9 +3,11 @@ package labtest
 import (
 	"fmt"
 	"io/fs"
+	"os"
 	"path/filepath"
 	"regexp"
 	"strings"
+	"time"
 )
 
 // State is what cgtun must leave as it found it, as text: an nft ruleset
@@ -22,6 +24,9 @@ var transient = regexp.MustCompile(`(?m)(valid|preferred)_lft \S+ ?|expires \S+|
 // go as other tests run.
 func (l *Lab) Snapshot(h *Host, cgroups ...string) State {
 	l.t.Helper()
+	for i := range h.devices {
+		h.awaitLinkLocal(fmt.Sprintf("eth%d", i))
+	}
 	var b strings.Builder
 	section := func(name string, args ...string) {
 		fmt.Fprintf(&b, "== %s\n%s", name, transient.ReplaceAllString(h.Run(args[0], args[1:]...), ""))
@@ -55,6 +60,28 @@ func (l *Lab) Snapshot(h *Host, cgroups ...string) State {
 		})
 	}
 	return State(b.String())
+}
+
+// awaitLinkLocal waits for the address that a device gives itself a little after
+// it has gone up. A state taken before would differ from one taken after.
+func (h *Host) awaitLinkLocal(dev string) {
+	h.lab.t.Helper()
+	_ = h.Do(func() error {
+		eventually(2*time.Second, func() bool {
+			off, err := os.ReadFile("/proc/sys/net/ipv6/conf/" + dev + "/disable_ipv6")
+			if err != nil || strings.TrimSpace(string(off)) != "0" {
+				return true
+			}
+			all, _ := os.ReadFile("/proc/thread-self/net/if_inet6")
+			for line := range strings.Lines(string(all)) {
+				if w := strings.Fields(line); len(w) == 6 && w[5] == dev && strings.HasPrefix(w[0], "fe80") {
+					return true
+				}
+			}
+			return false
+		})
+		return nil
+	})
 }
 
 // Diff returns what has changed in after, a line each: "-" in front of what is
