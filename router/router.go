@@ -78,8 +78,8 @@ func (o Options) withDefaults() Options {
 	return o
 }
 
-// Router is a flow.Handler. Safe for concurrent use. It has no goroutine of its
-// own: nothing is to be closed.
+// Router is a flow.Handler. Safe for concurrent use. Its only goroutine is that
+// of Run: nothing is to be closed.
 type Router struct {
 	opts Options
 	log  *slog.Logger
@@ -113,6 +113,25 @@ func New(o Options) *Router {
 	r.table.init(r.opts)
 	r.policy.Store(&policy{set: rules.Empty()})
 	return r
+}
+
+// Run looks after the flows that live for long, until ctx ends: servers that do
+// not read for a while are not taken for dead (dialer.Patience), and closed
+// flows are forgotten also when no new ones push them out.
+func (r *Router) Run(ctx context.Context) error {
+	tick := time.NewTicker(dialer.PatienceEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case now := <-tick.C:
+			live, _ := r.table.entries(now)
+			for _, e := range live {
+				e.lookAfter()
+			}
+		}
+	}
 }
 
 // Reload puts rules and outbounds in force for the flows that begin from now

@@ -2,6 +2,7 @@ package router
 
 import (
 	"context"
+	"net"
 	"time"
 
 	"cgtun/dialer"
@@ -23,7 +24,7 @@ func (r *Router) ServeStream(ctx context.Context, s flow.Stream) {
 	if !r.connect(ctx, e, s, &ends) {
 		return
 	}
-	result := relay.Streams(ctx, ends.client, ends.server, relay.Options{Up: &e.up, Down: &e.down})
+	result := relay.Streams(ctx, ends.client, ends.server.Conn, relay.Options{Up: &e.up, Down: &e.down})
 	e.end(result.Reason)
 }
 
@@ -90,6 +91,9 @@ func (r *Router) connect(ctx context.Context, e *entry, s flow.Stream, ends *str
 		return false
 	}
 	ends.client = client
+	if k, ok := server.Conn.(relay.Kernel); ok {
+		e.watchSocket(k.TCP())
+	}
 	e.path(server.Path)
 	return true
 }
@@ -99,4 +103,22 @@ func (r *Router) dial(ctx context.Context, f *flow.Flow, o dialer.Outbound) (*di
 	ctx, cancel := context.WithDeadline(ctx, f.Start.Add(r.opts.Deadline))
 	defer cancel()
 	return o.DialStream(ctx, target(f))
+}
+
+// watchSocket has Run look after the server's end until the flow ends.
+func (e *entry) watchSocket(c *net.TCPConn) {
+	e.mu.Lock()
+	e.kernel = c
+	e.mu.Unlock()
+}
+
+// lookAfter is called by Run alone. What is wrong with the socket relay sees
+// too.
+func (e *entry) lookAfter() {
+	e.mu.Lock()
+	c := e.kernel
+	e.mu.Unlock()
+	if c != nil {
+		_ = e.patience.Check(c)
+	}
 }

@@ -1,10 +1,12 @@
 package router
 
 import (
+	"net"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"cgtun/dialer"
 	"cgtun/flow"
 	"cgtun/rules"
 )
@@ -48,6 +50,9 @@ type entry struct {
 	owner  *flow.Owner
 	hops   []string // the path
 	ended  time.Time
+
+	kernel   *net.TCPConn // the server's end, if it is a kernel socket
+	patience dialer.Patience
 }
 
 // begin puts a flow into the table. Whoever calls it calls end once.
@@ -91,6 +96,7 @@ func (e *entry) end(why flow.Reason) {
 		return
 	}
 	e.state, e.reason, e.ended = flow.StateClosed, why, time.Now()
+	e.kernel = nil
 	way := e.way
 	e.mu.Unlock()
 	if way != nil {

@@ -1,0 +1,65 @@
+package dialer
+
+import (
+	"errors"
+	"net"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// PatienceEvery is how often Patience.Check is to be called: some times within
+// the user timeout, which counts from the moment that the window closed.
+const PatienceEvery = 4 * time.Second
+
+// Patience keeps an outbound socket alive whose peer lives and does not read.
+// The user timeout, which ends a path that is dead, ends that one too: since
+// Linux 5.11 it counts from the first probe of a closed window, answered or
+// not (tcp_probe_timer of net/ipv4/tcp_timer.c). Check lifts it while the
+// window is closed and probes are answered.
+//
+// The zero value is for a socket fresh from Direct. Not safe for concurrent
+// use.
+type Patience struct{ lifted bool }
+
+const (
+	// Probes without an answer after which a peer is not believed to live.
+	deadProbes = 3
+	// While the timeout is lifted, probes are at most this far apart, where
+	// the kernel can be told so (6.15); else they back off up to 2 min, and
+	// a path that dies meanwhile is found as much later.
+	probeEvery = 5 * time.Second
+)
+
+// Check looks at the socket and sets its user timeout. An error means that the
+// socket is closed.
+func (p *Patience) Check(c *net.TCPConn) error {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var failed error
+	err = raw.Control(func(fd uintptr) { failed = p.check(int(fd)) })
+	return errors.Join(err, failed)
+}
+
+func (p *Patience) check(fd int) error {
+	info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
+	if err != nil {
+		return err
+	}
+	// Something to send, nothing on its way: only a closed window does that
+	// for longer than a moment.
+	closed := info.Notsent_bytes > 0 && info.Unacked == 0
+	lift := closed && info.Probes < deadProbes
+	if lift == p.lifted {
+		return nil
+	}
+	timeout := userTimeout
+	if lift {
+		timeout = 0
+		_ = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_RTO_MAX_MS, int(probeEvery.Milliseconds()))
+	}
+	p.lifted = lift
+	return unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(timeout.Milliseconds()))
+}

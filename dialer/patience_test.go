@@ -1,0 +1,80 @@
+package dialer_test
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"cgtun/dialer"
+	"cgtun/flow"
+	"cgtun/internal/labtest"
+)
+
+// A server that does not read for long, and reads on then, is not cut off; the
+// timeout that finds dead paths is off only as long as that lasts.
+func TestTimeoutIsLiftedWhileTheServerDoesNotRead(t *testing.T) {
+	l, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	d, err := dialer.NewDirect(dialer.Config{Name: "up", Type: dialer.TypeDirect})
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn, err := d.DialStream(context.Background(), dialer.Target{Addr: netip.MustParseAddrPort(l.Addr().String())})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	server, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Close()
+	tcp := conn.Conn.(flow.TCPConn).TCP()
+
+	var p dialer.Patience
+	timeoutIs := func(want string) func() bool {
+		return func() bool {
+			if err := p.Check(tcp); err != nil {
+				t.Fatal(err)
+			}
+			got, err := options(tcp)
+			return err == nil && strings.Contains(got, "user timeout "+want+" ms")
+		}
+	}
+	if !timeoutIs("14000")() {
+		t.Error("the timeout is off although nothing is sent")
+	}
+	fill(t, tcp)
+	labtest.Eventually(t, 5*time.Second, timeoutIs("0"), "the timeout is lifted")
+	go func() { _, _ = io.Copy(io.Discard, server) }()
+	labtest.Eventually(t, 5*time.Second, timeoutIs("14000"), "the timeout is back")
+	_ = conn.Close()
+	if p.Check(tcp) == nil {
+		t.Error("no error from a closed socket")
+	}
+}
+
+// fill writes until the peer takes no more.
+func fill(t *testing.T, c *net.TCPConn) {
+	t.Helper()
+	block := make([]byte, 1<<20)
+	for {
+		if err := c.SetWriteDeadline(time.Now().Add(300 * time.Millisecond)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := c.Write(block); errors.Is(err, os.ErrDeadlineExceeded) {
+			return
+		} else if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
