@@ -1,0 +1,363 @@
+package bench_test
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"cgtun/internal/labtest"
+)
+
+// lab is
+//
+//	routed ───────────── router ───────────── server
+//	10.8.0.2     10.8.0.1      10.7.0.1    10.7.0.2
+//	                      │
+//	captured ── tun0 ── cgtun (its sockets are router's)
+//	10.9.0.1
+//
+// routed takes the kernel's way, or asks the splice relay on router; captured has
+// no other way than the tun.
+type lab struct {
+	b                                *testing.B
+	routed, captured, router, server *labtest.Host
+	cgtun, splice                    *program
+}
+
+// way is one of the three ways to the server.
+type way struct {
+	name string
+	from *labtest.Host
+	addr string
+	by   *program // the process that relays, if any
+}
+
+func (l *lab) ways() []way {
+	return []way{
+		{"kernel", l.routed, serverIP, nil},
+		{"splice", l.routed, routerIP, l.splice},
+		{"cgtun", l.captured, serverIP, l.cgtun},
+	}
+}
+
+func newLab(b *testing.B) *lab {
+	labtest.Need(b, labtest.Root, labtest.Tool("iperf3"), labtest.Tool("ip"))
+	in := labtest.New(b)
+	l := &lab{b: b, routed: in.Host("routed"), captured: in.Host("captured"), router: in.Host("router"), server: in.Host("server")}
+	in.Link(l.routed, l.router, "10.8.0.2/24", "10.8.0.1/24")
+	in.Link(l.router, l.server, "10.7.0.1/24", "10.7.0.2/24")
+	l.router.Forward()
+	l.routed.Run("ip", "route", "add", "default", "via", "10.8.0.1")
+	l.server.Run("ip", "route", "add", "default", "via", "10.7.0.1")
+	for _, h := range []*labtest.Host{l.routed, l.captured, l.router, l.server} {
+		h.Sysctl("net.ipv4.ip_local_port_range", "10000 65000")
+		h.Sysctl("net.ipv4.tcp_max_syn_backlog", "16384")
+		h.Sysctl("net.core.somaxconn", "16384")
+	}
+	l.server.Start("iperf3", "-s", "-p", iperfPort)
+	l.start(l.server, "server", "")
+	l.splice = l.start(l.router, "splice", "")
+	l.startCgtun()
+	return l
+}
+
+func (l *lab) startCgtun() {
+	l.cgtun = l.start(l.router, "cgtun", l.captured.Path)
+	l.captured.Run("ip", "route", "add", "default", "dev", "tun0")
+}
+
+// program is a role that runs in the background.
+type program struct {
+	cmd *exec.Cmd
+	b   *testing.B
+}
+
+func (l *lab) command(h *labtest.Host, role, arg string) *exec.Cmd {
+	exe, err := os.Executable()
+	if err != nil {
+		l.b.Fatal(err)
+	}
+	cmd := h.Command(context.Background(), exe)
+	cmd.Env = append(os.Environ(), roleEnv+"="+role, argEnv+"="+arg)
+	cmd.Stderr = os.Stderr
+	return cmd
+}
+
+// start runs a role until stop or the end of the benchmark, and returns when it
+// says that it is ready.
+func (l *lab) start(h *labtest.Host, role, arg string) *program {
+	l.b.Helper()
+	cmd := l.command(h, role, arg)
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		l.b.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		l.b.Fatal(err)
+	}
+	p := &program{cmd: cmd, b: l.b}
+	l.b.Cleanup(p.stop)
+	line, err := bufio.NewReader(out).ReadString('\n')
+	if err != nil || line != "ready\n" {
+		l.b.Fatalf("%s: %q, %v", role, line, err)
+	}
+	return p
+}
+
+func (p *program) stop() {
+	if p.cmd.ProcessState != nil {
+		return
+	}
+	_ = p.cmd.Process.Signal(syscall.SIGTERM)
+	if err := p.cmd.Wait(); err != nil {
+		p.b.Errorf("%v: %v", p.cmd.Args, err)
+	}
+}
+
+// cpu is what the process has used, in seconds.
+func (p *program) cpu() float64 {
+	if p == nil {
+		return 0
+	}
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.cmd.Process.Pid))
+	if err != nil {
+		p.b.Fatal(err)
+	}
+	f := strings.Fields(string(b[strings.LastIndexByte(string(b), ')')+1:]))
+	user, _ := strconv.ParseFloat(f[11], 64)
+	system, _ := strconv.ParseFloat(f[12], 64)
+	return (user + system) / 100
+}
+
+// rss is in KiB.
+func (p *program) rss() float64 {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
+	if err != nil {
+		p.b.Fatal(err)
+	}
+	for line := range strings.Lines(string(b)) {
+		if rest, ok := strings.CutPrefix(line, "VmRSS:"); ok {
+			kb, _ := strconv.ParseFloat(strings.Fields(rest)[0], 64)
+			return kb
+		}
+	}
+	return 0
+}
+
+// ask runs a role in the foreground and returns its figures.
+func (l *lab) ask(h *labtest.Host, role, arg string) map[string]float64 {
+	l.b.Helper()
+	cmd := l.command(h, role, arg)
+	out, err := cmd.Output()
+	if err != nil {
+		l.b.Fatalf("%s %s: %v", role, arg, err)
+	}
+	var figures map[string]float64
+	if err := json.Unmarshal(out, &figures); err != nil {
+		l.b.Fatalf("%s: %v in %q", role, err, out)
+	}
+	return figures
+}
+
+// iperf returns Gbit/s as received, and the share of datagrams lost.
+func (l *lab) iperf(w way, args ...string) (gbits, lost float64) {
+	l.b.Helper()
+	args = append([]string{"-J", "-c", w.addr, "-p", iperfPort}, args...)
+	out, err := w.from.Try("iperf3", args...)
+	var r struct {
+		Error string
+		End   struct {
+			Received struct {
+				BitsPerSecond float64 `json:"bits_per_second"`
+			} `json:"sum_received"`
+			Sum struct {
+				BitsPerSecond float64 `json:"bits_per_second"`
+				LostPercent   float64 `json:"lost_percent"`
+			}
+		}
+	}
+	if jerr := json.Unmarshal([]byte(out), &r); err != nil || jerr != nil {
+		l.b.Fatalf("iperf3 %s by %s: %v, %v, %s", args, w.name, err, jerr, r.Error)
+	}
+	return r.End.Received.BitsPerSecond / 1e9, r.End.Sum.LostPercent / 100
+}
+
+func setting(name string, def int) int {
+	if n, err := strconv.Atoi(os.Getenv(name)); err == nil {
+		return n
+	}
+	return def
+}
+
+// cells collects the figures of a run and prints medians.
+type cells struct {
+	rows   []string
+	values map[string]map[string][]float64
+}
+
+func (c *cells) add(row, way string, v float64) {
+	if c.values == nil {
+		c.values = make(map[string]map[string][]float64)
+	}
+	if c.values[row] == nil {
+		c.values[row] = make(map[string][]float64)
+		c.rows = append(c.rows, row)
+	}
+	c.values[row][way] = append(c.values[row][way], v)
+}
+
+func (c *cells) median(row, way string) (float64, bool) {
+	v := slices.Clone(c.values[row][way])
+	if len(v) == 0 {
+		return 0, false
+	}
+	slices.Sort(v)
+	return v[len(v)/2], true
+}
+
+func (c *cells) print() {
+	fmt.Printf("\n%-34s %10s %10s %10s %14s %14s\n", "median", "kernel", "splice", "cgtun", "cgtun/kernel", "cgtun/splice")
+	for _, row := range c.rows {
+		fmt.Printf("%-34s", row)
+		ours, _ := c.median(row, "cgtun")
+		for _, w := range []string{"kernel", "splice", "cgtun"} {
+			fmt.Print(cell(c.median(row, w)))
+		}
+		for _, w := range []string{"kernel", "splice"} {
+			v, ok := c.median(row, w)
+			ok = ok && v != 0
+			if !ok {
+				v = 1
+			}
+			fmt.Print("    ", cell(ours/v, ok))
+		}
+		fmt.Println()
+	}
+	fmt.Println()
+}
+
+func cell(v float64, ok bool) string {
+	if !ok {
+		return fmt.Sprintf(" %10s", "-")
+	}
+	return fmt.Sprintf(" %10.2f", v)
+}
+
+// BenchmarkEndToEnd prints one table. CGTUN_BENCH_ROUNDS (3) and
+// CGTUN_BENCH_SECONDS (1, of each bulk cell) make it longer, CGTUN_BENCH_ONLY
+// (bulk,rate,latency,udp,memory) shorter. CGTUN_BENCH_HANDLER=plain leaves the
+// router out, CGTUN_BENCH_QUEUES has more queues, CGTUN_BENCH_PROFILE=FILE
+// takes a CPU profile of cgtun.
+func BenchmarkEndToEnd(b *testing.B) {
+	only := os.Getenv("CGTUN_BENCH_ONLY")
+	wanted := func(part string) bool { return only == "" || strings.Contains(only, part) }
+	for b.Loop() {
+		l := newLab(b)
+		var c cells
+		for range setting("CGTUN_BENCH_ROUNDS", 3) {
+			if wanted("bulk") {
+				l.bulk(&c)
+			}
+			if wanted("rate") {
+				l.rates(&c)
+			}
+			if wanted("latency") {
+				l.latencies(&c)
+			}
+			if wanted("udp") {
+				l.datagrams(&c)
+			}
+		}
+		if wanted("memory") {
+			l.memory(&c)
+		}
+		c.print()
+	}
+}
+
+// bulk is TCP with 1, 4 and 16 streams each way, and the CPU time of it.
+func (l *lab) bulk(c *cells) {
+	seconds := setting("CGTUN_BENCH_SECONDS", 1)
+	for _, streams := range []int{1, 4, 16} {
+		for _, dir := range []string{"up", "down"} {
+			args := []string{"-t", strconv.Itoa(seconds), "-P", strconv.Itoa(streams)}
+			if dir == "down" {
+				args = append(args, "-R")
+			}
+			for _, w := range l.ways() {
+				before, began := w.by.cpu(), time.Now()
+				gbits, _ := l.iperf(w, args...)
+				_ = began
+				c.add(fmt.Sprintf("tcp %s %d, Gbit/s", dir, streams), w.name, gbits)
+				if w.by != nil {
+					gigabytes := gbits / 8 * float64(seconds)
+					c.add("cpu of the relay, s/GB", w.name, (w.by.cpu()-before)/gigabytes)
+				}
+			}
+		}
+	}
+}
+
+func (l *lab) rates(c *cells) {
+	for _, w := range l.ways() {
+		c.add("connections/s", w.name, l.ask(w.from, "rate", w.addr+":"+echoPort)["rate"])
+	}
+}
+
+func (l *lab) latencies(c *cells) {
+	for _, w := range l.ways() {
+		f := l.ask(w.from, "latency", w.addr+":"+echoPort)
+		c.add("connect + first byte p50, µs", w.name, f["first50"])
+		c.add("connect + first byte p99, µs", w.name, f["first99"])
+		c.add("round trip, open p50, µs", w.name, f["open50"])
+		c.add("round trip, open p99, µs", w.name, f["open99"])
+	}
+}
+
+// datagrams offers 120,000 datagrams of 1,200 bytes a second.
+func (l *lab) datagrams(c *cells) {
+	for _, dir := range []string{"up", "down"} {
+		for _, w := range l.ways() {
+			if w.name == "splice" {
+				continue // knows no datagrams
+			}
+			args := []string{"-u", "-l", "1200", "-b", "1152M", "-t", strconv.Itoa(setting("CGTUN_BENCH_SECONDS", 1))}
+			if dir == "down" {
+				args = append(args, "-R")
+			}
+			_, lost := l.iperf(w, args...)
+			c.add("udp "+dir+" 120k/s, share arrived", w.name, 1-lost)
+		}
+	}
+}
+
+// memory is what a process holds with idle connections, just after they were
+// opened. 10,000 would need more descriptors than some systems allow.
+func (l *lab) memory(c *cells) {
+	// A fresh process each: what earlier work left is not asked.
+	l.cgtun.stop()
+	l.startCgtun()
+	l.splice.stop()
+	l.splice = l.start(l.router, "splice", "")
+	for _, w := range l.ways()[1:] {
+		base := w.by.rss()
+		c.add("memory at start, MiB", w.name, base/1024)
+		for _, n := range []int{1000, 9000} {
+			if w.name == "splice" && n > 4000 {
+				continue // two sockets and two pipes each
+			}
+			holder := l.start(w.from, "idle", fmt.Sprintf("%d %s:%s", n, w.addr, echoPort))
+			c.add(fmt.Sprintf("memory at %d idle, KiB each", n), w.name, (w.by.rss()-base)/float64(n))
+			holder.stop()
+		}
+	}
+}
