@@ -1,0 +1,160 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+
+	"golang.org/x/sys/unix"
+
+	"cgtun/cgroupsel"
+	"cgtun/control"
+	"cgtun/internal/netns"
+	"cgtun/steer"
+)
+
+const cleanupLong = `It looks at the kernel's tables of this network namespace, at the cgroups that
+cgtun made, and at the control socket (that of -s or -c, else the default one).
+Instances that run are left alone. Nothing to remove is no error.`
+
+// runCleanup removes what dead instances left, and says what that was.
+func runCleanup(ctx context.Context, c *call) error {
+	if os.Geteuid() != 0 {
+		return errors.New("cleanup needs root")
+	}
+	client, err := c.client()
+	if err != nil {
+		return err
+	}
+	home, err := netns.Home()
+	if err != nil {
+		return err
+	}
+	w := cleaner{c: c}
+	if st, _, err := client.Status(ctx); err == nil {
+		w.answers = strconv.Itoa(st.Instance)
+	}
+	err = errors.Join(w.tables(home), w.cgroups(), w.socket(client.Socket))
+	if err == nil && c.out.Len() == 0 {
+		fmt.Fprintln(c.out, "nothing was left")
+	}
+	return err
+}
+
+// cleaner is one run of cleanup.
+type cleaner struct {
+	c       *call
+	answers string // the instance that answers at the control socket
+}
+
+func (w *cleaner) removed(kind, what string) { fmt.Fprintf(w.c.out, "removed %s %s\n", kind, what) }
+
+// tables removes nft tables, ip rules and routes of dead instances.
+func (w *cleaner) tables(home netns.Ref) error {
+	objects, err := steer.Find(home)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	done := map[string]bool{}
+	for _, o := range objects {
+		if done[o.Instance] {
+			continue
+		}
+		done[o.Instance] = true
+		if o.Alive || o.Instance == w.answers {
+			fmt.Fprintf(w.c.out, "instance %s is running: left alone\n", o.Instance)
+			continue
+		}
+		if err := steer.Remove(home, o.Instance); err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		for _, gone := range objects {
+			if gone.Instance == o.Instance {
+				w.removed(gone.Kind, gone.Text)
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// cgroups removes the empty ones that dead instances made.
+func (w *cleaner) cgroups() error {
+	left, err := cgroupsel.Find()
+	if err != nil {
+		return fmt.Errorf("find cgroups that were left: %w", err)
+	}
+	if len(left) == 0 {
+		return nil
+	}
+	alive, err := liveInstances()
+	if err != nil {
+		return err
+	}
+	alive[w.answers] = true
+	var errs []error
+	for _, l := range left {
+		if alive[l.Instance] {
+			continue
+		}
+		alive[l.Instance] = true // all of its cgroups went with the first
+		removed, err := cgroupsel.Remove(l.Instance)
+		for _, path := range removed {
+			w.removed("cgroup", path)
+		}
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
+// liveInstances looks for running instances in the network namespaces of all
+// processes and names: cgroups are the whole machine's. A namespace that ends
+// meanwhile has none.
+func liveInstances() (map[string]bool, error) {
+	if _, err := netns.Home(); err != nil {
+		return nil, err
+	}
+	files, _ := filepath.Glob("/proc/[0-9]*/ns/net")
+	names, _ := filepath.Glob("/run/netns/*")
+	alive, seen := map[string]bool{}, map[uint64]bool{}
+	for _, path := range append(files, names...) {
+		var st unix.Stat_t
+		if unix.Stat(path, &st) != nil || seen[st.Ino] {
+			continue
+		}
+		seen[st.Ino] = true
+		ns, err := netns.Named(path)
+		if err != nil {
+			continue
+		}
+		objects, err := steer.Find(ns)
+		if err != nil {
+			continue
+		}
+		for _, o := range objects {
+			alive[o.Instance] = alive[o.Instance] || o.Alive
+		}
+	}
+	return alive, nil
+}
+
+// socket removes the file of a dead instance's control socket, and the default
+// directory if it is empty then.
+func (w *cleaner) socket(path string) error {
+	removed, err := control.RemoveStale(path)
+	var taken *control.TakenError
+	if errors.As(err, &taken) {
+		return nil
+	}
+	if removed {
+		w.removed("socket", path)
+	}
+	if dir := filepath.Dir(path); dir == filepath.Dir(control.DefaultSocket) {
+		_ = os.Remove(dir)
+	}
+	return err
+}
