@@ -18,7 +18,8 @@ func (s *Selector) allowed(feature string) error {
 	return nil
 }
 
-// trace makes the maps, fills the trie and attaches the tracepoints.
+// trace fills the trie and attaches the tracepoints. A TakenError is the
+// user's to mend; any other error is a kernel that refuses.
 func (s *Selector) trace() error {
 	if err := s.allowed(FeatureMkdir); err != nil {
 		return err
@@ -31,14 +32,21 @@ func (s *Selector) trace() error {
 	if err != nil {
 		return err
 	}
+	entry := pathValue{Value: s.value}
+	copy(entry.Instance[:], s.opts.Instance)
+	reals := make([]string, 0, len(s.opts.Cgroups))
 	for _, p := range s.opts.Cgroups {
-		real := path.Join(prefix, p)
+		real := path.Join("/", prefix, p)
 		if len(real) > maxPathLen {
 			return fmt.Errorf("select %s: its path from the real root, %s, is longer than %d bytes", p, real, maxPathLen)
 		}
-		if err := s.maps.paths.Put(trieKey(real), s.value); err != nil {
+		if err := s.maps.paths.Put(newTrieKey(real), entry); err != nil {
 			return fmt.Errorf("select %s: %w", p, err)
 		}
+		reals = append(reals, real)
+	}
+	if err := s.maps.free(reals); err != nil {
+		return err
 	}
 	s.traces, err = attachTracepoints(s.maps, l)
 	return err

@@ -65,33 +65,72 @@ func TestWithoutCreateNothingIsMade(t *testing.T) {
 	}
 }
 
+// What somebody removed and made again is no longer ours.
+func TestCgroupMadeAgainByOthersStays(t *testing.T) {
+	lab, _, _ := newLab(t)
+	top := lab.Cgroup("top")
+	s := newSelector(t, cgroupsel.Options{Cgroups: []string{top.Path + "/sel"}, Create: true, Instance: "again"})
+	removeDir(t, filepath.Join(top.Dir, "sel"))
+	theirs := lab.Cgroup("top/sel")
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if !there(theirs.Dir) {
+		t.Error("it is gone")
+	}
+}
+
 // Two instances mark each its own, under its own mask.
 func TestTwoSelectorsSideBySide(t *testing.T) {
 	lab, h, m := newLab(t)
 	a, b := lab.Cgroup("a"), lab.Cgroup("b")
-	newSelector(t, cgroupsel.Options{Cgroups: []string{a.Path}, Instance: "a"})
+	first := newSelector(t, cgroupsel.Options{Cgroups: []string{a.Path}, Instance: "a"})
 	second := newSelector(t, cgroupsel.Options{Cgroups: []string{b.Path}, Mark: 0x6600, Mask: 0xff00, Instance: "b"})
-	third, err := cgroupsel.New(cgroupsel.Options{Cgroups: []string{a.Path}, Mark: 0x7700, Mask: 0xff00, Instance: "c"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	both := newMeter(t, h, 0x7765, 0xffff)
+	newMeter(t, h, 0x6600, 0xff00)
 	m.read()
 	send(t, lab, h, a)
-	m.want(2, true, "in a: both bits, seen by both meters")
-	if err := third.Close(); err != nil {
+	if got := m.read(); got["udp4_yes"] != 1 || got["udp4_no"] != 1 {
+		t.Errorf("in a: %v, want the mark of one", got)
+	}
+	if err := first.Close(); err != nil {
 		t.Fatal(err)
 	}
 	send(t, lab, h, a)
-	if got := both.read(); got["udp4_yes"] != 1 || got["udp4_no"] != 1 {
-		t.Errorf("in a, with the other gone: %v, want the mark of one", got)
-	}
+	m.want(2, false, "in a, without its selector")
 	send(t, lab, h, b)
-	if got := m.read(); got["udp4_yes"] != 0 || got["udp4_no"] != 2 {
-		t.Errorf("in b: %v, want the mark of neither", got)
+	if got := m.read(); got["udp4_yes"] != 1 || got["udp4_no"] != 1 {
+		t.Errorf("in b: %v, want the mark of the other", got)
 	}
 	if second.Selected(a.Path) || !second.Selected(b.Path) {
 		t.Error("the second selects what is the first's")
+	}
+}
+
+func TestCgroupOfALiveInstanceIsTaken(t *testing.T) {
+	lab, _, _ := newLab(t)
+	top := lab.Cgroup("top")
+	held := top.Path + "/a"
+	newSelector(t, cgroupsel.Options{Cgroups: []string{held}, Instance: "101"})
+	for _, tt := range []struct{ name, path string }{
+		{"the same", held},
+		{"above it", top.Path},
+		{"below it", held + "/b"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s, err := cgroupsel.New(cgroupsel.Options{Cgroups: []string{tt.path}, Create: true, Instance: "102"})
+			if err == nil {
+				s.Close()
+				t.Fatal("selected twice")
+			}
+			var taken *cgroupsel.TakenError
+			want := cgroupsel.TakenError{Cgroup: tt.path, Held: held, Instance: "101"}
+			if !errors.As(err, &taken) || *taken != want {
+				t.Errorf("error %v, want %v", err, &want)
+			}
+			if found, err := cgroupsel.Find("102"); err != nil || len(found) != 0 {
+				t.Errorf("it made %v, %v", found, err)
+			}
+		})
 	}
 }
 

@@ -1,5 +1,7 @@
 package cgroupsel
 
+import "time"
+
 // SelectedIDs lists the ids in the map, with those that are there as "not
 // selected".
 func (s *Selector) SelectedIDs() map[uint64]uint32 {
@@ -20,3 +22,6 @@ var (
 
 // MountLine makes what ParseMounts returns readable.
 func (m mount) String() string { return m.root + " " + m.dir + " " + m.options }
+
+// LookEvery sets how often Run looks without having been told to. Before Run.
+func (s *Selector) LookEvery(d time.Duration) { s.every = d }

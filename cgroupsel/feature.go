@@ -17,7 +17,7 @@ const (
 
 // facts is what a user is told about a feature that is missing.
 var facts = map[string]struct{ kernel, lost string }{
-	FeatureMkdir:     {"5.8", "a selected cgroup that is made again is found by inotify: its first packets can pass uncaptured"},
+	FeatureMkdir:     {"5.5", "a selected cgroup that is made again is found by inotify: its first packets can pass uncaptured"},
 	FeatureRoot:      {"5.8", "a selected cgroup that is made again is found by inotify: its first packets can pass uncaptured"},
 	FeaturePerCgroup: {"5.8", "the firewall alone marks: capture needs a default route, MPTCP subflows and sockets older than their process's move are missed"},
 	FeatureInotify:   {"5.15", "a selected cgroup that is made again is looked for every two seconds"},
@@ -48,7 +48,7 @@ func featureError(name string, err error) *FeatureError {
 // Feature is a part of the kernel that was tried.
 type Feature struct {
 	Name string
-	Err  *FeatureError // nil: in use
+	Err  *FeatureError // nil: it works here
 }
 
 // Features lists what was tried, in the order in which it was. A feature that

@@ -1,7 +1,6 @@
 package cgroupsel
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -15,7 +14,7 @@ import (
 // descriptor refers to them.
 type maps struct {
 	sel     *ebpf.Map // cgroup id → value
-	paths   *ebpf.Map // trie of "/a/b/" → value
+	paths   *ebpf.Map // trie of "/a/b/" → pathValue
 	scratch *ebpf.Map // per CPU: the trie key being made, too large for the stack
 	count   *ebpf.Map // counters
 }
@@ -29,7 +28,7 @@ func newMaps(cgroups int) (*maps, error) {
 		// Preallocated (no flag): an update in cgroup_mkdir never waits for
 		// memory and never fails for want of it.
 		{&m.sel, ebpf.MapSpec{Name: "cgtun_sel", Type: ebpf.Hash, KeySize: 8, ValueSize: 8, MaxEntries: uint32(cgroups)}},
-		{&m.paths, ebpf.MapSpec{Name: "cgtun_paths", Type: ebpf.LPMTrie, KeySize: 4 + pathBytes, ValueSize: 8, MaxEntries: maxPaths, Flags: noPrealloc}},
+		{&m.paths, ebpf.MapSpec{Name: pathsMap, Type: ebpf.LPMTrie, KeySize: 4 + pathBytes, ValueSize: 8 + maxInstance, MaxEntries: maxPaths, Flags: noPrealloc}},
 		{&m.scratch, ebpf.MapSpec{Name: "cgtun_scratch", Type: ebpf.PerCPUArray, KeySize: 4, ValueSize: 8 + pathBytes, MaxEntries: 1}},
 		{&m.count, ebpf.MapSpec{Name: "cgtun_count", Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: countEntries}},
 	} {
@@ -53,17 +52,6 @@ func (m *maps) Close() error {
 		}
 	}
 	return errors.Join(errs...)
-}
-
-// trieKey is the key of a path as cgroup_mkdir's program makes it.
-func trieKey(name string) []byte {
-	if name != "/" {
-		name += "/"
-	}
-	key := make([]byte, 4+pathBytes)
-	binary.NativeEndian.PutUint32(key, uint32(8*len(name)))
-	copy(key[4:], name)
-	return key
 }
 
 // hooks are attached programs. None is pinned: all end with the process.

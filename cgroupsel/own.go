@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"path"
 	"slices"
-	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -31,10 +30,6 @@ func (s *Selector) stepOut() error {
 	home, err := cgroupOf("self")
 	if err != nil {
 		return err
-	}
-	if strings.HasPrefix(home, "/..") {
-		// Outside of our cgroup namespace, and so of all that we can select.
-		return nil
 	}
 	if !s.inSelection(home) {
 		id, err := s.tree.id(home)

@@ -194,6 +194,30 @@ func TestStartedInCgroupNamespace(t *testing.T) {
 	p.wait()
 }
 
+// All of a cgroup namespace can be selected, cgtun in it.
+func TestRootOfCgroupNamespaceIsSelected(t *testing.T) {
+	labtest.Need(t, labtest.Tool("unshare"))
+	lab, h, m := newLab(t)
+	outer := lab.Cgroup("outer")
+	older := lab.Cgroup("outer/older")
+	p := startBehind(t, lab, h, outer, []string{"unshare", "--cgroup"}, "select", asJSON(t, cgroupsel.Options{Cgroups: []string{"/"}, Instance: "all"}))
+	say := p.told()
+	if say.Error != "" || say.Self.Path != "/.cgtun-all" || say.Cgroups[0].Level != 0 {
+		t.Errorf("it says %+v", say)
+	}
+	send(t, lab, h, outer)
+	m.want(1, true, "in the root")
+	send(t, lab, h, older)
+	m.want(1, true, "in an older child")
+	send(t, lab, h, lab.Cgroup("outer/younger"))
+	m.want(1, true, "in a younger child")
+	p.tell("send")
+	p.line()
+	m.want(1, false, "own sockets")
+	p.tell("end")
+	p.wait()
+}
+
 func cgroupMounts(t *testing.T) string {
 	t.Helper()
 	f, err := os.Open("/proc/self/mountinfo")

@@ -97,17 +97,18 @@ func TestSnapshotFollowsCgroupMadeAgain(t *testing.T) {
 			top := lab.Cgroup("top")
 			name := top.Path + "/a/sel"
 			s := newSelector(t, cgroupsel.Options{Cgroups: []string{name}, Without: tt.without, Instance: "follow"})
+			if !slices.Contains(tt.without, cgroupsel.FeatureInotify) {
+				s.LookEvery(time.Hour) // no event may be missed
+			} else {
+				s.LookEvery(10 * time.Millisecond)
+			}
 			pictures := follow(t, s)
 			first := <-pictures
 			want := cgroupsel.Cgroup{Path: name, Level: strings.Count(name, "/"), Held: tt.held}
 			if first.Cgroups[0] != want {
 				t.Fatalf("before it is there: %+v, want %+v", first.Cgroups[0], want)
 			}
-			rounds := 5
-			if slices.Contains(tt.without, cgroupsel.FeatureInotify) {
-				rounds = 1 // each takes two looks of the clock
-			}
-			for range rounds {
+			for range 5 {
 				c := lab.Cgroup("top/a/sel")
 				want.ID, want.Present = c.ID, true
 				waitFor(t, pictures, want)

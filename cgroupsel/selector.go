@@ -19,6 +19,8 @@ const (
 	// maxPathLen is the longest of them: the trie compares 256 bytes with a
 	// slash at the end.
 	maxPathLen = pathBytes - 1
+	// maxInstance bounds Options.Instance.
+	maxInstance = 32
 	// defaultCgroups is the default of Options.MaxCgroups: 1.2 MB of kernel memory.
 	defaultCgroups = 16384
 	// lookAgain is how often Run looks without having been told to.
@@ -72,6 +74,7 @@ type Selector struct {
 	held   bool
 	each   *each  // nil: not used
 	full   uint64 // Counters.Full, as Run last saw it
+	every  time.Duration
 
 	mu       sync.Mutex
 	snapshot Snapshot
@@ -82,7 +85,8 @@ type Selector struct {
 	closed   bool
 }
 
-// New selects. Sockets are marked from here on; what they send goes the old
+// New selects. A TakenError says that another instance does already; nothing
+// was changed then. Sockets are marked from here on; what they send goes the old
 // way until steer has put its rules in. It moves this process into a cgroup of
 // its own if it is in a selected one. The caller closes the Selector, also if
 // Run was never called.
@@ -95,7 +99,7 @@ func New(o Options) (*Selector, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Selector{opts: o, log: o.Logger, tree: t, ids: newIDCache(t)}
+	s := &Selector{opts: o, log: o.Logger, tree: t, ids: newIDCache(t), every: lookAgain}
 	s.value = value{Mark: o.Mark & o.Mask, Mask: o.Mask}
 	if err := s.begin(); err != nil {
 		return nil, errors.Join(err, s.Close())
@@ -111,6 +115,9 @@ func (s *Selector) begin() error {
 	s.maps, refused = newMaps(s.opts.MaxCgroups)
 	if refused == nil {
 		refused = s.trace()
+	}
+	if isTaken(refused) {
+		return refused
 	}
 	if s.opts.Create {
 		for _, p := range s.opts.Cgroups {
@@ -146,15 +153,15 @@ func (o Options) checked() (Options, error) {
 	if o.MaxCgroups == 0 {
 		o.MaxCgroups = defaultCgroups
 	}
-	if o.Instance == "" || strings.ContainsRune(o.Instance, '/') || len(o.Instance) > 32 {
+	if o.Instance == "" || strings.ContainsRune(o.Instance, '/') || len(o.Instance) > maxInstance {
 		return o, fmt.Errorf("select cgroups: instance %q is not a name", o.Instance)
 	}
 	if len(o.Cgroups) > maxPaths {
 		return o, fmt.Errorf("select cgroups: %d paths, at most %d", len(o.Cgroups), maxPaths)
 	}
 	for _, p := range o.Cgroups {
-		if !path.IsAbs(p) || path.Clean(p) != p || len(p) > maxPathLen-1 || strings.ContainsRune(p, 0) {
-			return o, fmt.Errorf("select cgroup %q: not a clean path from the root of cgroup2 of at most %d bytes", p, maxPathLen-1)
+		if !path.IsAbs(p) || path.Clean(p) != p || len(p) > maxPathLen || strings.ContainsRune(p, 0) {
+			return o, fmt.Errorf("select cgroup %q: not a clean path from the root of cgroup2 of at most %d bytes", p, maxPathLen)
 		}
 	}
 	o.Cgroups = slices.Clone(o.Cgroups)
@@ -177,6 +184,9 @@ func (s *Selector) Selected(cgroup string) bool {
 }
 
 func (s *Selector) inSelection(cgroup string) bool {
+	if strings.HasPrefix(cgroup, "/..") {
+		return false // outside of our cgroup namespace
+	}
 	return slices.ContainsFunc(s.opts.Cgroups, func(top string) bool { return within(cgroup, top) })
 }
 
@@ -215,7 +225,7 @@ func (s *Selector) resolve() bool {
 func (s *Selector) Run(ctx context.Context, changed func(Snapshot)) error {
 	w := s.watch()
 	defer w.close()
-	tick := time.NewTicker(lookAgain)
+	tick := time.NewTicker(s.every)
 	defer tick.Stop()
 	s.look(w)
 	changed(s.Snapshot())
