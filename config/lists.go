@@ -21,7 +21,7 @@ func (r *report) lists(rule, folder string, files []string) []netip.Prefix {
 		if !filepath.IsAbs(file) {
 			file = filepath.Join(folder, file)
 		}
-		data, err := readRegular(file, maxList)
+		data, err := readFile(file, maxList)
 		if err != nil {
 			r.bad(at(rule+".cidr_file", i), fmt.Sprintf("%q %v; allowed: a readable file with a prefix a line", file, err))
 			continue
