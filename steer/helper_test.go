@@ -58,6 +58,10 @@ func options(args []string) func(network, address string, c syscall.RawConn) err
 				switch key {
 				case "mark":
 					err = errors.Join(err, unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, n))
+				case "port":
+					err = errors.Join(err,
+						unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1),
+						unix.Bind(int(fd), &unix.SockaddrInet4{Port: n}))
 				case "dev":
 					err = errors.Join(err, unix.BindToDevice(int(fd), value))
 				}
@@ -188,7 +192,7 @@ func serve(addr string, opts []string) error {
 // connectOnly begins a TCP connection and waits to be killed.
 func connectOnly(addr string, opts []string) error {
 	fmt.Println("ready")
-	_, err := (&net.Dialer{Control: options(opts)}).Dial("tcp", addr)
+	_, err := (&net.Dialer{Control: options(opts)}).Dial("tcp4", addr)
 	return err
 }
 

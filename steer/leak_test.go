@@ -10,6 +10,11 @@ import (
 	"cgtun/internal/labtest"
 )
 
+// TCP flags.
+const (
+	syn, rst, ecn = 0x02, 0x04, 0xc0
+)
+
 // ways are the client's networks and the server in them.
 var ways = []struct{ network, server string }{
 	{"tcp4", server4 + ":7000"}, {"udp4", server4 + ":7000"},
@@ -129,21 +134,50 @@ func TestSelectedServerIsReached(t *testing.T) {
 // A client that is killed while it connects leaves no socket, and the answer
 // that comes then is met with a RST, by the way of the connection.
 func TestPacketsWithoutSocketTakeTheDevice(t *testing.T) {
-	w := newWorld(t)
-	w.steer(w.plan())
-	w.pipe.mu.Lock()
-	w.pipe.hold = make(chan struct{})
-	w.pipe.mu.Unlock()
-	client := w.lab.StartCommand(w.selected.Command(w.command(w.home, "connect", server4+":7000")))
-	labtest.Eventually(t, 5*time.Second, func() bool { return w.pipe.tcpFlags(0x02) > 0 || w.pipe.tcpFlags(0xc2) > 0 }, "SYN in the device")
+	for _, mark := range []string{"mark=0", "mark=101"} {
+		t.Run(mark, func(t *testing.T) {
+			w := newWorld(t)
+			p := w.plan()
+			if mark != "mark=0" {
+				p.Cgroups = nil // BPF alone has marked it
+			}
+			w.steer(p)
+			release := w.pipe.holdAnswers()
+			w.connectAndKill("connect", server4+":7000", mark)
+			release()
+			labtest.Eventually(t, 5*time.Second, func() bool { return w.pipe.tcpFlags(rst) > 0 || w.leaks.Packets() > 0 }, "RST")
+			if n := w.leaks.Packets(); n != 0 {
+				t.Errorf("%d packets left by the uplink", n)
+			}
+		})
+	}
+}
+
+// connectAndKill runs a client in the selected cgroup until its SYN is in the
+// device, and kills it.
+func (w *world) connectAndKill(args ...string) {
+	w.t.Helper()
+	before := w.pipe.tcpFlags(syn) + w.pipe.tcpFlags(syn|ecn)
+	client := w.lab.StartCommand(w.selected.Command(w.command(w.home, args...)))
+	labtest.Eventually(w.t, 5*time.Second, func() bool {
+		return w.pipe.tcpFlags(syn)+w.pipe.tcpFlags(syn|ecn) > before
+	}, "SYN in the device")
 	if err := syscall.Kill(client.Pid, syscall.SIGKILL); err != nil {
-		t.Fatal(err)
+		w.t.Fatal(err)
 	}
 	client.Wait()
-	close(w.pipe.hold)
-	labtest.Eventually(t, 5*time.Second, func() bool { return w.pipe.tcpFlags(0x04) > 0 || w.leaks.Packets() > 0 }, "RST")
-	if n := w.leaks.Packets(); n != 0 {
-		t.Errorf("%d packets left by the uplink", n)
+}
+
+// A program that is not selected and happens to use the addresses and ports of
+// a selected one's connection that came to nothing goes its own way.
+func TestReusedPortIsNotCaptured(t *testing.T) {
+	w := newWorld(t)
+	w.steer(w.plan())
+	release := w.pipe.holdAnswers()
+	defer release()
+	w.connectAndKill("connect", server4+":7000", "port=5555")
+	if got := w.out("ask", "tcp4", server4+":7000", "port=5555"); got != "uplink" {
+		t.Errorf("same ports, not selected: %s", got)
 	}
 }
 
@@ -170,6 +204,9 @@ func TestNothingPassesThrough(t *testing.T) {
 	w := newWorld(t)
 	s := w.steer(w.plan())
 	w.home.Forward()
+	// A published port, as container engines have them.
+	w.home.Run("nft", "add table ip nat; add chain ip nat pre { type nat hook prerouting priority -100; }; "+
+		"add rule ip nat pre udp dport 8080 dnat to 10.8.0.2:9")
 	before := w.pipe.packets()
 	if got := w.in("spoof", "192.0.2.99", server4); got != "operation not permitted" {
 		t.Fatalf("spoof: %s", got)
@@ -178,9 +215,10 @@ func TestNothingPassesThrough(t *testing.T) {
 	w.pipe.home.Write(datagram(ap(server4+":7000"), ap("10.8.0.2:9"), "x"))
 	w.pipe.home.Write(datagram(ap(server4+":7000"), ap("10.9.0.1:9"), "x"))
 	w.pipe.home.Write(datagram(ap(server4+":7000"), ap("224.0.0.1:9"), "x"))
+	w.pipe.home.Write(datagram(ap(server4+":7000"), ap("10.9.0.2:8080"), "x"))
 	labtest.Eventually(t, 5*time.Second, func() bool {
 		c, err := s.Counters()
-		return err == nil && c.Spoof >= 1 && c.Stray >= 2
+		return err == nil && c.Spoof >= 1 && c.Stray >= 4
 	}, "counters")
 	if n := w.leaks.Packets(); n != 0 {
 		t.Errorf("%d packets went on from the device to the uplink", n)

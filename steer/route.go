@@ -256,7 +256,8 @@ func (k routeKey) route(table int) *netlink.Route {
 }
 
 // setRoutes makes the table hold the plan's routes and says whether it had to
-// change anything. Routes of others in it are left alone.
+// change anything but a source address, which follows the main table. Routes
+// of others in it are left alone.
 func setRoutes(h *netlink.Handle, p *Plan, link int, v6 bool) (changed bool, err error) {
 	want := wantRoutes(h, p, link, v6)
 	missing := map[routeKey]bool{}
@@ -281,20 +282,24 @@ func setRoutes(h *netlink.Handle, p *Plan, link int, v6 bool) (changed bool, err
 			stale[k.dst] = r
 		}
 	}
-	changed = len(stale)+len(missing) > 0
 	for _, k := range want {
 		if !missing[k] {
 			continue
 		}
 		set := h.RouteAdd
-		if _, ours := stale[k.dst]; ours {
+		old, ours := stale[k.dst]
+		if ours {
 			delete(stale, k.dst)
 			set = h.RouteReplace // without a moment in which there is none
 		}
+		was := keyOf(&old)
+		was.src = k.src
+		changed = changed || !ours || was != k
 		if err := set(k.route(p.Table)); err != nil {
 			return changed, fmt.Errorf("add route %s to table %d: %w", k.dst, p.Table, err)
 		}
 	}
+	changed = changed || len(stale) > 0
 	return changed, delRoutes(h, slices.Collect(maps.Values(stale)))
 }
 

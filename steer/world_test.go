@@ -243,6 +243,15 @@ func (p *pipe) copy(dst, src *os.File, count bool) {
 	}
 }
 
+// holdAnswers keeps what comes back from home until release is called.
+func (p *pipe) holdAnswers() (release func()) {
+	gate := make(chan struct{})
+	p.mu.Lock()
+	p.hold = gate
+	p.mu.Unlock()
+	return sync.OnceFunc(func() { close(gate) })
+}
+
 // packets counts what home has sent into the tun.
 func (p *pipe) packets() int {
 	p.mu.Lock()
