@@ -147,24 +147,31 @@ type OutboundStats struct {
 // Outbounds returns the counts of every outbound that rules can have used, by
 // name, those that a reload took away included.
 func (r *Router) Outbounds() map[string]OutboundStats {
-	live, _ := r.table.entries(time.Now())
-	stats := make(map[string]OutboundStats)
-	r.ways.mu.Lock()
-	for name, w := range r.ways.known {
-		stats[name] = w.stats()
-	}
-	r.ways.mu.Unlock()
-	for _, e := range live {
+	t := &r.table
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	stats := r.ways.stats()
+	for e := t.live.next; e != &t.live; e = e.next {
 		e.mu.Lock()
-		w, ended := e.way, e.state == flow.StateClosed
+		w := e.way
 		e.mu.Unlock()
-		if w == nil || ended {
+		if w == nil {
 			continue
 		}
 		s := stats[w.name]
 		s.UpBytes += uint64(e.up.Load())
 		s.DownBytes += uint64(e.down.Load())
 		stats[w.name] = s
+	}
+	return stats
+}
+
+func (w *ways) stats() map[string]OutboundStats {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	stats := make(map[string]OutboundStats, len(w.known))
+	for name, way := range w.known {
+		stats[name] = way.stats()
 	}
 	return stats
 }

@@ -99,19 +99,20 @@ func (e *entry) end(why flow.Reason) {
 	e.kernel = nil
 	way := e.way
 	e.mu.Unlock()
-	if way != nil {
-		way.up.Add(e.up.Load())
-		way.down.Add(e.down.Load())
-	}
-	e.r.table.retire(e)
+	e.r.table.retire(e, way)
 	e.r.table.watches.tell(flow.EventClose, e)
 	e.log()
 }
 
-// retire moves an entry from the live ones to the closed ones.
-func (t *table) retire(e *entry) {
+// retire moves an entry from the live ones to the closed ones, and its bytes to
+// the outbound's: one step for who sums up both.
+func (t *table) retire(e *entry, w *way) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if w != nil {
+		w.up.Add(e.up.Load())
+		w.down.Add(e.down.Load())
+	}
 	e.prev.next, e.next.prev = e.next, e.prev
 	e.prev, e.next = nil, nil
 	t.count--
