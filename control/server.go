@@ -25,7 +25,6 @@ type Options struct {
 	MaxClients int           // at once, a quarter of them for root only; 64
 	MaxRequest int64         // bytes; 1 MiB
 	Timeout    time.Duration // for a request to come, and for each line to be taken; 5 s
-	Backlog    int           // events that wait for one watcher; 4096
 }
 
 func (o *Options) setDefaults() {
@@ -47,9 +46,6 @@ func (o *Options) setDefaults() {
 	if o.Timeout == 0 {
 		o.Timeout = 5 * time.Second
 	}
-	if o.Backlog == 0 {
-		o.Backlog = 4096
-	}
 }
 
 // Stats count what the server turned away.
@@ -57,7 +53,7 @@ type Stats struct {
 	Denied  uint64 // wrong user
 	Full    uint64 // more clients than MaxClients
 	Bad     uint64 // requests that were too large, too slow or no JSON
-	Lagging uint64 // watchers that did not take their events
+	Lagging uint64 // watchers that took nothing for Timeout
 }
 
 // Server serves one control socket.
@@ -270,8 +266,8 @@ func (c *client) replyOr(v any, err error) error {
 	return c.reply(v)
 }
 
-// reply sends one result. What cannot be sent has no reader: the error ends
-// the conversation and is not told.
+// reply sends the one result. If it cannot be sent it has no reader, who would
+// have to be told.
 func (c *client) reply(v any) error {
 	line, err := json.Marshal(v)
 	if err != nil {

@@ -16,8 +16,9 @@ type Source interface {
 	PID(pid int) (PIDStatus, error)
 	// Flows lists the live flows and those that closed lately.
 	Flows() []flow.Info
-	// Watch calls f for every change of a flow until ctx ends, and returns
-	// then. f does not block.
+	// Watch calls f for each live flow and then for each change of one, until
+	// ctx ends, and returns then. f blocks while its client does not read: no
+	// flow may wait for it, and what cannot be kept for it is lost to it.
 	Watch(ctx context.Context, f func(flow.Event)) error
 	// Explain tells what would become of a flow.
 	Explain(context.Context, ExplainRequest) (Explain, error)

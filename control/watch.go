@@ -3,60 +3,46 @@ package control
 import (
 	"context"
 	"encoding/json"
-	"fmt"
+	"errors"
 	"io"
+	"os"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"cgtun/flow"
 )
 
 // watch sends every change of a flow until the client goes or ctx ends. The
-// source never waits for the client: events wait in a bounded queue, and a
-// client that lets it fill up is told so and sent away.
+// source is held up while the client does not read, and buffers for it; who
+// takes nothing for the whole time-out is sent away.
 func (c *client) watch(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
-	var helpers sync.WaitGroup
-	defer helpers.Wait()
+	var helper sync.WaitGroup
+	defer helper.Wait()
 	defer cancel()
-
-	queue := make(chan flow.Event, c.s.opt.Backlog)
-	var lagging atomic.Bool
-	helpers.Go(func() {
-		defer cancel()
-		_ = c.s.opt.Source.Watch(ctx, func(e flow.Event) {
-			select {
-			case queue <- e:
-			default:
-				lagging.Store(true)
-				cancel()
-			}
-		})
-	})
-	helpers.Go(func() {
+	helper.Go(func() {
 		defer cancel()
 		c.waitGone(ctx)
 	})
-
-	for {
-		select {
-		case <-ctx.Done():
-			if !lagging.Load() {
-				return nil
-			}
-			c.s.lagging.Add(1)
-			return fmt.Errorf("flows change faster than this client reads: %d changes were waiting", cap(queue))
-		case e := <-queue:
-			line, err := json.Marshal(e)
-			if err != nil {
-				return fmt.Errorf("encode event: %w", err)
-			}
-			if err := c.send(reply{Result: line}); err != nil {
-				return nil
-			}
+	err := c.s.opt.Source.Watch(ctx, func(e flow.Event) {
+		if ctx.Err() != nil {
+			return
 		}
+		line, err := json.Marshal(e)
+		if err == nil {
+			err = c.send(reply{Result: line})
+		}
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			c.s.lagging.Add(1)
+		}
+		if err != nil {
+			cancel()
+		}
+	})
+	if ctx.Err() != nil {
+		return nil // nobody is there to be told
 	}
+	return err
 }
 
 // waitGone returns when the client has closed, or ctx has ended.
