@@ -48,7 +48,7 @@ func (e *noWay) FlowReason() flow.Reason { return flow.NetUnreachable }
 
 // way returns how a socket to dst leaves by the uplink.
 func (u *uplink) way(dst netip.Addr) (way, error) {
-	link, err := u.link()
+	index, err := u.link()
 	if err != nil {
 		return way{}, err
 	}
@@ -56,15 +56,15 @@ func (u *uplink) way(dst netip.Addr) (way, error) {
 	if dst.Is6() {
 		last = &u.last6
 	}
-	if w := last.Load(); w != nil && u.leads(*w, link, dst) {
+	if w := last.Load(); w != nil && u.leads(*w, index, dst) {
 		return *w, nil
 	}
-	candidates, err := u.candidates(link, dst.Is6())
+	candidates, err := u.candidates(index, dst.Is6())
 	if err != nil {
 		return way{}, err
 	}
 	for _, w := range candidates {
-		if u.leads(w, link, dst) {
+		if u.leads(w, index, dst) {
 			last.Store(&w)
 			return w, nil
 		}
@@ -72,27 +72,40 @@ func (u *uplink) way(dst netip.Addr) (way, error) {
 	return way{}, &noWay{fmt.Sprintf("no route to %s through %s", dst, u.name)}
 }
 
-// link returns the interface if it can carry packets.
-func (u *uplink) link() (netlink.Link, error) {
-	link, err := netlink.LinkByName(u.name)
-	var missing netlink.LinkNotFoundError
-	switch {
-	case errors.As(err, &missing):
-		return nil, &noWay{fmt.Sprintf("there is no interface %s", u.name)}
-	case err != nil:
-		return nil, fmt.Errorf("look up interface %s: %w", u.name, err)
-	case link.Attrs().RawFlags&unix.IFF_UP == 0:
-		return nil, &noWay{fmt.Sprintf("interface %s is down; try: ip link set %s up", u.name, u.name)}
-	case link.Attrs().RawFlags&unix.IFF_LOWER_UP == 0:
-		return nil, &noWay{fmt.Sprintf("interface %s has no carrier", u.name)}
+// link returns the index of the interface if it can carry packets. It asks by
+// netdevice(7), without the lock that netlink takes: this is done for each
+// socket. A lost carrier shows in it within a second.
+func (u *uplink) link() (index int, err error) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return 0, fmt.Errorf("look up interface %s: %w", u.name, err)
 	}
-	return link, nil
+	defer unix.Close(fd)
+	req, err := unix.NewIfreq(u.name)
+	if err != nil {
+		return 0, &noWay{fmt.Sprintf("%q is no name of an interface", u.name)}
+	}
+	if err := unix.IoctlIfreq(fd, unix.SIOCGIFINDEX, req); errors.Is(err, unix.ENODEV) {
+		return 0, &noWay{fmt.Sprintf("there is no interface %s", u.name)}
+	} else if err != nil {
+		return 0, fmt.Errorf("look up interface %s: %w", u.name, err)
+	}
+	index = int(req.Uint32())
+	if err := unix.IoctlIfreq(fd, unix.SIOCGIFFLAGS, req); err != nil {
+		return 0, fmt.Errorf("look up interface %s: %w", u.name, err)
+	}
+	switch flags := req.Uint16(); {
+	case flags&unix.IFF_UP == 0:
+		return 0, &noWay{fmt.Sprintf("interface %s is down; try: ip link set %s up", u.name, u.name)}
+	case flags&unix.IFF_RUNNING == 0:
+		return 0, &noWay{fmt.Sprintf("interface %s has no carrier", u.name)}
+	}
+	return index, nil
 }
 
 // leads says whether the kernel has a route to dst for such a socket that
 // leaves by the interface and is not one of cgtun's.
-func (u *uplink) leads(w way, link netlink.Link, dst netip.Addr) bool {
-	index := link.Attrs().Index
+func (u *uplink) leads(w way, index int, dst netip.Addr) bool {
 	// v4 answers with the entry of the table that matched: the plain answer
 	// would be on-link where none does. v6 has no such fallback, and only
 	// its plain answer is bound to the interface.
@@ -122,10 +135,10 @@ func (u *uplink) leads(w way, link netlink.Link, dst netip.Addr) bool {
 
 // candidates are the ways to try, the plainest first: no source and no mark,
 // each source address, and the same with each mark that an ip rule asks for.
-func (u *uplink) candidates(link netlink.Link, v6 bool) ([]way, error) {
+func (u *uplink) candidates(index int, v6 bool) ([]way, error) {
 	sources := []netip.Addr{u.source}
 	if !u.source.IsValid() {
-		own, err := addresses(link, v6)
+		own, err := addresses(index, v6)
 		if err != nil {
 			return nil, err
 		}
@@ -167,10 +180,10 @@ func (u *uplink) ruleMarks(v6 bool) ([]uint32, error) {
 }
 
 // addresses returns what an interface has to send from to far destinations.
-func addresses(link netlink.Link, v6 bool) ([]netip.Addr, error) {
-	list, err := netlink.AddrList(link, family(v6))
+func addresses(index int, v6 bool) ([]netip.Addr, error) {
+	list, err := netlink.AddrList(&netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: index}}, family(v6))
 	if err != nil {
-		return nil, fmt.Errorf("list addresses of %s: %w", link.Attrs().Name, err)
+		return nil, fmt.Errorf("list addresses of interface %d: %w", index, err)
 	}
 	const unusable = unix.IFA_F_TENTATIVE | unix.IFA_F_DADFAILED | unix.IFA_F_DEPRECATED
 	var own []netip.Addr
@@ -197,7 +210,7 @@ var anywhere = []netip.Addr{netip.MustParseAddr("203.0.113.1"), netip.MustParseA
 
 // down says why the uplink leads nowhere, or "".
 func (u *uplink) down() string {
-	link, err := u.link()
+	index, err := u.link()
 	if err != nil {
 		return err.Error()
 	}
@@ -209,7 +222,7 @@ func (u *uplink) down() string {
 			return ""
 		}
 	}
-	filter := &netlink.Route{LinkIndex: link.Attrs().Index}
+	filter := &netlink.Route{LinkIndex: index}
 	routes, err := netlink.RouteListFiltered(netlink.FAMILY_ALL, filter, netlink.RT_FILTER_OIF|netlink.RT_FILTER_TABLE)
 	if err != nil {
 		return fmt.Sprintf("list routes of %s: %v", u.name, err)
