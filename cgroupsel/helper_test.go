@@ -138,7 +138,8 @@ type told struct {
 	Self    cgroupsel.Cgroup
 	IsSelf  bool
 	Error   string
-	Path    string // PathByID of the first cgroup
+	Missing []string // features
+	Path    string   // PathByID of the first cgroup
 }
 
 // helperSelect makes a selector from the options in its first argument, says
@@ -157,6 +158,7 @@ func helperSelect() error {
 	for _, f := range s.Features() {
 		if f.Err != nil {
 			say.Error += f.Err.Error() + "\n"
+			say.Missing = append(say.Missing, f.Name)
 		}
 	}
 	say.Path, _ = s.PathByID(say.Cgroups[0].ID)
@@ -172,6 +174,12 @@ func helperSelect() error {
 		fmt.Println("sent")
 	}
 	return s.Close()
+}
+
+// helperEnviron makes the test binary a role. A race detector waits a second at
+// each end of a process by default: there are hundreds here.
+func helperEnviron(role string) []string {
+	return append(os.Environ(), helperEnv+"="+role, "GORACE=atexit_sleep_ms=0")
 }
 
 // helper is one of these programs, running.
@@ -198,7 +206,7 @@ func startBehind(t *testing.T, lab *labtest.Lab, h *labtest.Host, c *labtest.Cgr
 	}
 	words[len(before)] = exe
 	cmd := h.Command(t.Context(), words[0], words[1:]...)
-	cmd.Env = append(os.Environ(), helperEnv+"="+role)
+	cmd.Env = helperEnviron(role)
 	inR, inW, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)

@@ -3,6 +3,7 @@ package cgroupsel_test
 import (
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"cgtun/cgroupsel"
@@ -47,6 +48,9 @@ func newSelector(t *testing.T, o cgroupsel.Options) *cgroupsel.Selector {
 	})
 	return s
 }
+
+// level is the depth of a cgroup.
+func level(c *labtest.Cgroup) int { return strings.Count(c.Path, "/") }
 
 func fullySelected(t *testing.T, s *cgroupsel.Selector) {
 	t.Helper()

@@ -40,7 +40,7 @@ func bornIn(t *testing.T, h *labtest.Host, dir string) {
 		t.Fatal(err)
 	}
 	cmd := h.Command(t.Context(), exe)
-	cmd.Env = append(os.Environ(), helperEnv+"=send")
+	cmd.Env = helperEnviron("send")
 	cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(f.Fd())}
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("send: %v: %s", err, out)
@@ -205,7 +205,7 @@ func TestFullMapIsCountedAndMadeGood(t *testing.T) {
 		}
 		last = lab.Cgroup("sel/" + strings.Repeat("x", i+1))
 	}
-	waitFor(t, pictures, cgroupsel.Cgroup{Path: sel.Path, ID: sel.ID, Level: strings.Count(sel.Path, "/"), Present: true, Held: false})
+	waitFor(t, pictures, cgroupsel.Cgroup{Path: sel.Path, ID: sel.ID, Level: level(sel), Present: true, Held: false})
 	send(t, lab, h, last)
 	m.want(1, true, "in the cgroup that had no room")
 }
