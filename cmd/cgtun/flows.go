@@ -74,7 +74,7 @@ func use(f *flow.Info) string {
 }
 
 func state(f *flow.Info) string {
-	if f.Reason == nil {
+	if f.Reason == nil || *f.Reason == flow.Closed.String() { // in order: no more to say
 		return f.State
 	}
 	return f.State + ": " + *f.Reason
