@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 
 	"go.uber.org/goleak"
@@ -133,10 +134,24 @@ func walk(t *testing.T, f func(path string, text []byte)) {
 	}
 }
 
+// parsed is what sources has read: it takes a second with the race detector.
+var parsed struct {
+	once sync.Once
+	all  []*source
+}
+
 // sources parses the Go files, without testdata and the module of the tools.
 func sources(t *testing.T) []*source {
 	t.Helper()
-	var all []*source
+	parsed.once.Do(func() { parsed.all = parse(t) })
+	if len(parsed.all) < 5 {
+		t.Fatalf("only %d Go files found", len(parsed.all))
+	}
+	return parsed.all
+}
+
+func parse(t *testing.T) (all []*source) {
+	t.Helper()
 	walk(t, func(name string, text []byte) {
 		if path.Ext(name) != ".go" || strings.Contains(name, "testdata/") || strings.HasPrefix(name, "internal/tools/") {
 			return
@@ -149,9 +164,6 @@ func sources(t *testing.T) []*source {
 		}
 		all = append(all, s)
 	})
-	if len(all) < 5 {
-		t.Fatalf("only %d Go files found", len(all))
-	}
 	return all
 }
 
