@@ -239,6 +239,20 @@ func (s *source) newPeer(ctx context.Context, addr netip.AddrPort, now time.Time
 	f := flow.New(flow.UDP, src.Src, addr, src.Attachment)
 	s.r.livePeers.Add(1)
 	p := &peer{addr: addr, e: s.r.begin(f)}
+	settled := false
+	defer func() {
+		if !settled { // a panic goes through here: nobody else knows p yet
+			s.r.livePeers.Add(-1)
+			p.e.end(flow.Unknown)
+		}
+	}()
+	s.settle(ctx, p, f, now)
+	settled = true
+	return p
+}
+
+// settle decides about a new peer.
+func (s *source) settle(ctx context.Context, p *peer, f *flow.Flow, now time.Time) {
 	if now.Sub(s.ownedAt) > ownerFor {
 		s.owner, s.ownedAt = s.r.owner(ctx, f), now
 	}
@@ -246,7 +260,7 @@ func (s *source) newPeer(ctx context.Context, addr netip.AddrPort, now time.Time
 	p.e.decided(verdict, s.owner)
 	if outbound == nil {
 		p.refuse(s.r, verdict, now)
-		return p
+		return
 	}
 	began := time.Now()
 	out, err := s.open(ctx, outbound, f)
@@ -257,11 +271,10 @@ func (s *source) newPeer(ctx context.Context, addr netip.AddrPort, now time.Time
 		}
 		p.until = now.Add(failedFor)
 		p.e.end(p.tell)
-		return p
+		return
 	}
 	p.out = out
 	p.e.path(out.conn.Path)
-	return p
 }
 
 // refuse ends the flow of a peer that the rules give no outbound.
