@@ -9,3 +9,6 @@ func SetGoneWithin(d time.Duration) func() {
 	goneWithin = d
 	return func() { goneWithin = old }
 }
+
+// Sweep takes away what killed test processes left.
+func Sweep() error { return sweep() }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"os/exec"
 	"strconv"
 	"strings"
 	"testing"
@@ -227,5 +228,31 @@ func TestLabSeesNamespaceHeldOpen(t *testing.T) {
 	defer labtest.SetGoneWithin(time.Second)()
 	if got := r.end(); !strings.Contains(got, "outlives the test") {
 		t.Errorf("the lab says %q", got)
+	}
+}
+
+func TestWhatKilledTestsLeftIsTakenAway(t *testing.T) {
+	labtest.Need(t, labtest.Root, labtest.Tool("ip"))
+	ended := exec.Command("true")
+	if err := ended.Run(); err != nil {
+		t.Fatal(err)
+	}
+	left := fmt.Sprintf("lab%dn1-host", ended.Process.Pid)
+	alive := fmt.Sprintf("lab%dn99-host", os.Getpid())
+	for _, name := range []string{left, alive} {
+		if out, err := exec.Command("ip", "netns", "add", name).CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+	}
+	defer func() {
+		if out, err := exec.Command("ip", "netns", "del", alive).CombinedOutput(); err != nil {
+			t.Errorf("the namespace of a test that runs is gone: %s", out)
+		}
+	}()
+	if err := labtest.Sweep(); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat("/run/netns/" + left); err == nil {
+		t.Errorf("%s is still there", left)
 	}
 }

@@ -14,7 +14,13 @@ import (
 // Main runs a package's tests and then asserts that they left no goroutine, no
 // descriptor of a BPF object, tun or namespace, and nothing of cgtun in the
 // namespace they were started in. A package's TestMain is this call alone.
+//
+// Before them it takes away what test processes left that were killed.
 func Main(m *testing.M, opts ...goleak.Option) {
+	if err := sweep(); err != nil {
+		// Another test process may have done it at the same time.
+		fmt.Fprintln(os.Stderr, "taking away what a killed test left:", err)
+	}
 	before := ownResidue()
 	code := m.Run()
 	if code == 0 {
