@@ -1,10 +1,12 @@
 package config
 
 import (
+	"bytes"
 	"fmt"
 	"net/netip"
 	"path/filepath"
-	"strings"
+
+	"cgtun/rules"
 )
 
 // maxList is the largest list file in bytes: a million prefixes or so.
@@ -26,28 +28,17 @@ func (r *report) lists(rule, folder string, files []string) []netip.Prefix {
 			r.bad(at(rule+".cidr_file", i), fmt.Sprintf("%q %v; allowed: a readable file with a prefix a line", file, err))
 			continue
 		}
-		all = append(all, r.list(file, string(data))...)
+		all = append(all, r.list(file, data)...)
 	}
 	return all
 }
 
-func (r *report) list(file, data string) []netip.Prefix {
-	var all []netip.Prefix
-	line := 0
-	for text := range strings.Lines(strings.TrimPrefix(data, "\ufeff")) {
-		line++
-		text, _, _ = strings.Cut(text, "#")
-		word := strings.TrimSpace(text)
-		if word == "" {
-			continue
-		}
-		p, err := prefix(word)
-		if err != nil {
-			r.errs = append(r.errs, Error{file, line, strings.Index(text, word) + 1,
-				fmt.Sprintf(`%.60q cannot be read; allowed: a prefix such as "10.0.0.0/8", one a line`, word)})
-			continue
-		}
-		all = append(all, p.Masked())
+// list reads the text of one file; its mistakes have places of their own.
+func (r *report) list(file string, data []byte) []netip.Prefix {
+	bad := func(line, col int, what string) { r.errs = append(r.errs, Error{file, line, col, what}) }
+	all, err := rules.ReadPrefixes(bytes.NewReader(data), bad)
+	if err != nil {
+		bad(1, 1, fmt.Sprintf("%v; allowed: a prefix a line", err))
 	}
 	return all
 }

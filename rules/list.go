@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
-	"strings"
 )
 
 // ReadPrefixes reads a cidr_file: one prefix or address a line, blank lines,
@@ -19,18 +18,18 @@ func ReadPrefixes(r io.Reader, bad func(line, col int, what string)) ([]netip.Pr
 	n := 0
 	for lines.Scan() {
 		n++
-		raw := lines.Bytes()
+		line := lines.Bytes()
 		if n == 1 {
-			raw = bytes.TrimPrefix(raw, []byte("\ufeff")) // editors on other systems leave it there
+			line = bytes.TrimPrefix(line, []byte("\ufeff")) // editors on other systems leave it there
 		}
-		raw, _, _ = bytes.Cut(raw, []byte("#"))
+		raw, _, _ := bytes.Cut(line, []byte("#"))
 		text := string(bytes.TrimSpace(raw))
 		if text == "" {
 			continue
 		}
 		p, err := parsePrefix(text)
 		if err != nil {
-			bad(n, 1+bytes.Index(lines.Bytes(), []byte(text)), err.Error())
+			bad(n, 1+bytes.Index(line, []byte(text)), err.Error())
 			continue
 		}
 		list = append(list, p)
@@ -44,22 +43,12 @@ func ReadPrefixes(r io.Reader, bad func(line, col int, what string)) ([]netip.Pr
 // parsePrefix reads a prefix, or an address as the prefix of it alone. What
 // is mapped into v6 means the v4 in it: that is what flows have.
 func parsePrefix(text string) (netip.Prefix, error) {
-	const allowed = `allowed: such as "10.0.0.0/8", "2001:db8::/32" or a single address`
-	var p netip.Prefix
-	var err error
-	if strings.Contains(text, "/") {
-		p, err = netip.ParsePrefix(text)
-	} else {
-		var a netip.Addr
-		if a, err = netip.ParseAddr(text); err == nil {
-			if a.Zone() != "" {
-				return p, fmt.Errorf("%q has a zone; %s", text, allowed)
-			}
-			p = netip.PrefixFrom(a, a.BitLen())
-		}
+	p, err := netip.ParsePrefix(text)
+	if a, errAddr := netip.ParseAddr(text); errAddr == nil && a.Zone() == "" {
+		p, err = netip.PrefixFrom(a, a.BitLen()), nil
 	}
 	if err != nil {
-		return p, fmt.Errorf("%q is not a prefix; %s", text, allowed)
+		return p, fmt.Errorf(`%.60q cannot be read; allowed: a prefix such as "10.0.0.0/8", one a line`, text)
 	}
 	return plain(p), nil
 }

@@ -35,7 +35,7 @@ func TestReadPrefixes(t *testing.T) {
 	if !slices.Equal(got, want) {
 		t.Errorf("got %v, want %v", got, want)
 	}
-	wantProblems := []string{`7:2: "10.0.0.0/33" is not a prefix`, `8:1: "fe80::1%eth0" has a zone`, `9:1: "no prefix" is not a prefix`}
+	wantProblems := []string{`7:2: "10.0.0.0/33" cannot be read`, `8:1: "fe80::1%eth0" cannot be read`, `9:1: "no prefix" cannot be read`}
 	if !slices.Equal(problems, wantProblems) {
 		t.Errorf("got problems %q, want %q", problems, wantProblems)
 	}
