@@ -15,7 +15,7 @@ import (
 // x/net/ipv4 has them with two allocations a datagram and with buffers that are
 // held while nothing comes.
 const (
-	recvBatch = 16
+	recvBatch = 8
 	sendBatch = 32
 	// maxSegments is UDP_MAX_SEGMENTS of kernels before 6.9, later 128.
 	maxSegments = 64

@@ -43,6 +43,7 @@ type udpSocket struct {
 	got     int
 	readErr unix.Errno
 	errs    []*flow.PeerError
+	poll    [1]unix.PollFd
 	readFn  func(uintptr) bool
 
 	udpWrites
@@ -139,6 +140,9 @@ func (s *udpSocket) ReadLent(dgs []flow.Datagram) (int, error) {
 // receive tries to read. False: wait for the socket.
 func (s *udpSocket) receive(fd uintptr) bool {
 	if s.in == nil {
+		if !s.readable(fd) {
+			return false
+		}
 		s.in = receivers.Get().(*receiver)
 	}
 	for {
@@ -165,6 +169,14 @@ func (s *udpSocket) receive(fd uintptr) bool {
 			return true
 		}
 	}
+}
+
+// readable says whether there is something to read, an error too. It is asked
+// before buffers are taken: of thousands of new sockets, few have something.
+func (s *udpSocket) readable(fd uintptr) bool {
+	s.poll[0] = unix.PollFd{Fd: int32(fd), Events: unix.POLLIN}
+	n, err := unix.Poll(s.poll[:], 0)
+	return n > 0 || err != nil
 }
 
 // fetchErrors empties the error queue (IP_RECVERR of ip(7)).

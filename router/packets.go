@@ -308,7 +308,8 @@ func (s *source) open(ctx context.Context, outbound dialer.Outbound, f *flow.Flo
 	s.mu.Unlock()
 	s.back.Go(func() {
 		defer s.r.recovered(s.noEntry(), func() { s.drop(out, nil) })
-		err := relay.Packets(s.client, out.conn, relay.PacketOptions{Seen: s.seen, Failed: s.failed})
+		// Not the PacketConn around it: that would hide that it can lend.
+		err := relay.Packets(s.client, out.conn.Packets, relay.PacketOptions{Seen: s.seen, Failed: s.failed})
 		s.drop(out, err)
 	})
 	return out, nil

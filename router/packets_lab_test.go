@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -440,6 +441,58 @@ func TestDigIsAnsweredThroughDnsmasq(t *testing.T) {
 			out, err = l.client.Try("dig", "+short", "+tries=1", "+time=2", "@"+server, "mirror.lab")
 			return err == nil && strings.TrimSpace(out) == "192.0.2.7"
 		}, "dig @", server, " is not answered: ", &out, dns.Output())
+	}
+}
+
+// A scan from one port to everybody and a burst from every port stay within
+// their bounds, and others are served right after.
+func TestFloodLeavesRoomForOthers(t *testing.T) {
+	l := newDatagramLab(t)
+	l.server.ServeUDPEcho("10.8.0.2:7")
+	l.gate.Run("ip", "route", "add", "blackhole", "10.66.0.0/16")
+	scan := large(t, l.client.ListenPacket("udp4", "0.0.0.0:0").(*net.UDPConn))
+	const peers, sources = 30000, 10000
+	for n := range peers {
+		to := netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 66, byte(n >> 8), byte(n)}), 9)
+		if _, err := scan.WriteToUDPAddrPort([]byte("scan"), to); err != nil && !errors.Is(err, unix.EINVAL) {
+			t.Fatal(err)
+		}
+	}
+	for range sources {
+		err := l.client.Do(func() error {
+			c, err := net.Dial("udp", "10.66.0.1:9")
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			_, err = c.Write([]byte("burst"))
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	c := l.udpClient(t, "10.8.0.2:7")
+	start := time.Now()
+	if _, err := c.Write([]byte("hello")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Read(make([]byte, 10)); err != nil {
+		t.Fatalf("no echo after the flood: %v", err)
+	}
+	st, n := l.stack.Stats().UDP, l.router.Counters()
+	var mem runtime.MemStats
+	runtime.ReadMemStats(&mem)
+	t.Logf("echo after %v; %+v; %d flows live of %d; %d goroutines, %d MiB of heap, %d of stacks",
+		time.Since(start), st, n.FlowsLive, n.FlowsTotal, runtime.NumGoroutine(), mem.HeapInuse>>20, mem.StackInuse>>20)
+	if st.Sessions > 3072 || n.FlowsLive > 16384 {
+		t.Errorf("%d sessions, %d flows", st.Sessions, n.FlowsLive)
+	}
+	if mem.HeapInuse > 256<<20 {
+		t.Errorf("%d MiB of heap: idle sessions hold buffers", mem.HeapInuse>>20)
+	}
+	if st.Evicted == 0 || n.PeersEvicted == 0 {
+		t.Errorf("nothing made room: %+v, %+v", st, n)
 	}
 }
 
