@@ -142,7 +142,7 @@ func TestPacketsWithoutSocketTakeTheDevice(t *testing.T) {
 				p.Cgroups = nil // BPF alone has marked it
 			}
 			w.steer(p)
-			release := w.pipe.holdAnswers()
+			release := w.holdAnswers()
 			w.connectAndKill("connect", server4+":7000", mark)
 			release()
 			labtest.Eventually(t, 5*time.Second, func() bool { return w.pipe.tcpFlags(rst) > 0 || w.leaks.Packets() > 0 }, "RST")
@@ -168,13 +168,26 @@ func (w *world) connectAndKill(args ...string) {
 	client.Wait()
 }
 
+// What the kernel itself answers to somebody beyond the device goes back there.
+func TestKernelAnswersIntoTheDevice(t *testing.T) {
+	w := newWorld(t)
+	w.steer(w.plan())
+	for from, to := range map[string]string{server4: "10.9.0.2", server6: "fd09::2"} {
+		if got, err := w.beyond.Try("ping", "-c1", "-W2", "-I", from, to); err != nil {
+			t.Errorf("ping %s: %s", to, got)
+		}
+	}
+	if n := w.leaks.Packets(); n != 0 {
+		t.Errorf("%d packets left by the uplink", n)
+	}
+}
+
 // A program that is not selected and happens to use the addresses and ports of
 // a selected one's connection that came to nothing goes its own way.
 func TestReusedPortIsNotCaptured(t *testing.T) {
 	w := newWorld(t)
 	w.steer(w.plan())
-	release := w.pipe.holdAnswers()
-	defer release()
+	w.holdAnswers()
 	w.connectAndKill("connect", server4+":7000", "port=5555")
 	if got := w.out("ask", "tcp4", server4+":7000", "port=5555"); got != "uplink" {
 		t.Errorf("same ports, not selected: %s", got)
@@ -206,7 +219,8 @@ func TestNothingPassesThrough(t *testing.T) {
 	w.home.Forward()
 	// A published port, as container engines have them.
 	w.home.Run("nft", "add table ip nat; add chain ip nat pre { type nat hook prerouting priority -100; }; "+
-		"add rule ip nat pre udp dport 8080 dnat to 10.8.0.2:9")
+		"add rule ip nat pre udp dport 8080 dnat to 10.9.0.1:99")
+	published := w.router.MeterMatch("udp dport 99")
 	before := w.pipe.packets()
 	if got := w.in("spoof", "192.0.2.99", server4); got != "operation not permitted" {
 		t.Fatalf("spoof: %s", got)
@@ -220,8 +234,11 @@ func TestNothingPassesThrough(t *testing.T) {
 		c, err := s.Counters()
 		return err == nil && c.Spoof >= 1 && c.Stray >= 4
 	}, "counters")
-	if n := w.leaks.Packets(); n != 0 {
+	if n := w.leaks.Packets() + published.Packets(); n != 0 {
 		t.Errorf("%d packets went on from the device to the uplink", n)
+	}
+	if c, err := s.Counters(); err != nil || c.Guard != 0 {
+		t.Errorf("%+v %v: what nat sent elsewhere came as far as the guard", c, err)
 	}
 	if n := w.pipe.packets() - before; n != 0 {
 		t.Errorf("%d packets with a foreign source in the device", n)

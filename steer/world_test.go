@@ -243,13 +243,16 @@ func (p *pipe) copy(dst, src *os.File, count bool) {
 	}
 }
 
-// holdAnswers keeps what comes back from home until release is called.
-func (p *pipe) holdAnswers() (release func()) {
+// holdAnswers keeps what comes back from beyond until release is called, or the
+// test has ended.
+func (w *world) holdAnswers() (release func()) {
 	gate := make(chan struct{})
-	p.mu.Lock()
-	p.hold = gate
-	p.mu.Unlock()
-	return sync.OnceFunc(func() { close(gate) })
+	w.pipe.mu.Lock()
+	w.pipe.hold = gate
+	w.pipe.mu.Unlock()
+	release = sync.OnceFunc(func() { close(gate) })
+	w.t.Cleanup(release)
+	return release
 }
 
 // packets counts what home has sent into the tun.
