@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -48,17 +47,6 @@ func again[T any](dump func() ([]T, error)) ([]T, error) {
 	return dump()
 }
 
-func listRules(h *netlink.Handle, family int) ([]netlink.Rule, error) {
-	rules, err := again(func() ([]netlink.Rule, error) { return h.RuleList(family) })
-	if noFamily(err) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("list ip rules: %w", err)
-	}
-	return rules, nil
-}
-
 // listRoutes lists the routes of a table; 0 stands for all tables.
 func listRoutes(h *netlink.Handle, family, table int) ([]netlink.Route, error) {
 	routes, err := again(func() ([]netlink.Route, error) {
@@ -76,93 +64,6 @@ func listRoutes(h *netlink.Handle, family, table int) ([]netlink.Route, error) {
 // noFamily is what a kernel without IPv6 says.
 func noFamily(err error) bool {
 	return errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP)
-}
-
-// wantRule is the ip rule of a plan in one family.
-func wantRule(p *Plan, family int) *netlink.Rule {
-	r := netlink.NewRule()
-	r.Family, r.Priority, r.Table, r.Protocol = family, p.Priority, p.Table, Protocol
-	r.Mark, r.Mask = p.Mark, &p.Mask
-	return r
-}
-
-func sameRule(a, b *netlink.Rule) bool {
-	return a.Priority == b.Priority && a.Table == b.Table && a.Protocol == b.Protocol &&
-		a.Mark == b.Mark && maskOf(a) == maskOf(b) && !a.Invert
-}
-
-// maskOf is the mask of a rule's fwmark; 0 means that it has none.
-func maskOf(r *netlink.Rule) uint32 {
-	switch {
-	case r.Mask != nil:
-		return *r.Mask
-	case r.Mark != 0:
-		return ^uint32(0)
-	}
-	return 0
-}
-
-// setRules adds the plan's ip rules where they are missing and says whether
-// any was. stale are other ones of the instance, to be deleted when nothing
-// sets their mark any more.
-func setRules(h *netlink.Handle, p *Plan, v6 bool) (changed bool, stale []netlink.Rule, err error) {
-	for _, family := range families {
-		rules, err := listRules(h, family)
-		if err != nil {
-			return changed, nil, err
-		}
-		want, have := wantRule(p, family), false
-		for _, r := range rules {
-			switch {
-			case r.Protocol != Protocol || r.Table != p.Table:
-			case !have && sameRule(&r, want) && (v6 || family == unix.AF_INET):
-				have = true
-			default:
-				stale = append(stale, r)
-			}
-		}
-		if have || family == unix.AF_INET6 && !v6 {
-			continue
-		}
-		if err := h.RuleAdd(want); err != nil {
-			return changed, nil, fmt.Errorf("add ip rule %s: %w", ruleText(want), err)
-		}
-		changed = true
-	}
-	return changed, stale, nil
-}
-
-func delRules(h *netlink.Handle, rules []netlink.Rule) error {
-	var errs []error
-	for _, r := range rules {
-		if err := h.RuleDel(&r); err != nil && !errors.Is(err, unix.ENOENT) {
-			errs = append(errs, fmt.Errorf("delete ip rule %s: %w", ruleText(&r), err))
-		}
-	}
-	return errors.Join(errs...)
-}
-
-// ruleText shows a rule as ip-rule(8) does, as far as it concerns us.
-func ruleText(r *netlink.Rule) string {
-	var b strings.Builder
-	fmt.Fprintf(&b, "%d: from all", r.Priority)
-	if r.Src != nil {
-		b.Reset()
-		fmt.Fprintf(&b, "%d: from %s", r.Priority, r.Src)
-	}
-	if mask := maskOf(r); mask != 0 {
-		fmt.Fprintf(&b, " fwmark %#x", r.Mark)
-		if mask != ^uint32(0) {
-			fmt.Fprintf(&b, "/%#x", mask)
-		}
-	}
-	if r.Table != 0 {
-		fmt.Fprintf(&b, " lookup %d", r.Table)
-	}
-	if r.Protocol != 0 {
-		fmt.Fprintf(&b, " proto %d", r.Protocol)
-	}
-	return b.String()
 }
 
 // routeKey tells routes of one table apart.
@@ -222,11 +123,11 @@ func keyOf(r *netlink.Route) routeKey {
 		src, _ := netip.AddrFromSlice(r.Src)
 		k.src = src.Unmap()
 	}
-	any := netip.IPv4Unspecified()
+	zero := netip.IPv4Unspecified()
 	if r.Family == unix.AF_INET6 {
-		any = netip.IPv6Unspecified()
+		zero = netip.IPv6Unspecified()
 	}
-	k.dst = netip.PrefixFrom(any, 0)
+	k.dst = netip.PrefixFrom(zero, 0)
 	if r.Dst != nil {
 		if a, ok := netip.AddrFromSlice(r.Dst.IP); ok {
 			bits, _ := r.Dst.Mask.Size()
@@ -306,7 +207,7 @@ func setRoutes(h *netlink.Handle, p *Plan, link int, v6 bool) (changed bool, err
 func delRoutes(h *netlink.Handle, routes []netlink.Route) error {
 	var errs []error
 	for _, r := range routes {
-		if err := h.RouteDel(&r); err != nil && !errors.Is(err, syscall.ESRCH) {
+		if err := h.RouteDel(&r); err != nil && !errors.Is(err, unix.ESRCH) {
 			errs = append(errs, fmt.Errorf("delete route %s of table %d: %w", keyOf(&r).dst, r.Table, err))
 		}
 	}
