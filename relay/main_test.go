@@ -1,0 +1,9 @@
+package relay_test
+
+import (
+	"testing"
+
+	"cgtun/internal/labtest"
+)
+
+func TestMain(m *testing.M) { labtest.Main(m) }
