@@ -84,31 +84,39 @@ func (w *cleaner) tables(home netns.Ref) error {
 
 // cgroups removes the empty ones that dead instances made.
 func (w *cleaner) cgroups() error {
+	removed, err := removeDeadCgroups(w.answers)
+	for _, path := range removed {
+		w.removed("cgroup", path)
+	}
+	return err
+}
+
+// removeDeadCgroups removes the empty cgroups of instances that are not alive,
+// and returns their paths. spare names an instance that is known to live, or
+// none.
+func removeDeadCgroups(spare string) (removed []string, err error) {
 	left, err := cgroupsel.Find()
 	if err != nil {
-		return fmt.Errorf("find cgroups that were left: %w", err)
+		return nil, fmt.Errorf("find cgroups that were left: %w", err)
 	}
 	if len(left) == 0 {
-		return nil
+		return nil, nil
 	}
-	alive, err := liveInstances()
+	done, err := liveInstances()
 	if err != nil {
-		return err
+		return nil, err
 	}
-	alive[w.answers] = true
+	done[spare] = true
 	var errs []error
 	for _, l := range left {
-		if alive[l.Instance] {
+		if done[l.Instance] {
 			continue
 		}
-		alive[l.Instance] = true // all of its cgroups went with the first
-		removed, err := cgroupsel.Remove(l.Instance)
-		for _, path := range removed {
-			w.removed("cgroup", path)
-		}
-		errs = append(errs, err)
+		done[l.Instance] = true // all of its cgroups go with the first
+		gone, err := cgroupsel.Remove(l.Instance)
+		removed, errs = append(removed, gone...), append(errs, err)
 	}
-	return errors.Join(errs...)
+	return removed, errors.Join(errs...)
 }
 
 // liveInstances looks for running instances in the network namespaces of all

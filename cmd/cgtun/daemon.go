@@ -1,0 +1,230 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"strconv"
+	"sync/atomic"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"cgtun/attach"
+	"cgtun/cgroupsel"
+	"cgtun/config"
+	"cgtun/control"
+	"cgtun/dialer"
+	"cgtun/router"
+	"cgtun/rules"
+	"cgtun/stack"
+	"cgtun/steer"
+	"cgtun/tun"
+)
+
+// instance is a running cgtun: the parts, wired, and what control shows of
+// them.
+type instance struct {
+	file  *config.File
+	route config.Route
+	log   *slog.Logger
+	since time.Time
+
+	selector  *cgroupsel.Selector
+	manager   *attach.Manager
+	router    *router.Router
+	outbounds []outbound
+	stack     atomic.Pointer[stack.Stack]
+	state     atomic.Value // control.State
+	limits    control.Limits
+	hangup    chan os.Signal // SIGHUP
+}
+
+// outbound is one way out with what status shows of it.
+type outbound struct {
+	kind string
+	*dialer.Direct
+}
+
+// runDaemon captures what the file selects until ctx ends, and leaves the
+// system as it was.
+func runDaemon(ctx context.Context, file *config.File, log *slog.Logger) (err error) {
+	if os.Geteuid() != 0 {
+		return errors.New("to capture needs root: start it with sudo")
+	}
+	in := &instance{file: file, route: file.Routes()[0], log: log, since: time.Now(), hangup: make(chan os.Signal, 1)}
+	signal.Notify(in.hangup, unix.SIGHUP)
+	defer signal.Stop(in.hangup)
+	in.state.Store(control.Starting)
+	for _, what := range file.NotServed() {
+		log.Info(what)
+	}
+	server, err := control.Listen(control.Options{Socket: file.Control.Socket, Source: in, Log: log})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, server.Close()) }()
+
+	if err := in.setLimits(); err != nil {
+		return err
+	}
+	if err := in.setRouter(); err != nil {
+		return err
+	}
+	if err := attach.Check(in.id(), in.route.Tun.Name, in.plan()); err != nil {
+		return err
+	}
+	if _, err := removeDeadCgroups(""); err != nil {
+		log.Warn("cgroups of a dead instance are left", "err", err)
+	}
+	in.selector, err = cgroupsel.New(cgroupsel.Options{
+		Cgroups: in.route.Select.Plain(), Create: in.route.Select.Create,
+		Mark: in.route.Mark, Mask: in.route.Mask, Instance: in.id(), Logger: log,
+	})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, in.selector.Close()) }()
+	for _, f := range in.selector.Features() {
+		if f.Err != nil {
+			log.Warn("the kernel offers less than is wanted", "feature", f.Name, "err", f.Err)
+		}
+	}
+	in.setManager()
+	return in.run(ctx, server)
+}
+
+// run runs the parts that have goroutines until ctx ends or one of them fails.
+// The control socket goes last: it tells "stopping" until the end.
+func (in *instance) run(ctx context.Context, server *control.Server) error {
+	serving, stopServing := context.WithCancel(context.WithoutCancel(ctx))
+	served := make(chan error, 1)
+	go func() { served <- server.Run(serving) }()
+
+	work, ctx := errgroup.WithContext(ctx)
+	work.Go(func() error { return notCanceled(in.selector.Run(ctx, in.manager.Reconcile)) })
+	work.Go(func() error { return in.onHangup(ctx) })
+	work.Go(func() error { return in.router.Run(ctx) })
+	work.Go(func() error {
+		defer in.state.Store(control.Stopping)
+		return in.manager.Run(ctx, in.ready)
+	})
+	err := work.Wait()
+	stopServing()
+	_, errNotify := daemon.SdNotify(false, daemon.SdNotifyStopping)
+	return errors.Join(err, <-served, errNotify)
+}
+
+// onHangup answers SIGHUP, which reloads where a version can: flows go on, and
+// so does the process.
+func (in *instance) onHangup(ctx context.Context) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-in.hangup:
+			in.log.Warn("SIGHUP changed nothing", "err", in.Reload(ctx))
+		}
+	}
+}
+
+func notCanceled(err error) error {
+	if errors.Is(err, context.Canceled) {
+		return nil
+	}
+	return err
+}
+
+func (in *instance) ready() {
+	in.state.Store(control.Ready)
+	in.log.Info(readyMessage)
+	if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
+		in.log.Warn("systemd could not be told", "err", err)
+	}
+}
+
+// id is the instance: the number of the first route's table.
+func (in *instance) id() string { return strconv.Itoa(in.route.Table) }
+
+func (in *instance) setLimits() error {
+	var nofile unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &nofile); err != nil {
+		return fmt.Errorf("read the limit of open files: %w", err)
+	}
+	nofile.Cur = nofile.Max
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &nofile); err != nil {
+		return fmt.Errorf("raise the limit of open files to %d: %w", nofile.Max, err)
+	}
+	in.limits = control.Limits{Nofile: nofile.Cur, MemoryBytes: uint64(in.file.Limits.Memory)}
+	in.log.Info("limits", "nofile", nofile.Cur, "memory", in.file.Limits.Memory)
+	debug.SetMemoryLimit(int64(in.file.Limits.Memory))
+	return nil
+}
+
+func (in *instance) setRouter() error {
+	set, err := rules.Compile(in.file.Rules)
+	if err != nil {
+		return err
+	}
+	capture := dialer.Mark{Value: in.route.Mark, Mask: in.route.Mask}
+	configs := append([]dialer.Config{{Name: rules.UseDirect, Type: dialer.TypeDirect}}, in.file.Outbounds...)
+	byName := map[string]dialer.Outbound{}
+	for _, c := range configs {
+		direct, err := dialer.NewDirect(c, capture)
+		if err != nil {
+			return err
+		}
+		in.outbounds = append(in.outbounds, outbound{kind: dialer.TypeDirect, Direct: direct})
+		byName[c.Name] = direct
+	}
+	in.router = router.New(router.Options{Logger: in.log, Owners: owners{in}})
+	in.router.Reload(set, byName)
+	return nil
+}
+
+// plan is what is steered, but for what attach knows.
+func (in *instance) plan() steer.Plan {
+	return steer.Plan{
+		Mark: in.route.Mark, Mask: in.route.Mask, Table: in.route.Table, Priority: in.route.Priority,
+		Bypass: in.route.Select.Bypass,
+	}
+}
+
+func (in *instance) setManager() {
+	plan := in.plan()
+	if self, ok := in.selector.Self(); ok {
+		plan.Self = steer.Cgroup{Path: self.Path, ID: self.ID, Level: self.Level}
+	}
+	in.manager = attach.New(attach.Options{
+		Instance: in.id(),
+		Tun: tun.Options{
+			Name: in.route.Tun.Name, Table: uint32(in.route.Table), Addresses: in.route.Tun.Address,
+			MTU: in.route.Tun.MTU, Queues: in.route.Tun.Queues,
+		},
+		Plan: plan, Serve: in.serve, CgroupPath: in.selector.PathByID, Logger: in.log,
+	})
+	in.manager.Reconcile(in.selector.Snapshot())
+}
+
+// serve is the netstack of an attachment.
+func (in *instance) serve(ctx context.Context, a *attach.Attachment) error {
+	var queues []stack.Queue
+	for _, q := range a.Device.Queues() {
+		queues = append(queues, q)
+	}
+	s, err := stack.New(queues, in.router, stack.Options{
+		Attachment: a.ID, MTU: a.Device.MTU(), Local: a.Local, Logger: in.log,
+	})
+	if err != nil {
+		return err
+	}
+	in.stack.Store(s)
+	defer in.stack.Store(nil)
+	return s.Run(ctx)
+}
