@@ -265,12 +265,18 @@ func (s *source) settle(ctx context.Context, p *peer, f *flow.Flow, now time.Tim
 	began := time.Now()
 	out, err := s.open(ctx, outbound, f)
 	if err != nil {
-		p.tell = p.e.dialled(began, err)
-		if errors.Is(err, errors.ErrUnsupported) {
-			p.tell = flow.Refused // CONTRACT: what an outbound cannot carry
+		why := p.e.dialled(began, err)
+		p.tell, p.until = why, now.Add(failedFor)
+		switch {
+		case errors.Is(err, errors.ErrUnsupported):
+			why, p.tell = flow.Refused, flow.Refused // CONTRACT: what an outbound cannot carry
+		case why == flow.NetUnreachable, why == flow.HostUnreachable:
+			// Without cgtun sendto(2) would fail. Of the ICMP errors every
+			// socket hears of port-unreachable, and most of no other
+			// (udp_err of net/ipv4/udp.c).
+			p.tell = flow.Refused
 		}
-		p.until = now.Add(failedFor)
-		p.e.end(p.tell)
+		p.e.end(why)
 		return
 	}
 	p.out = out
