@@ -234,3 +234,21 @@ func (q probe) serve() error {
 }
 
 func port(addr string, port int) string { return net.JoinHostPort(addr, strconv.Itoa(port)) }
+
+func probeDialer(q probe) *net.Dialer { return &net.Dialer{Timeout: q.Wait, Control: q.options} }
+
+// echoOnce says something and waits for its echo.
+func echoOnce(c net.Conn, say string) error {
+	_ = c.SetDeadline(time.Now().Add(5 * time.Second))
+	if _, err := io.WriteString(c, say); err != nil {
+		return err
+	}
+	buf := make([]byte, len(say))
+	if _, err := io.ReadFull(c, buf); err != nil {
+		return err
+	}
+	if string(buf) != say {
+		return fmt.Errorf("heard %q, said %q", buf, say)
+	}
+	return nil
+}
