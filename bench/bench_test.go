@@ -225,9 +225,9 @@ func (c *cells) median(row, way string) (float64, bool) {
 }
 
 func (c *cells) print() {
-	fmt.Printf("\n%-34s %10s %10s %10s %14s %14s\n", "median", "kernel", "splice", "cgtun", "cgtun/kernel", "cgtun/splice")
+	fmt.Printf("\n%-42s %10s %10s %10s %14s %14s\n", "median", "kernel", "splice", "cgtun", "cgtun/kernel", "cgtun/splice")
 	for _, row := range c.rows {
-		fmt.Printf("%-34s", row)
+		fmt.Printf("%-42s", row)
 		ours, _ := c.median(row, "cgtun")
 		for _, w := range []string{"kernel", "splice", "cgtun"} {
 			fmt.Print(cell(c.median(row, w)))
@@ -340,24 +340,46 @@ func (l *lab) datagrams(c *cells) {
 	}
 }
 
-// memory is what a process holds with idle connections, just after they were
-// opened. 10,000 would need more descriptors than some systems allow.
+// memory is what a process holds with idle connections: just after they were
+// opened, and when it has had time to give back what only the opening needed.
+// 10,000 would need more descriptors than some systems allow.
 func (l *lab) memory(c *cells) {
-	// A fresh process each: what earlier work left is not asked.
-	l.cgtun.stop()
-	l.startCgtun()
-	l.splice.stop()
-	l.splice = l.start(l.router, "splice", "")
-	for _, w := range l.ways()[1:] {
-		base := w.by.rss()
-		c.add("memory at start, MiB", w.name, base/1024)
+	for _, name := range []string{"splice", "cgtun"} {
 		for _, n := range []int{1000, 9000} {
-			if w.name == "splice" && n > 4000 {
+			if name == "splice" && n > 4000 {
 				continue // two sockets and two pipes each
 			}
+			w := l.fresh(name)
+			base := w.by.rss()
+			if n == 1000 {
+				c.add("memory at start, MiB", name, base/1024)
+			}
 			holder := l.start(w.from, "idle", fmt.Sprintf("%d %s:%s", n, w.addr, echoPort))
-			c.add(fmt.Sprintf("memory at %d idle, KiB each", n), w.name, (w.by.rss()-base)/float64(n))
+			row := fmt.Sprintf("memory at %d idle, KiB each", n)
+			c.add(row+", at once", name, (w.by.rss()-base)/float64(n))
+			time.Sleep(settleTime)
+			c.add(row, name, (w.by.rss()-base)/float64(n))
 			holder.stop()
 		}
 	}
+}
+
+// settleTime is more than two periods of the stack's trimming.
+const settleTime = 5 * time.Second
+
+// fresh restarts a relay: what earlier work left is not asked.
+func (l *lab) fresh(name string) way {
+	if name == "cgtun" {
+		l.cgtun.stop()
+		l.startCgtun()
+	} else {
+		l.splice.stop()
+		l.splice = l.start(l.router, "splice", "")
+	}
+	for _, w := range l.ways() {
+		if w.name == name {
+			return w
+		}
+	}
+	return way{}
 }

@@ -103,17 +103,20 @@ func Streams(ctx context.Context, client, server flow.Conn, o Options) Result {
 	if o.Down == nil {
 		o.Down = new(atomic.Int64)
 	}
-	up, down := o.Up.Load(), o.Down.Load()
-	var r Result
-	k, kernel := server.(Kernel)
-	if d, ok := client.(Direct); ok && kernel {
-		r = relayDirect(ctx, d, k.TCP(), o)
-	} else {
-		r = relayCopy(ctx, client, server, o)
+	d, ok := client.(Direct)
+	k, ok2 := server.(Kernel)
+	if !ok || !ok2 {
+		return relayCopy(ctx, client, server, o)
 	}
-	r.Up, r.Down = o.Up.Load()-up, o.Down.Load()-down
-	r.Reason = flow.ReasonOf(r.Err)
-	return r
+	r := newDirect(d, k.TCP(), o)
+	// This is where the goroutine of an idle flow waits: see newDirect.
+	r.run(ctx)
+	return r.result()
+}
+
+// outcome completes a Result.
+func (o *Options) outcome(by Side, why error, up, down int64) Result {
+	return Result{Up: o.Up.Load() - up, Down: o.Down.Load() - down, Reason: flow.ReasonOf(why), By: by, Err: why}
 }
 
 // resetAfterDelivery resets c once its peer has all that was written before. A

@@ -33,6 +33,7 @@ type copier struct {
 }
 
 func relayCopy(ctx context.Context, client, server flow.Conn, o Options) Result {
+	up, down := o.Up.Load(), o.Down.Load()
 	c := &copier{client: client, server: server, o: o, over: make(chan struct{})}
 	// Deadlines wake both directions and leave the ends usable: what a peer
 	// sent before its reset is still to be delivered by Reset.
@@ -60,7 +61,7 @@ func relayCopy(ctx context.Context, client, server flow.Conn, o Options) Result 
 		_ = client.Reset()
 		_ = server.Reset()
 	}
-	return Result{By: c.by, Err: c.why}
+	return o.outcome(c.by, c.why, up, down)
 }
 
 // end notes the first failure.

@@ -43,7 +43,7 @@ import (
 //
 // Waking the caller is done by a read deadline in the past, waking the pump by a
 // write deadline; `over` is closed before that. The pump has ended when
-// relayDirect returns, because the client may recycle what Peek has shown.
+// run returns, because the client may recycle what Peek has shown.
 
 const (
 	// maxFill bounds one read from the socket: a few segments of 64 KiB.
@@ -61,6 +61,9 @@ type direct struct {
 	raw    syscall.RawConn
 	o      Options
 
+	up0, down0 int64       // what the counts began with
+	unwatch    func() bool // ends the watch on the context
+
 	wanted atomic.Int64 // events since the pump last found nothing; 0: no pump
 	pumps  sync.WaitGroup
 	room   chan struct{} // the client may be writable
@@ -73,6 +76,8 @@ type direct struct {
 	eof    bool
 	gone   bool // the client takes nothing any more
 	err    error
+
+	idle idleTimer
 
 	over chan struct{}
 
@@ -87,27 +92,51 @@ type direct struct {
 	upError error // of a write to the server
 }
 
-func relayDirect(ctx context.Context, client Direct, server *net.TCPConn, o Options) Result {
-	raw, err := server.SyscallConn()
-	if err != nil {
-		return Result{By: Server, Err: err}
+// newDirect prepares a relay. What run and those that it calls need lies in the
+// struct and not on the stack: a goroutine that waits with less than 2 KiB of
+// stack, all callers and the runtime's own part included, is given one of 4 KiB
+// by the next collection, and one of 8 KiB otherwise.
+func newDirect(client Direct, server *net.TCPConn, o Options) *direct {
+	d := &direct{
+		client: client, server: server, o: o,
+		up0: o.Up.Load(), down0: o.Down.Load(),
+		room: make(chan struct{}, 1), over: make(chan struct{}),
 	}
-	d := &direct{client: client, server: server, raw: raw, o: o, room: make(chan struct{}, 1), over: make(chan struct{})}
 	d.downFn, d.readFn = d.fillClient, d.readServer
-	stop := context.AfterFunc(ctx, func() { d.end(Neither, context.Cause(ctx)) })
-	client.Notify(d.event)
-	d.wakePump() // what came before Notify
+	d.raw, d.err = server.SyscallConn()
+	return d
+}
+
+func (d *direct) result() Result { return d.o.outcome(d.by, d.why, d.up0, d.down0) }
+
+func (d *direct) run(ctx context.Context) {
+	if d.err != nil {
+		d.end(Server, d.err)
+		d.settle(ctx)
+		return
+	}
+	d.begin(ctx)
 	d.down()
+	d.finish()
+	d.settle(ctx)
+}
+
+func (d *direct) begin(ctx context.Context) {
+	d.unwatch = context.AfterFunc(ctx, func() { d.end(Neither, context.Cause(ctx)) })
+	d.client.Notify(d.event)
+	d.wakePump() // what came before Notify
+}
+
+// finish returns when nothing of the relay runs any more.
+func (d *direct) finish() {
 	// No event starts a pump after this, so none is missed by the wait.
-	client.Notify(nil)
+	d.client.Notify(nil)
 	d.pumps.Wait()
-	stop()
+	d.unwatch()
 	if d.broken != nil {
 		d.broken.Stop()
 	}
-	_ = server.SetDeadline(time.Time{})
-	d.settle(ctx)
-	return Result{By: d.by, Err: d.why}
+	_ = d.server.SetDeadline(time.Time{})
 }
 
 // settle passes a reset on. Nothing else runs any more.

@@ -1,7 +1,6 @@
 package relay
 
 import (
-	"errors"
 	"io"
 	"syscall"
 	"time"
@@ -19,47 +18,52 @@ func (d *direct) down() {
 
 // downBytes returns true when the server has ended its direction in order.
 func (d *direct) downBytes() bool {
-	idle := d.newIdle()
-	for {
-		if d.isOver() {
-			return false
-		}
-		idle.arm()
+	d.idle = idleTimer{d: d, bytes: -1}
+	for !d.isOver() {
+		d.idle.arm()
 		d.full, d.eof, d.gone, d.err = false, false, false, nil
-		err := d.raw.Read(d.downFn)
-		if err == nil {
-			err = d.err
+		if err := d.raw.Read(d.downFn); err != nil {
+			d.err = err
 		}
-		switch {
-		case isDeadline(err):
-			// An end, news of up, or silence.
-			if idle.expired() {
-				d.end(Neither, errIdle)
-				return false
-			}
-		case err != nil:
-			d.end(Server, err)
-			return false
-		case d.eof:
-			if _, failed := d.upState(); failed != nil {
-				// The write took the reset's errno with it.
-				d.end(Server, failed)
-				return false
-			}
-			_ = d.client.CloseWrite()
-			return true
-		case d.gone:
-			// The pump says how, after it has passed on what came before.
-			d.wakePump()
-			<-d.over
-			return false
-		case d.full:
-			select {
-			case <-d.room:
-			case <-d.over:
-			}
+		if d.downEnded() {
+			break
 		}
 	}
+	return d.eof && !d.isOver()
+}
+
+// downEnded looks at what a wait has brought and says whether down is over.
+func (d *direct) downEnded() bool {
+	switch {
+	case isDeadline(d.err):
+		// An end, news of up, or silence.
+		if d.idle.expired() {
+			d.end(Neither, errIdle)
+		}
+		return false
+	case d.err != nil:
+		d.end(Server, d.err)
+		return true
+	case d.eof:
+		if _, failed := d.upState(); failed != nil {
+			// The write took the reset's errno with it.
+			d.end(Server, failed)
+			return true
+		}
+		_ = d.client.CloseWrite()
+		return true
+	case d.gone:
+		// The pump says how, after it has passed on what came before.
+		d.wakePump()
+		<-d.over
+		return true
+	case d.full:
+		select {
+		case <-d.room:
+		case <-d.over:
+		}
+	}
+	return false
 }
 
 // fillClient runs when the socket may be readable; false waits for more.
@@ -127,38 +131,40 @@ func (d *direct) readServer(b []byte) (int, error) {
 // awaitEnd waits, after the server's end of stream, for that of the client or
 // for a reset of the server.
 func (d *direct) awaitEnd() {
-	idle := d.newIdle()
-	for {
-		done, failed := d.upState()
-		switch {
-		case d.isOver():
-			return
-		case failed != nil:
-			d.end(Server, failed)
-			return
-		case done:
-			d.end(Neither, nil)
-			return
-		}
-		idle.arm()
+	d.idle = idleTimer{d: d, bytes: -1}
+	for !d.upOver() {
+		d.idle.arm()
 		// Between the look above and this line upEnded may have set its
 		// deadline, and arm would have taken it back: look again.
-		if done, failed = d.upState(); done || failed != nil || d.isOver() {
-			continue
-		}
-		d.err = nil
-		err := d.raw.Read(d.resetSeen)
-		switch {
-		case isDeadline(err):
-			if idle.expired() {
-				d.end(Neither, errIdle)
-				return
-			}
-		case err != nil || d.err != nil:
-			d.end(Server, errors.Join(err, d.err))
+		if d.upOver() {
 			return
 		}
+		d.err = nil
+		if err := d.raw.Read(d.resetSeen); err != nil {
+			d.err = err
+		}
+		switch {
+		case !isDeadline(d.err):
+			d.end(Server, d.err)
+		case d.idle.expired():
+			d.end(Neither, errIdle)
+		}
 	}
+}
+
+// upOver ends the flow if up has ended.
+func (d *direct) upOver() bool {
+	done, failed := d.upState()
+	switch {
+	case d.isOver():
+	case failed != nil:
+		d.end(Server, failed)
+	case done:
+		d.end(Neither, nil)
+	default:
+		return false
+	}
+	return true
 }
 
 // resetSeen runs on each event of a socket whose stream has ended.
@@ -182,8 +188,6 @@ type idleTimer struct {
 	bytes int64
 	until time.Time
 }
-
-func (d *direct) newIdle() *idleTimer { return &idleTimer{d: d, bytes: -1} }
 
 // arm sets the deadline anew if bytes went since the last time, and takes back
 // one that only woke us.

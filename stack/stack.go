@@ -185,6 +185,7 @@ func (s *Stack) Run(ctx context.Context) error {
 	}
 	sides.Go(func() { _ = s.udp.run(flows) })
 	sides.Go(func() { s.tcp.run(flows) })
+	sides.Go(func() { s.trim(flows) })
 
 	var err error
 	select {

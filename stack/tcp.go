@@ -60,6 +60,11 @@ const (
 	// icmpErrors a second are sent at most.
 	icmpErrors = 5000
 
+	// errorDelay is how old a SYN is at least when an ICMP error answers it. A
+	// Linux client that is still inside of connect(2) takes the error for a
+	// hint, and goes on: seen when a rule refuses within microseconds.
+	errorDelay = 2 * time.Millisecond
+
 	keepAliveInterval = 10 * time.Second
 	keepAliveCount    = 6
 )
@@ -315,6 +320,7 @@ func (p *pending) Reject(why flow.Reason) {
 	p.answered = true
 	syn := p.syn
 	p.syn = nil
+	came := p.last
 	if p.phase == dialing && why != flow.Canceled {
 		t.table.judgeLocked(p, why)
 	}
@@ -322,6 +328,9 @@ func (p *pending) Reject(why flow.Reason) {
 	t.table.mu.Unlock()
 	t.s.count.rejected.Add(1)
 	if syn != nil {
+		if !silentOrReset(why) {
+			time.Sleep(errorDelay - time.Since(came))
+		}
 		t.answer(p.id, syn, why)
 		syn.DecRef()
 	}
@@ -329,11 +338,10 @@ func (p *pending) Reject(why flow.Reason) {
 
 // answer tells a client why there is no connection.
 func (t *streams) answer(id gvstack.TransportEndpointID, syn *gvstack.PacketBuffer, why flow.Reason) {
-	switch why {
-	case flow.Dropped, flow.Canceled:
+	if why == flow.Dropped || why == flow.Canceled {
 		return
-	case flow.Refused, flow.Reset, flow.Closed:
-	default:
+	}
+	if !silentOrReset(why) {
 		orig := append([]byte(nil), syn.NetworkHeader().Slice()...)
 		orig = append(orig, syn.TransportHeader().Slice()...)
 		if t.s.sendError(why, orig) {
@@ -342,4 +350,13 @@ func (t *streams) answer(id gvstack.TransportEndpointID, syn *gvstack.PacketBuff
 	}
 	// A RST is what netstack sends for a segment that nobody wants.
 	t.s.gv.TransportProtocolInstance(tcp.ProtocolNumber).HandleUnknownDestinationPacket(id, syn)
+}
+
+// silentOrReset says whether a reason has no ICMP error.
+func silentOrReset(why flow.Reason) bool {
+	switch why {
+	case flow.Dropped, flow.Canceled, flow.Refused, flow.Reset, flow.Closed:
+		return true
+	}
+	return false
 }
