@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -316,4 +317,9 @@ func (w *world) device() (sent, received uint64) {
 		w.t.Fatalf("read counters of tun0: %v\n%s", err, out)
 	}
 	return links[0].Stats.TX.Packets, links[0].Stats.RX.Packets
+}
+
+// isSecond tells whether an address is one of the machine's on the second link.
+func isSecond(a netip.AddrPort) bool {
+	return a.Addr() == netip.MustParseAddr("10.2.0.2") || a.Addr() == netip.MustParseAddr("fd02::2")
 }
