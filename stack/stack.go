@@ -168,6 +168,7 @@ func (s *Stack) reassembled(id gvstack.TransportEndpointID, pkt *gvstack.PacketB
 func (s *Stack) Run(ctx context.Context) error {
 	flows, cancel := context.WithCancel(ctx)
 	defer cancel()
+	s.tcp.begin(flows)
 	var readers, sides sync.WaitGroup
 	broken := make(chan error, len(s.queues))
 	for _, q := range s.queues {

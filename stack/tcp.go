@@ -80,7 +80,7 @@ type streams struct {
 	serving sync.WaitGroup // goroutines in ServeStream
 
 	mu         sync.Mutex
-	ctx        context.Context // of all flows; nil before run
+	ctx        context.Context // of all flows; nil before begin
 	handshakes sync.WaitGroup  // goroutines of the forwarder's
 	ended      bool
 }
@@ -115,11 +115,16 @@ func (t *streams) protocolOptions() []tcpip.SettableTransportProtocolOption {
 	}
 }
 
-// run lets flows in until ctx ends and returns when the last handler has.
-func (t *streams) run(ctx context.Context) {
+// begin lets flows in. Before it SYNs are dropped.
+func (t *streams) begin(ctx context.Context) {
 	t.mu.Lock()
+	defer t.mu.Unlock()
 	t.ctx = ctx
-	t.mu.Unlock()
+}
+
+// run looks after the table until ctx ends, lets nothing more in, and returns
+// when the last handler has.
+func (t *streams) run(ctx context.Context) {
 	t.table.run(ctx)
 	t.mu.Lock()
 	t.ended = true
