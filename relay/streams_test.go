@@ -1,0 +1,164 @@
+package relay_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"net"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"cgtun/flow"
+	"cgtun/relay"
+)
+
+// plainConn hides that it is a kernel socket: the path with buffers.
+type plainConn struct{ flow.Conn }
+
+// ends is a flow that is relayed, seen from outside.
+type ends struct {
+	client, server *net.TCPConn
+	up, down       atomic.Int64
+	result         chan relay.Result
+}
+
+// relayed starts a relay between two pairs of sockets on loopback.
+func relayed(t *testing.T, ctx context.Context, hide func(flow.Conn) flow.Conn, idle time.Duration) *ends {
+	t.Helper()
+	client, in := tcpPair(t)
+	out, server := tcpPair(t)
+	e := &ends{client: client, server: server, result: make(chan relay.Result, 1)}
+	go func() {
+		a, b := flow.NewTCPConn(in), flow.NewTCPConn(out)
+		r := relay.Streams(ctx, hide(a), hide(b), relay.Options{Up: &e.up, Down: &e.down, Idle: idle})
+		a.Close()
+		b.Close()
+		e.result <- r
+	}()
+	return e
+}
+
+func tcpPair(t *testing.T) (a, b *net.TCPConn) {
+	t.Helper()
+	var lc net.ListenConfig
+	lc.SetMultipathTCP(false)
+	ln, err := lc.Listen(context.Background(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	c, err := net.Dial("tcp", ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close(); s.Close() })
+	limit := time.Now().Add(20 * time.Second)
+	c.SetDeadline(limit)
+	s.SetDeadline(limit)
+	return c.(*net.TCPConn), s.(*net.TCPConn)
+}
+
+func (e *ends) await(t *testing.T) relay.Result {
+	t.Helper()
+	select {
+	case r := <-e.result:
+		return r
+	case <-time.After(20 * time.Second):
+		t.Fatal("the relay does not end")
+		return relay.Result{}
+	}
+}
+
+var paths = []struct {
+	name string
+	hide func(flow.Conn) flow.Conn
+}{
+	{"splice", func(c flow.Conn) flow.Conn { return c }},
+	{"copy", func(c flow.Conn) flow.Conn { return plainConn{c} }},
+}
+
+func TestStreamsHalfClose(t *testing.T) {
+	for _, p := range paths {
+		t.Run(p.name, func(t *testing.T) {
+			e := relayed(t, context.Background(), p.hide, 0)
+			up, down := bytes.Repeat([]byte("up"), 1<<20), bytes.Repeat([]byte("down"), 1<<20)
+			go func() { e.client.Write(up); e.client.CloseWrite() }()
+			if got, err := io.ReadAll(e.server); err != nil || !bytes.Equal(got, up) {
+				t.Fatalf("server read %d bytes, %v", len(got), err)
+			}
+			go func() { e.server.Write(down); e.server.CloseWrite() }()
+			if got, err := io.ReadAll(e.client); err != nil || !bytes.Equal(got, down) {
+				t.Fatalf("client read %d bytes, %v", len(got), err)
+			}
+			r := e.await(t)
+			if r.Reason != flow.Closed || r.Up != int64(len(up)) || r.Down != int64(len(down)) || e.up.Load() != r.Up {
+				t.Errorf("ended %+v", r)
+			}
+		})
+	}
+}
+
+func TestStreamsPassAReset(t *testing.T) {
+	for _, p := range paths {
+		for _, by := range []relay.Side{relay.Client, relay.Server} {
+			t.Run(p.name+" by "+by.String(), func(t *testing.T) {
+				e := relayed(t, context.Background(), p.hide, 0)
+				from, to := e.client, e.server
+				if by == relay.Server {
+					from, to = to, from
+				}
+				from.Write([]byte("last words"))
+				got := make([]byte, 10)
+				if _, err := io.ReadFull(to, got); err != nil {
+					t.Fatal(err)
+				}
+				from.SetLinger(0)
+				from.Close()
+				if _, err := to.Read(got); !errors.Is(err, syscall.ECONNRESET) {
+					t.Errorf("other side got %v, want a reset", err)
+				}
+				if r := e.await(t); r.Reason != flow.Reset || r.By != by {
+					t.Errorf("ended %+v", r)
+				}
+			})
+		}
+	}
+}
+
+func TestStreamsEndWithTheirContext(t *testing.T) {
+	for _, p := range paths {
+		t.Run(p.name, func(t *testing.T) {
+			ctx, cancel := context.WithCancel(context.Background())
+			e := relayed(t, ctx, p.hide, 0)
+			e.client.Write([]byte("x"))
+			io.ReadFull(e.server, make([]byte, 1))
+			cancel()
+			for _, c := range []*net.TCPConn{e.client, e.server} {
+				if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+					t.Errorf("got %v, want a reset", err)
+				}
+			}
+			if r := e.await(t); r.Reason != flow.Canceled {
+				t.Errorf("ended %+v", r)
+			}
+		})
+	}
+}
+
+func TestStreamsEndWhenIdle(t *testing.T) {
+	for _, p := range paths {
+		t.Run(p.name, func(t *testing.T) {
+			e := relayed(t, context.Background(), p.hide, 100*time.Millisecond)
+			if r := e.await(t); r.Reason != flow.TimedOut || r.By != relay.Neither {
+				t.Errorf("ended %+v", r)
+			}
+		})
+	}
+}
