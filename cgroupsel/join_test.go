@@ -38,6 +38,11 @@ func TestJoinAndLeave(t *testing.T) {
 	if err := s.Join(top.Path, fd); !errors.Is(err, cgroupsel.ErrNotSelected) {
 		t.Errorf("join what is not selected: %v", err)
 	}
+	for _, odd := range []string{sel + "/..", sel + "/../other", sel + "/./job", sel + "/"} {
+		if err := s.Join(odd, fd); !errors.Is(err, cgroupsel.ErrNotSelected) {
+			t.Errorf("join %s, which leads out or is no clean path: %v", odd, err)
+		}
+	}
 	in(top.Path)
 	if err := s.Join(sel+"/job", fd); err != nil {
 		t.Errorf("join a child that is not there yet: %v", err)

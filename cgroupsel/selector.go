@@ -184,8 +184,10 @@ func (s *Selector) Selected(cgroup string) bool {
 }
 
 func (s *Selector) inSelection(cgroup string) bool {
-	if strings.HasPrefix(cgroup, "/..") {
-		return false // outside of our cgroup namespace
+	if path.Clean(cgroup) != cgroup || strings.HasPrefix(cgroup, "/..") {
+		// Not the path that it seems to be ("/selected/../other"), or one
+		// outside of our cgroup namespace.
+		return false
 	}
 	return slices.ContainsFunc(s.opts.Cgroups, func(top string) bool { return within(cgroup, top) })
 }
