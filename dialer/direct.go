@@ -91,7 +91,7 @@ func (d *Direct) DialStream(ctx context.Context, t Target) (*Conn, error) {
 		return nil, d.fail("connect", dst, err)
 	}
 	// Not before the connect, which has a deadline of its own.
-	if err := setUserTimeout(c); err != nil {
+	if err := configure(c); err != nil {
 		_ = c.Close()
 		return nil, d.fail("configure", dst, err)
 	}
@@ -119,15 +119,19 @@ func (d *Direct) fail(op string, dst netip.AddrPort, err error) error {
 	return &Error{Hop: d.name, Op: op, Addr: dst, Reason: flow.ReasonOf(err), Err: err}
 }
 
-func setUserTimeout(c *net.TCPConn) error {
+// configure sets what a connected socket needs. Urgent bytes come in line
+// (RFC 6093 §6): otherwise they would lie between the others as a hole that
+// SIOCINQ does not see behind.
+func configure(c *net.TCPConn) error {
 	raw, err := c.SyscallConn()
 	if err != nil {
 		return err
 	}
 	var failed error
 	err = raw.Control(func(fd uintptr) {
-		failed = os.NewSyscallError("setsockopt",
-			unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(userTimeout.Milliseconds())))
+		failed = os.NewSyscallError("setsockopt", errors.Join(
+			unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(userTimeout.Milliseconds())),
+			unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_OOBINLINE, 1)))
 	})
 	return errors.Join(err, failed)
 }

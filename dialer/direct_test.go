@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"strings"
@@ -88,5 +89,44 @@ func BenchmarkDialDirect(b *testing.B) {
 			b.Fatal(err)
 		}
 		_ = c.Reset()
+	}
+}
+
+// An urgent byte is one of the stream's for whoever relays it.
+func TestUrgentBytesComeInLine(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	d, err := dialer.NewDirect(dialer.Config{Name: "direct", Type: dialer.TypeDirect}, dialer.Mark{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := d.DialStream(t.Context(), dialer.Target{Addr: netip.MustParseAddrPort(l.Addr().String())})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	server, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Close()
+	raw, err := server.(*net.TCPConn).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var failed error
+	err = raw.Control(func(fd uintptr) {
+		failed = errors.Join(
+			unix.Sendto(int(fd), []byte("be"), 0, nil), unix.Sendto(int(fd), []byte("!"), unix.MSG_OOB, nil),
+			unix.Sendto(int(fd), []byte("hind"), 0, nil), unix.Shutdown(int(fd), unix.SHUT_WR))
+	})
+	if err := errors.Join(err, failed); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := io.ReadAll(c); string(got) != "be!hind" || err != nil {
+		t.Errorf("got %q, %v, want all bytes in order", got, err)
 	}
 }
