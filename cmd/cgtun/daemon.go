@@ -111,14 +111,16 @@ func (in *instance) run(ctx context.Context, server *control.Server) error {
 	work.Go(func() error { return notCanceled(in.selector.Run(ctx, in.manager.Reconcile)) })
 	work.Go(func() error { return in.onHangup(ctx) })
 	work.Go(func() error { return in.router.Run(ctx) })
+	work.Go(func() error { return in.manager.Run(ctx, in.ready) })
 	work.Go(func() error {
-		defer in.state.Store(control.Stopping)
-		return in.manager.Run(ctx, in.ready)
+		<-ctx.Done()
+		in.state.Store(control.Stopping)
+		in.notify(daemon.SdNotifyStopping)
+		return nil
 	})
 	err := work.Wait()
 	stopServing()
-	_, errNotify := daemon.SdNotify(false, daemon.SdNotifyStopping)
-	return errors.Join(err, <-served, errNotify)
+	return errors.Join(err, <-served)
 }
 
 // onHangup answers SIGHUP, which reloads where a version can: flows go on, and
@@ -142,9 +144,16 @@ func notCanceled(err error) error {
 }
 
 func (in *instance) ready() {
-	in.state.Store(control.Ready)
+	if !in.state.CompareAndSwap(control.Starting, control.Ready) {
+		return // told to stop meanwhile
+	}
 	in.log.Info(readyMessage)
-	if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
+	in.notify(daemon.SdNotifyReady)
+}
+
+// notify tells systemd, where it has asked for that.
+func (in *instance) notify(state string) {
+	if _, err := daemon.SdNotify(false, state); err != nil {
 		in.log.Warn("systemd could not be told", "err", err)
 	}
 }

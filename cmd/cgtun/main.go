@@ -72,6 +72,9 @@ func (c *call) daemon() error {
 		file.Control.Socket = c.socket
 	}
 	log := newLogger(file.Log, c.stderr)
+	// A reader of the log that goes, such as tee at an interrupt from the
+	// keyboard, must not end this process with everything still in force.
+	signal.Ignore(unix.SIGPIPE)
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
 	defer stop()
 	if err := runDaemon(ctx, file, log); err != nil {
