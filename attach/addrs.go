@@ -1,6 +1,7 @@
 package attach
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -17,9 +18,23 @@ type surroundings struct {
 	connected []netip.Prefix // sorted, without doubles
 }
 
+// interruptions is how often in a row a dump may be cut short by changes.
+const interruptions = 20
+
 // look reads the addresses and connected routes of the namespace it runs in.
-// The routes of device, which is ours, are not somebody's.
-func look(device string) (*surroundings, error) {
+// The routes of device, which is ours, are not somebody's. It begins again
+// when the kernel says that a list changed while it was read: on a host that
+// makes containers all the time that is no reason not to start.
+func look(device string) (s *surroundings, err error) {
+	for range interruptions {
+		if s, err = lookOnce(device); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			break
+		}
+	}
+	return s, err
+}
+
+func lookOnce(device string) (*surroundings, error) {
 	links, err := netlink.LinkList()
 	if err != nil {
 		return nil, fmt.Errorf("list links: %w", err)
