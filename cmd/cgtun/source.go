@@ -261,7 +261,7 @@ func protoOf(name string) (flow.Proto, error) {
 // lookUp resolves as the host does; the result is never empty.
 func lookUp(ctx context.Context, name string) ([]netip.Addr, error) {
 	if a, err := netip.ParseAddr(name); err == nil {
-		return []netip.Addr{a.Unmap()}, nil
+		return []netip.Addr{a.Unmap().WithZone("")}, nil // no prefix contains one with a zone
 	}
 	addrs, err := net.DefaultResolver.LookupNetIP(ctx, "ip", name)
 	if err != nil {
