@@ -81,6 +81,10 @@ func newWorld(t *testing.T, tools ...string) *world {
 	for _, s := range []string{
 		"machine route add default via 10.1.0.1", "machine route add default via fd01::1",
 		"machine route add default via 10.2.0.1 metric 2000", "machine route add default via fd02::1 metric 2000",
+		// Without these the kernel answers for a socket of eth1 that is gone by
+		// the uplink.
+		"machine route add default via 10.2.0.1 table 102", "machine rule add from 10.2.0.2 lookup 102 priority 20000",
+		"machine -6 route add default via fd02::1 table 102", "machine -6 rule add from fd02::2 lookup 102 priority 20000",
 		"server route add default via 10.9.0.1", "server route add default via fd09::1",
 		"server addr add 203.0.113.10/32 dev lo", "server addr add 2001:db8::10/128 dev lo nodad",
 		"router route add 203.0.113.0/24 via 10.9.0.2", "router route add 2001:db8::/64 via fd09::2",
