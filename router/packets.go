@@ -301,8 +301,12 @@ func (s *source) open(ctx context.Context, outbound dialer.Outbound, f *flow.Flo
 	}
 	ctx, cancel := context.WithTimeout(ctx, s.r.opts.Deadline)
 	defer cancel()
+	if err := s.r.takeSocket(); err != nil {
+		return nil, err
+	}
 	conn, err := outbound.OpenPackets(ctx, target(f))
 	if err != nil {
+		s.r.giveSocket()
 		return nil, err
 	}
 	if w := s.r.ways.find(outbound.Name()); w != nil {
@@ -333,6 +337,7 @@ func (s *source) drop(out *packetOut, err error) {
 	}
 	s.mu.Unlock()
 	out.conn.Close()
+	s.r.giveSocket()
 	s.r.log.Debug("datagram socket ended", "flow", s.client.Flow().ID, "outbound", out.key.outbound.Name(), "err", err)
 }
 

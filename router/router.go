@@ -55,6 +55,10 @@ type Options struct {
 	WatchBuffer int
 	// Packets bounds what datagrams can fill.
 	Packets PacketOptions
+	// MaxSockets is how many outbound sockets there are at a time. A flow
+	// that finds no room is refused and counted as refused: clients cannot
+	// take the descriptors that the rest of the process lives on. 0: no bound.
+	MaxSockets int
 }
 
 func (o Options) withDefaults() Options {
@@ -90,6 +94,8 @@ type Router struct {
 	ways   ways
 
 	livePeers atomic.Int64 // of all PacketConns
+	sockets   atomic.Int64 // places taken, at most MaxSockets
+	full      atomic.Bool  // that there was none is said, once a spell
 
 	reload sync.Mutex // one Reload at a time
 }
@@ -178,6 +184,33 @@ func (r *Router) owner(ctx context.Context, f *flow.Flow) *flow.Owner {
 		return nil
 	}
 	return owner
+}
+
+// errNoRoom is why a flow is refused for which there is no socket.
+var errNoRoom error = &noRoom{}
+
+type noRoom struct{}
+
+func (*noRoom) Error() string           { return "as many outbound sockets as the limit of open files allows" }
+func (*noRoom) FlowReason() flow.Reason { return flow.Refused }
+
+// takeSocket takes a place for an outbound socket, or none and returns
+// errNoRoom. giveSocket gives it back.
+func (r *Router) takeSocket() error {
+	if n := r.sockets.Add(1); r.opts.MaxSockets > 0 && n > int64(r.opts.MaxSockets) {
+		r.sockets.Add(-1)
+		if !r.full.Swap(true) {
+			r.log.Warn("new flows are refused: all sockets are in use; raise the limit of open files", "sockets", r.opts.MaxSockets)
+		}
+		return errNoRoom
+	}
+	return nil
+}
+
+func (r *Router) giveSocket() {
+	if n := r.sockets.Add(-1); n < int64(r.opts.MaxSockets)/2 && r.full.Load() {
+		r.full.Store(false)
+	}
 }
 
 // Explain says what the rules in force make of the facts, and which path a

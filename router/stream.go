@@ -19,7 +19,7 @@ import (
 func (r *Router) ServeStream(ctx context.Context, s flow.Stream) {
 	e := r.begin(s.Flow())
 	var ends streamEnds
-	defer ends.close()
+	defer ends.close(r)
 	defer r.recovered(e, func() { ends.abort(s) })
 	if !r.connect(ctx, e, s, &ends) {
 		return
@@ -32,10 +32,14 @@ func (r *Router) ServeStream(ctx context.Context, s flow.Stream) {
 type streamEnds struct {
 	client   flow.Conn
 	server   *dialer.Conn
+	place    bool // taken for the server's socket
 	answered bool // Accept or Reject was called
 }
 
-func (s *streamEnds) close() {
+func (s *streamEnds) close(r *Router) {
+	if s.place {
+		defer r.giveSocket()
+	}
 	if s.client != nil {
 		_ = s.client.Close()
 	}
@@ -75,7 +79,7 @@ func (r *Router) connect(ctx context.Context, e *entry, s flow.Stream, ends *str
 		return false
 	}
 	began := time.Now()
-	server, err := r.dial(ctx, e.flow, outbound)
+	server, err := r.dial(ctx, e.flow, outbound, ends)
 	if why := e.dialled(began, err); err != nil {
 		e.failed(err)
 		ends.reject(s, why)
@@ -99,7 +103,11 @@ func (r *Router) connect(ctx context.Context, e *entry, s flow.Stream, ends *str
 }
 
 // dial gives a flow what is left of its deadline.
-func (r *Router) dial(ctx context.Context, f *flow.Flow, o dialer.Outbound) (*dialer.Conn, error) {
+func (r *Router) dial(ctx context.Context, f *flow.Flow, o dialer.Outbound, ends *streamEnds) (*dialer.Conn, error) {
+	if err := r.takeSocket(); err != nil {
+		return nil, err
+	}
+	ends.place = true
 	ctx, cancel := context.WithDeadline(ctx, f.Start.Add(r.opts.Deadline))
 	defer cancel()
 	return o.DialStream(ctx, target(f))

@@ -111,6 +111,30 @@ func TestRouterWithoutRulesRefuses(t *testing.T) {
 	}
 }
 
+// Clients cannot take every descriptor that the process has.
+func TestSocketsAreBounded(t *testing.T) {
+	out := serving(t, "up", func(c *memConn) { _, _ = io.Copy(io.Discard, c) })
+	r := route(t, router.Options{MaxSockets: 1}, out)
+	open := func(c *client) func() bool {
+		return func() bool { accepted, _ := c.told(t); return accepted }
+	}
+	first, second, third := newClient("198.51.100.1:80"), newClient("198.51.100.1:80"), newClient("198.51.100.1:80")
+	ended := serve(t, r, first)
+	labtest.Eventually(t, 5*time.Second, open(first), "the first flow is open")
+
+	wait(t, "end of the flow that has no room", serve(t, r, second))
+	if accepted, why := second.told(t); accepted || why != flow.Refused {
+		t.Errorf("without room: accepted %v, %v; want refused", accepted, why)
+	}
+	if n := r.Counters(); n.RefusedTotal != 1 {
+		t.Errorf("counters: got %+v", n)
+	}
+	_ = first.conn.Close()
+	wait(t, "end of the first flow", ended)
+	serve(t, r, third)
+	labtest.Eventually(t, 5*time.Second, open(third), "the third flow has the place of the first")
+}
+
 func TestAnsweredOnlyOnceConnected(t *testing.T) {
 	connect := make(chan struct{})
 	out := serving(t, "up", func(c *memConn) { _, _ = io.Copy(io.Discard, c) })

@@ -176,6 +176,16 @@ func (in *instance) setLimits() error {
 	return nil
 }
 
+// ownFiles are the descriptors kept from the flows: for control clients with
+// their pidfds, kernel objects, and what steering opens to follow changes.
+const ownFiles = 512
+
+// maxSockets is what the limit of open files leaves to the flows.
+func (in *instance) maxSockets() int {
+	n := in.limits.Nofile
+	return int(max(n-min(n, ownFiles), n/2))
+}
+
 func (in *instance) setRouter() error {
 	set, err := rules.Compile(in.file.Rules)
 	if err != nil {
@@ -192,7 +202,7 @@ func (in *instance) setRouter() error {
 		in.outbounds = append(in.outbounds, outbound{kind: dialer.TypeDirect, Direct: direct})
 		byName[c.Name] = direct
 	}
-	in.router = router.New(router.Options{Logger: in.log, Owners: owners{in}})
+	in.router = router.New(router.Options{Logger: in.log, Owners: owners{in}, MaxSockets: in.maxSockets()})
 	in.router.Reload(set, byName)
 	return nil
 }
