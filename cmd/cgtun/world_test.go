@@ -69,6 +69,9 @@ func newWorld(t *testing.T, tools ...string) *world {
 	for _, tool := range tools {
 		labtest.Need(t, labtest.Tool(tool))
 	}
+	if _, err := program(); err != nil {
+		t.Fatal(err)
+	}
 	lab := labtest.New(t)
 	w := &world{t: t, lab: lab, machine: lab.Host("machine"), router: lab.Host("router"), server: lab.Host("server"), dir: t.TempDir()}
 	// Numbers of the process's own: cgroups are known machine-wide by them.
