@@ -177,6 +177,9 @@ func (m *Manager) serve(ctx context.Context, ready func()) error {
 	if err := m.apply(); err != nil {
 		return err
 	}
+	if err := m.steering.Missing(); err != nil {
+		m.opts.Logger.Warn("the kernel offers less than is wanted", "err", err)
+	}
 	work.Go(func() { follow(ctx, m.opts.Logger, m.lookAgain) })
 	work.Go(func() {
 		if err := m.steering.Run(ctx, m.repaired); err != nil && ctx.Err() == nil {
