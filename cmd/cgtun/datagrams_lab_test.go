@@ -1,0 +1,243 @@
+package main_test
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"cgtun/internal/labtest"
+)
+
+func init() {
+	probes["sizes"] = sizes
+	probes["again"] = again
+	probes["inject"] = inject
+}
+
+// Datagrams of every size, the empty one too, come back as they were sent.
+func TestDatagramsOfEverySize(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.server.ServeUDPEcho(port(far4, 7000))
+	w.server.ServeUDPEcho(port(far6, 7000))
+	w.start(w.config(second))
+	for _, far := range []string{far4, far6} {
+		w.probeOutput(inside, probe{Do: "sizes", To: port(far, 7000)})
+	}
+	w.noLeak("datagrams")
+}
+
+func sizes(q probe) error {
+	c, err := probeDialer(q).Dial("udp", q.To)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	buf := make([]byte, 1<<16)
+	for _, size := range []int{0, 1, 512, 1232, 1452, 1472, 1473, 4000, 9000, 30000, 65487, 65507} {
+		if size == 65507 && c.RemoteAddr().(*net.UDPAddr).IP.To4() == nil {
+			continue // the same in sum: a header is longer
+		}
+		out := make([]byte, size)
+		for i := range out {
+			out[i] = byte(i * size)
+		}
+		ok := false
+		for range 5 { // a fragment may be lost
+			if _, err := c.Write(out); err != nil {
+				return fmt.Errorf("send %d bytes: %w", size, err)
+			}
+			_ = c.SetReadDeadline(time.Now().Add(time.Second))
+			n, err := c.Read(buf)
+			if ok = err == nil && string(buf[:n]) == string(out); ok {
+				break
+			}
+			if !errors.Is(err, unix.EAGAIN) && err == nil {
+				return fmt.Errorf("%d bytes came back as %d, or others", size, n)
+			}
+		}
+		if !ok {
+			return fmt.Errorf("%d bytes did not come back", size)
+		}
+	}
+	return nil
+}
+
+// One source port, used again for the same server at once, a hundred times,
+// whoever closes first.
+func TestSamePortAgain(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.server.Serve(":7000", func(c *net.TCPConn) error { _, err := c.Write([]byte("bye")); return err })
+	w.server.ServeEcho(":7001")
+	w.start(w.config(second))
+	for _, far := range []string{far4, far6} {
+		for _, to := range []int{7000, 7001} {
+			if out, err := w.try(inside, "env", probeArgs(probe{Do: "again", To: port(far, to), N: 100})...); err != nil {
+				t.Errorf("%s: %v %s", port(far, to), err, out)
+			}
+		}
+	}
+}
+
+func again(q probe) error {
+	to, err := netip.ParseAddrPort(q.To)
+	if err != nil {
+		return err
+	}
+	d := net.Dialer{Timeout: 3 * time.Second, LocalAddr: &net.TCPAddr{Port: 40001}, Control: func(_, _ string, raw syscall.RawConn) error {
+		var err error
+		return errors.Join(raw.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1) }), err)
+	}}
+	for i := range q.N {
+		began := time.Now()
+		c, err := d.Dial("tcp", q.To)
+		if errors.Is(err, unix.EADDRNOTAVAIL) { // the kernel's own TIME_WAIT: the client closed first
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("connection %d after %v: %w", i, time.Since(began), err)
+		}
+		_ = c.SetDeadline(time.Now().Add(3 * time.Second))
+		buf := make([]byte, 3)
+		if to.Port() == 7001 {
+			if _, err := c.Write([]byte("bye")); err != nil {
+				return err
+			}
+		}
+		for n := 0; n < 3; {
+			m, err := c.Read(buf[n:])
+			if err != nil {
+				return fmt.Errorf("connection %d: read: %w", i, err)
+			}
+			n += m
+		}
+		if to.Port() == 7000 { // the server closes first
+			if _, err := c.Read(buf); err == nil {
+				return fmt.Errorf("connection %d: more than was sent", i)
+			}
+		}
+		c.Close()
+	}
+	return nil
+}
+
+// Packets made by hand: into lo, as if the far side had asked; with a source
+// that is not of this host. What answers, or is sent so, leaves by no uplink.
+func TestPacketsMadeByHandDoNotLeak(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.start(w.config(second))
+	for _, far := range []string{far4, far6} {
+		w.startProbe(inside, probe{Do: "serve", Network: "udp", To: port(map[string]string{far4: "10.1.0.2", far6: "fd01::2"}[far], 7777)})
+		before, _ := w.device()
+		w.probeOutput(inside, probe{Do: "inject", Network: "lo", To: far, N: 5})
+		labtest.Eventually(t, 5*time.Second, func() bool { sent, _ := w.device(); return sent >= before+5 }, "the answers to %s are captured", far)
+		w.noLeak("answers to what was forged on lo, " + far)
+		w.probeOutput(inside, probe{Do: "inject", Network: "raw", To: far, N: 5})
+		w.noLeak("sources of others, " + far)
+	}
+	spoofed := w.machine.Run("nft", "list", "counter", "inet", fmt.Sprintf("cgtun_%d", w.number), "spoof")
+	if !strings.Contains(spoofed, "packets 10 ") {
+		t.Errorf("10 packets had a source of others: %s", spoofed)
+	}
+}
+
+// inject sends N hand-made datagrams: into lo by AF_PACKET, from the far side to
+// port 7777 of here; or to the far side, by a raw socket, from somebody else.
+func inject(q probe) error {
+	far := netip.MustParseAddr(q.To)
+	own, other := netip.MustParseAddr("10.1.0.2"), netip.MustParseAddr("10.66.0.1")
+	if far.Is6() {
+		own, other = netip.MustParseAddr("fd01::2"), netip.MustParseAddr("fd66::1")
+	}
+	if q.Network == "raw" {
+		return injectRaw(datagram(other, far, 8888, 7777), far, q.N)
+	}
+	lo, err := net.InterfaceByName("lo")
+	if err != nil {
+		return err
+	}
+	proto := uint16(unix.ETH_P_IP)
+	if far.Is6() {
+		proto = unix.ETH_P_IPV6
+	}
+	proto = proto<<8 | proto>>8
+	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM, int(proto))
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	for range q.N {
+		err := unix.Sendto(fd, datagram(far, own, 8888, 7777), 0, &unix.SockaddrLinklayer{Protocol: proto, Ifindex: lo.Index, Halen: 6})
+		if err != nil {
+			return err
+		}
+		time.Sleep(20 * time.Millisecond) // the answer of a server beside
+	}
+	return nil
+}
+
+func injectRaw(packet []byte, far netip.Addr, n int) error {
+	family, level, opt, to := unix.AF_INET, unix.IPPROTO_IP, unix.IP_HDRINCL, unix.Sockaddr(nil)
+	if far.Is6() {
+		family, level, opt, to = unix.AF_INET6, unix.IPPROTO_IPV6, 36, &unix.SockaddrInet6{Addr: far.As16()} // IPV6_HDRINCL
+	} else {
+		to = &unix.SockaddrInet4{Addr: far.As4()}
+	}
+	fd, err := unix.Socket(family, unix.SOCK_RAW, unix.IPPROTO_RAW)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	if err := unix.SetsockoptInt(fd, level, opt, 1); err != nil {
+		return err
+	}
+	for range n {
+		if err := unix.Sendto(fd, packet, 0, to); err != nil && !errors.Is(err, unix.EPERM) {
+			return err
+		}
+	}
+	return nil
+}
+
+// datagram builds an IP packet with a UDP datagram that says "forged".
+func datagram(from, to netip.Addr, fromPort, toPort uint16) []byte {
+	data := []byte("forged")
+	udp := binary.BigEndian.AppendUint16(nil, fromPort)
+	udp = binary.BigEndian.AppendUint16(udp, toPort)
+	udp = binary.BigEndian.AppendUint16(udp, uint16(8+len(data)))
+	udp = append(append(udp, 0, 0), data...)
+	pseudo := append(append(from.AsSlice(), to.AsSlice()...), 0, unix.IPPROTO_UDP, 0, byte(len(udp)))
+	binary.BigEndian.PutUint16(udp[6:], checksum(append(pseudo, udp...)))
+	if from.Is6() {
+		ip := []byte{0x60, 0, 0, 0, 0, byte(len(udp)), unix.IPPROTO_UDP, 64}
+		return append(append(append(ip, from.AsSlice()...), to.AsSlice()...), udp...)
+	}
+	ip := []byte{0x45, 0, 0, byte(20 + len(udp)), 0, 1, 0, 0, 64, unix.IPPROTO_UDP, 0, 0}
+	ip = append(append(ip, from.AsSlice()...), to.AsSlice()...)
+	binary.BigEndian.PutUint16(ip[10:], checksum(ip))
+	return append(ip, udp...)
+}
+
+func checksum(b []byte) uint16 {
+	var sum uint32
+	for i := 0; i+1 < len(b); i += 2 {
+		sum += uint32(b[i])<<8 | uint32(b[i+1])
+	}
+	if len(b)%2 == 1 {
+		sum += uint32(b[len(b)-1]) << 8
+	}
+	for sum > 0xffff {
+		sum = sum&0xffff + sum>>16
+	}
+	return ^uint16(sum)
+}
