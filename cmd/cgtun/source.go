@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"strconv"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 
@@ -231,7 +232,7 @@ func (in *instance) Explain(ctx context.Context, q control.ExplainRequest) (cont
 
 func (in *instance) explainRule(e *control.Explain, proto flow.Proto, dst netip.AddrPort) {
 	facts := &rules.Facts{
-		Flow:  &flow.Flow{Proto: proto, Dst: dst, Attachment: attach.Home},
+		Flow:  &flow.Flow{Proto: proto, Src: in.sourceTo(dst.Addr()), Dst: dst, Attachment: attach.Home},
 		Owner: &flow.Owner{Cgroup: string(e.Cgroup)}, Known: rules.FactOwner,
 	}
 	verdict, missing, path := in.router.Explain(facts)
@@ -244,6 +245,26 @@ func (in *instance) explainRule(e *control.Explain, proto flow.Proto, dst netip.
 	if verdict.Rule > 0 {
 		e.Rule, e.Line = &verdict.Rule, &verdict.Line
 	}
+}
+
+// sourceTo is the address that the kernel gives to a captured socket that
+// connects to dst and was not bound before; the zero value: it has none. No
+// packet is sent.
+func (in *instance) sourceTo(dst netip.Addr) netip.AddrPort {
+	mark := func(_, _ string, c syscall.RawConn) (err error) {
+		errControl := c.Control(func(fd uintptr) {
+			err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, int(in.route.Mark&in.route.Mask))
+		})
+		return errors.Join(err, errControl)
+	}
+	const discard = 9 // connect(2) wants a port
+	d := net.Dialer{Control: mark}
+	c, err := d.Dial("udp", netip.AddrPortFrom(dst, discard).String())
+	if err != nil {
+		return netip.AddrPort{}
+	}
+	defer c.Close()
+	return netip.AddrPortFrom(c.LocalAddr().(*net.UDPAddr).AddrPort().Addr().Unmap(), 0)
 }
 
 func protoOf(name string) (flow.Proto, error) {
