@@ -1,0 +1,88 @@
+package main_test
+
+import (
+	"fmt"
+	"os/exec"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"cgtun/internal/labtest"
+)
+
+func init() {
+	probes["crowd"] = crowd
+	probes["chat"] = chat
+}
+
+// chat says something on one connection again and again, until that fails.
+func chat(q probe) error {
+	c, err := probeDialer(q).Dial("tcp", q.To)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	fmt.Println("ready")
+	for {
+		if err := echoOnce(c, "hello"); err != nil {
+			return err
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+// crowd opens N connections and keeps those that it gets; it says how many.
+func crowd(q probe) error {
+	d := probeDialer(q)
+	var refused int
+	for range q.N {
+		c, err := d.Dial("tcp", q.To)
+		if err != nil {
+			refused++
+			continue
+		}
+		if err := echoOnce(c, "hello"); err != nil {
+			return fmt.Errorf("a connection that was accepted: %w", err)
+		}
+	}
+	fmt.Println("refused", refused)
+	fmt.Println("ready")
+	time.Sleep(10 * time.Minute)
+	return nil
+}
+
+// Without descriptors new connections are refused at once, those that there are
+// go on, the log says it a few times, not each time, and it is over when it is
+// over.
+func TestOutOfDescriptors(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.server.ServeEcho(":7000")
+	w.server.ServeUDPEcho(port(far4, 7000))
+	before := w.lab.Snapshot(w.machine)
+	daemon := w.daemonCommand(strings.Replace(w.config(second), `"debug"`, `"info"`, 1))
+	shell := exec.Command("sh", append([]string{"-c", `ulimit -n 256; exec "$@"`, "sh"}, daemon.Args...)...)
+	d := w.startCommand(w.self.Command(shell))
+	old := w.startProbe(inside, probe{Do: "chat", To: port(far4, 7000)})
+	p := w.startProbe(inside, probe{Do: "crowd", To: port(far4, 7000), N: 600, Wait: 2 * time.Second})
+	var refused int
+	if _, err := fmt.Sscanf(p.Output(), "refused %d", &refused); err != nil || refused < 350 {
+		t.Errorf("of 600 connections %d were refused, with 256 descriptors: %s", refused, p.Output())
+	}
+	w.status() // the control socket answers
+	p.Signal(syscall.SIGKILL)
+	_ = p.Wait()
+	labtest.Eventually(t, 5*time.Second, func() bool {
+		return w.probe(inside, probe{Do: "dial", Network: "tcp", To: port(far4, 7000), Say: "x", Wait: 500 * time.Millisecond}).Heard == "x"
+	}, "new connections when descriptors are free again")
+	if old.Exited() {
+		t.Errorf("the old connection: %v %s", old.Wait(), old.Output())
+	}
+	if n := strings.Count(d.Output(), "\n"); n > 40 {
+		t.Errorf("%d lines of log:\n%.4000s", n, d.Output())
+	}
+	w.noLeak("out of descriptors")
+	d.stop()
+	w.unchanged(before, "stopped")
+}
