@@ -197,12 +197,6 @@ func decrement(m map[netip.Addr]int, a netip.Addr) {
 	}
 }
 
-func (t *table) remove(p *pending) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.removeLocked(p)
-}
-
 // judgeLocked remembers the answer to p. The bound is no more than a bound: a
 // table that is full forgets anything.
 func (t *table) judgeLocked(p *pending, why flow.Reason) {

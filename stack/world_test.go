@@ -144,12 +144,6 @@ func (r *relaying) ServePackets(ctx context.Context, c flow.PacketConn) {
 	<-ctx.Done()
 }
 
-func (w *world) streamCount() int {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.streams
-}
-
 func (w *world) lastResult() relay.Result {
 	w.t.Helper()
 	var r relay.Result

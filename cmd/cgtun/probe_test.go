@@ -175,11 +175,9 @@ func (q probe) raw() (a answer, err error) {
 	if err != nil {
 		return a, err
 	}
-	family, sa := unix.AF_INET, unix.Sockaddr(&unix.SockaddrInet4{Addr: [4]byte{}})
+	family, sa := unix.AF_INET6, unix.Sockaddr(&unix.SockaddrInet6{Addr: to.As16()})
 	if to.Is4() {
-		sa = &unix.SockaddrInet4{Addr: to.As4()}
-	} else {
-		family, sa = unix.AF_INET6, &unix.SockaddrInet6{Addr: to.As16()}
+		family, sa = unix.AF_INET, &unix.SockaddrInet4{Addr: to.As4()}
 	}
 	fd, err := unix.Socket(family, unix.SOCK_RAW, q.Proto)
 	if err != nil {
