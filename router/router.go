@@ -59,6 +59,9 @@ type Options struct {
 	// that finds no room is refused and counted as refused: clients cannot
 	// take the descriptors that the rest of the process lives on. 0: no bound.
 	MaxSockets int
+	// MaxMemory is how many bytes the process may take above what it has when
+	// New is called. New flows are refused before it is passed. 0: no bound.
+	MaxMemory int64
 }
 
 func (o Options) withDefaults() Options {
@@ -97,6 +100,9 @@ type Router struct {
 	sockets   atomic.Int64 // places taken, at most MaxSockets
 	full      atomic.Bool  // that there was none is said, once a spell
 
+	startMemory uint64      // bytes
+	scarce      atomic.Bool // too little of MaxMemory is left
+
 	reload sync.Mutex // one Reload at a time
 }
 
@@ -114,7 +120,7 @@ type out struct {
 
 // New returns a Router that refuses everything until Reload gives it rules.
 func New(o Options) *Router {
-	r := &Router{opts: o.withDefaults()}
+	r := &Router{opts: o.withDefaults(), startMemory: usedMemory()}
 	r.log = r.opts.Logger
 	r.table.init(r.opts)
 	r.policy.Store(&policy{set: rules.Empty()})
@@ -123,8 +129,12 @@ func New(o Options) *Router {
 
 // Run looks after the flows that live for long, until ctx ends: servers that do
 // not read for a while are not taken for dead (dialer.Patience), and closed
-// flows are forgotten also when no new ones push them out.
+// flows are forgotten also when no new ones push them out. Without it MaxMemory
+// is no bound.
 func (r *Router) Run(ctx context.Context) error {
+	var memory sync.WaitGroup
+	defer memory.Wait()
+	memory.Go(func() { r.watchMemory(ctx) })
 	tick := time.NewTicker(dialer.PatienceEvery)
 	defer tick.Stop()
 	for {
@@ -184,33 +194,6 @@ func (r *Router) owner(ctx context.Context, f *flow.Flow) *flow.Owner {
 		return nil
 	}
 	return owner
-}
-
-// errNoRoom is why a flow is refused for which there is no socket.
-var errNoRoom error = &noRoom{}
-
-type noRoom struct{}
-
-func (*noRoom) Error() string           { return "as many outbound sockets as the limit of open files allows" }
-func (*noRoom) FlowReason() flow.Reason { return flow.Refused }
-
-// takeSocket takes a place for an outbound socket, or none and returns
-// errNoRoom. giveSocket gives it back.
-func (r *Router) takeSocket() error {
-	if n := r.sockets.Add(1); r.opts.MaxSockets > 0 && n > int64(r.opts.MaxSockets) {
-		r.sockets.Add(-1)
-		if !r.full.Swap(true) {
-			r.log.Warn("new flows are refused: all sockets are in use; raise the limit of open files", "sockets", r.opts.MaxSockets)
-		}
-		return errNoRoom
-	}
-	return nil
-}
-
-func (r *Router) giveSocket() {
-	if n := r.sockets.Add(-1); n < int64(r.opts.MaxSockets)/2 && r.full.Load() {
-		r.full.Store(false)
-	}
 }
 
 // Explain says what the rules in force make of the facts, and which path a

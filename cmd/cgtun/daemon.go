@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"runtime"
 	"runtime/debug"
 	"strconv"
 	"sync/atomic"
@@ -172,7 +173,11 @@ func (in *instance) setLimits() error {
 	}
 	in.limits = control.Limits{Nofile: nofile.Cur, MemoryBytes: uint64(in.file.Limits.Memory)}
 	in.log.Info("limits", "nofile", nofile.Cur, "memory", in.file.Limits.Memory)
-	debug.SetMemoryLimit(int64(in.file.Limits.Memory))
+	// Above the start, as the router counts too: it refuses new flows before
+	// the collector has to work without end.
+	var start runtime.MemStats
+	runtime.ReadMemStats(&start)
+	debug.SetMemoryLimit(int64(start.Sys-start.HeapReleased) + int64(in.file.Limits.Memory))
 	return nil
 }
 
@@ -202,7 +207,8 @@ func (in *instance) setRouter() error {
 		in.outbounds = append(in.outbounds, outbound{kind: dialer.TypeDirect, Direct: direct})
 		byName[c.Name] = direct
 	}
-	in.router = router.New(router.Options{Logger: in.log, Owners: owners{in}, MaxSockets: in.maxSockets()})
+	in.router = router.New(router.Options{Logger: in.log, Owners: owners{in}, MaxSockets: in.maxSockets(),
+		MaxMemory: int64(in.file.Limits.Memory)})
 	in.router.Reload(set, byName)
 	return nil
 }

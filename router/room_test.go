@@ -1,0 +1,56 @@
+package router_test
+
+import (
+	"context"
+	"io"
+	"runtime"
+	"runtime/debug"
+	"testing"
+	"time"
+
+	"cgtun/flow"
+	"cgtun/internal/labtest"
+	"cgtun/router"
+)
+
+// What flows have piled up turns new ones away, and they are served again when
+// it is gone.
+func TestMemoryIsBounded(t *testing.T) {
+	const budget = 32 << 20
+	out := serving(t, "up", func(c *memConn) { _, _ = io.Copy(io.Discard, c) })
+	r := route(t, router.Options{MaxMemory: budget}, out)
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	go func() { defer close(ended); _ = r.Run(ctx) }()
+	defer func() { cancel(); <-ended }()
+
+	refused := func() bool {
+		c := newClient("198.51.100.1:80")
+		done := serve(t, r, c)
+		var why flow.Reason
+		var accepted bool
+		labtest.Eventually(t, 5*time.Second, func() bool {
+			accepted, why = c.told(t)
+			return accepted || why != flow.Closed
+		}, "an answer")
+		if accepted {
+			_ = c.conn.Close()
+		}
+		wait(t, "end of the flow", done)
+		return !accepted && why == flow.Refused
+	}
+	if refused() {
+		t.Fatal("refused with all of the memory free")
+	}
+	piled := make([]byte, budget)
+	for i := 0; i < len(piled); i += 4096 {
+		piled[i] = 1
+	}
+	labtest.Eventually(t, 5*time.Second, refused, "new flows are refused")
+	runtime.KeepAlive(piled)
+	piled = nil
+	labtest.Eventually(t, 10*time.Second, func() bool {
+		debug.FreeOSMemory()
+		return !refused()
+	}, "new flows are served again")
+}
