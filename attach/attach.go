@@ -187,6 +187,7 @@ func (m *Manager) serve(ctx context.Context, ready func()) error {
 		}
 	})
 	ready()
+	var later <-chan time.Time
 	for {
 		select {
 		case <-ctx.Done():
@@ -195,9 +196,16 @@ func (m *Manager) serve(ctx context.Context, ready func()) error {
 			if ctx.Err() != nil {
 				return nil
 			}
+			if errors.Is(err, netns.ErrGone) {
+				return fmt.Errorf("device %s was deleted by somebody; start cgtun again: %w", m.home.Device.Name(), err)
+			}
 			return fmt.Errorf("serve attachment %s: %w", Home, err)
 		case <-m.again:
-			m.refresh(ctx)
+			if !m.refresh() {
+				later = time.After(retry)
+			}
+		case <-later:
+			m.lookAgain()
 		}
 	}
 }
@@ -211,8 +219,9 @@ func (m *Manager) repaired(what string, err error) {
 	m.opts.Logger.Warn("steering was changed by others and is back", "what", what)
 }
 
-// refresh applies what is wanted now; what fails is said once and tried again.
-func (m *Manager) refresh(ctx context.Context) {
+// refresh applies what is wanted now and says whether that is in force. What
+// fails is said once in a spell.
+func (m *Manager) refresh() bool {
 	before := m.State()
 	err := m.apply()
 	switch {
@@ -221,14 +230,7 @@ func (m *Manager) refresh(ctx context.Context) {
 	case err == nil && before.Err != nil:
 		m.opts.Logger.Info("steering is in force again", "attachment", Home)
 	}
-	if err == nil {
-		return
-	}
-	select {
-	case <-ctx.Done():
-	case <-time.After(retry):
-		m.lookAgain()
-	}
+	return err == nil
 }
 
 // apply looks around and makes the plan be in force, if it is another one than

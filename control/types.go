@@ -150,6 +150,20 @@ type Counters struct {
 	DeniedTotal    uint64 `json:"denied_total"`
 	GateDropsTotal uint64 `json:"gate_drops_total"`
 	HiddenTotal    Hidden `json:"hidden_total"`
+	// TurnedAwayTotal counts packets, flows and events that a check or a
+	// bound turned away, by its name.
+	TurnedAwayTotal Counts `json:"turned_away_total"`
+}
+
+// Counts are named counts: {} in JSON when there are none, never null.
+type Counts map[string]uint64
+
+// MarshalJSON implements json.Marshaler. Keys are in order.
+func (c Counts) MarshalJSON() ([]byte, error) {
+	if c == nil {
+		return []byte("{}"), nil
+	}
+	return json.Marshal(map[string]uint64(c))
 }
 
 // Hidden counts failures that the client did not see, by kind.

@@ -45,6 +45,7 @@ type instance struct {
 	state     atomic.Value // control.State
 	limits    control.Limits
 	hangup    chan os.Signal // SIGHUP
+	server    *control.Server
 }
 
 // outbound is one way out with what status shows of it.
@@ -71,6 +72,7 @@ func runDaemon(ctx context.Context, file *config.File, log *slog.Logger) (err er
 		return err
 	}
 	defer func() { err = errors.Join(err, server.Close()) }()
+	in.server = server
 
 	if err := in.setLimits(); err != nil {
 		return err

@@ -16,6 +16,7 @@ import (
 	"cgtun/cgroupsel"
 	"cgtun/control"
 	"cgtun/flow"
+	"cgtun/router"
 	"cgtun/rules"
 )
 
@@ -66,6 +67,7 @@ func (in *instance) Status() control.Status {
 	}
 	if a := in.manager.State(); a != nil {
 		degraded = degraded || a.Err != nil
+		s.Counters.TurnedAwayTotal = in.turnedAway(a, counters)
 		s.Attachments = append(s.Attachments, in.attachment(a, int(counters.FlowsLive), up, down))
 	}
 	if degraded && s.State == control.Ready {
@@ -86,6 +88,31 @@ func (in *instance) attachment(a *attach.State, live int, up, down uint64) contr
 	if a.Err != nil {
 		c.State, c.Error = "failed", control.Text(a.Err.Error())
 	}
+	return c
+}
+
+// turnedAway gathers what the parts count of what they did not serve. The names
+// are in docs/cli.md.
+func (in *instance) turnedAway(a *attach.State, flows router.Counters) control.Counts {
+	cgroups := in.selector.Counters()
+	c := control.Counts{
+		"guard": a.Dropped.Guard, "not_local": a.Dropped.Spoof, "stray": a.Dropped.Stray,
+		"udp_peers": flows.PeersEvicted, "events": flows.EventsLost, "closed_flows": flows.ClosedForgotten, "panics": flows.PanicsTotal,
+		"cgroups": cgroups.Full + cgroups.Unread, "marks": cgroups.Refused,
+	}
+	clients := in.server.Stats()
+	c["clients"] = clients.Denied + clients.Full + clients.Bad + clients.Lagging
+	s := in.stack.Load()
+	if s == nil {
+		return c
+	}
+	n := s.Stats()
+	c["not_local"] += n.NotLocal
+	c["malformed"], c["bad_checksum"] = n.Malformed+n.UDP.Malformed, n.BadChecksum+n.UDP.BadSum
+	c["multicast"], c["other_protocol"], c["icmp"] = n.Multicast, n.OtherProtocol, n.ICMP
+	c["unwritten"], c["icmp_rate"] = n.Unwritten+n.UDP.Unwritten, n.ICMPErrorsLimited+n.UDP.ICMPLimit
+	c["odd_syn"], c["udp_queue"], c["udp_sessions"] = n.OddSYN, n.UDP.QueueFull, n.UDP.Evicted
+	c["pending"], c["pending_source"], c["pending_destination"] = n.Evicted, n.EvictedSource, n.EvictedDest
 	return c
 }
 

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -106,6 +108,7 @@ func printStatus(w io.Writer, s *control.Status) {
 	h := &n.HiddenTotal
 	fmt.Fprintf(w, "hidden failures: dial %d, reset %d, close %d, stall %d, dns %d, resume %d\n",
 		h.Dial, h.Reset, h.Close, h.Stall, h.DNS, h.Resume)
+	printTurnedAway(w, s.Counters.TurnedAwayTotal)
 	fmt.Fprintf(w, "limits: %d descriptors, %s of memory\n", s.Limits.Nofile, size(s.Limits.MemoryBytes))
 }
 
@@ -119,6 +122,19 @@ func families(v4, v6 bool) string {
 		return "v6"
 	}
 	return "-"
+}
+
+// printTurnedAway shows the counts that are not 0, if there are any.
+func printTurnedAway(w io.Writer, counts control.Counts) {
+	var parts []string
+	for _, name := range slices.Sorted(maps.Keys(counts)) {
+		if n := counts[name]; n > 0 {
+			parts = append(parts, fmt.Sprintf("%s %d", name, n))
+		}
+	}
+	if len(parts) > 0 {
+		fmt.Fprintf(w, "turned away: %s\n", strings.Join(parts, ", "))
+	}
 }
 
 // via is the way of a route as it came in JSON: a word, or a table of keys.
