@@ -254,7 +254,7 @@ func cell(v float64, ok bool) string {
 
 // BenchmarkEndToEnd prints one table. CGTUN_BENCH_ROUNDS (3) and
 // CGTUN_BENCH_SECONDS (1, of each bulk cell) make it longer, CGTUN_BENCH_ONLY
-// (bulk,rate,latency,udp,memory) shorter. CGTUN_BENCH_HANDLER=plain leaves the
+// (bulk,rate,latency,udp,memory) and CGTUN_BENCH_CELL ("tcp up 4") shorter. CGTUN_BENCH_HANDLER=plain leaves the
 // router out, CGTUN_BENCH_QUEUES has more queues, CGTUN_BENCH_PROFILE=FILE
 // takes a CPU profile of cgtun.
 func BenchmarkEndToEnd(b *testing.B) {
@@ -293,14 +293,17 @@ func (l *lab) bulk(c *cells) {
 			if dir == "down" {
 				args = append(args, "-R")
 			}
+			cell := fmt.Sprintf("tcp %s %d", dir, streams)
+			if only := os.Getenv("CGTUN_BENCH_CELL"); only != "" && only != cell {
+				continue
+			}
 			for _, w := range l.ways() {
-				before, began := w.by.cpu(), time.Now()
+				before := w.by.cpu()
 				gbits, _ := l.iperf(w, args...)
-				_ = began
-				c.add(fmt.Sprintf("tcp %s %d, Gbit/s", dir, streams), w.name, gbits)
+				c.add(cell+", Gbit/s", w.name, gbits)
 				if w.by != nil {
 					gigabytes := gbits / 8 * float64(seconds)
-					c.add("cpu of the relay, s/GB", w.name, (w.by.cpu()-before)/gigabytes)
+					c.add("cpu of the relay, "+dir+", s/GB", w.name, (w.by.cpu()-before)/gigabytes)
 				}
 			}
 		}

@@ -11,6 +11,7 @@
 //	stack.go    Options, New, Run
 //	link.go     packets out of netstack, with their offloads
 //	reader.go   packets in: what is let in, what is counted and turned away
+//	ring.go     what large segments are read into
 //	tcp.go      a SYN becomes a flow.Stream: held until the outbound is there
 //	pending.go  the table of SYNs that are held, its bounds, who gave up
 //	conn.go     an answered client as a flow.Conn

@@ -15,42 +15,45 @@ import (
 	"cgtun/tun"
 )
 
-// viewSizes are the pieces that one packet is read into, 66 KiB in all. Those
-// that a packet does not touch serve the next one; so a small packet holds 2 KiB
-// and a large one at most a third more than it has, and nothing is copied. The
-// first holds all headers that anybody sends.
-var viewSizes = [...]int{2 << 10, 8 << 10, 16 << 10, 32 << 10, 8 << 10}
+// A packet is read into two pieces. The first holds all headers that anybody
+// sends, and small packets whole. The second, bodySize, holds the rest of a
+// large segment and comes from a ring; with less than minBody in it the rest is
+// copied instead, so that a small packet never holds a large piece.
+const (
+	headSize = 2 << 10
+	bodySize = 64 << 10
+	minBody  = bodySize / 2
+)
 
 // maxFailures is how many reads may fail in a row before the device is given up.
 const maxFailures = 100
 
 // reader takes the packets of one queue.
 type reader struct {
-	s     *Stack
-	q     Queue
-	views [len(viewSizes)]*gvbuffer.View
-	bufs  [][]byte
-	line  []byte // a packet in one piece, for those who need that
+	s    *Stack
+	q    Queue
+	head *gvbuffer.View
+	body ring
+	bufs [2][]byte
+	line []byte // a packet in one piece, for those who need that
 }
 
 func newReader(s *Stack, q Queue) *reader {
-	r := &reader{s: s, q: q, bufs: make([][]byte, len(viewSizes))}
-	for i := range viewSizes {
-		r.refill(i)
-	}
+	r := &reader{s: s, q: q}
+	r.newHead()
+	r.bufs[1] = r.body.take().AsSlice()
 	return r
 }
 
-func (r *reader) refill(i int) {
-	r.views[i] = gvbuffer.NewViewSize(viewSizes[i])
-	r.bufs[i] = r.views[i].AsSlice()
+func (r *reader) newHead() {
+	r.head = gvbuffer.NewViewSize(headSize)
+	r.bufs[0] = r.head.AsSlice()
 }
 
 // close gives the views back.
 func (r *reader) close() {
-	for _, v := range r.views {
-		v.Release()
-	}
+	r.head.Release()
+	r.body.close()
 }
 
 // run reads until the device ends or the deadline of Run's end has come; the
@@ -58,7 +61,7 @@ func (r *reader) close() {
 func (r *reader) run() error {
 	failures := 0
 	for {
-		off, n, err := r.q.ReadPacket(r.bufs)
+		off, n, err := r.q.ReadPacket(r.bufs[:])
 		switch {
 		case err == nil:
 			failures = 0
@@ -127,26 +130,23 @@ func (r *reader) inOnePiece(n int) []byte {
 	if n <= len(r.bufs[0]) {
 		return r.bufs[0][:n]
 	}
-	r.line = r.line[:0]
-	for _, b := range r.bufs {
-		b = b[:min(n, len(b))]
-		r.line = append(r.line, b...)
-		if n -= len(b); n == 0 {
-			break
-		}
-	}
+	r.line = append(append(r.line[:0], r.bufs[0]...), r.bufs[1][:n-headSize]...)
 	return r.line
 }
 
-// deliver gives the packet to netstack, with the views that it touches.
+// deliver gives the packet to netstack.
 func (r *reader) deliver(h ipHeader, n int) {
-	var whole gvbuffer.Buffer
-	for i := 0; n > 0; i++ {
-		v := r.views[i]
-		v.CapLength(n)
-		n -= v.Size()
+	r.head.CapLength(n)
+	whole := gvbuffer.MakeWithView(r.head)
+	r.newHead()
+	switch rest := n - headSize; {
+	case rest >= minBody:
+		v := r.body.lend()
+		v.CapLength(rest)
 		_ = whole.Append(v)
-		r.refill(i)
+		r.bufs[1] = r.body.take().AsSlice()
+	case rest > 0:
+		_ = whole.Append(gvbuffer.NewViewWithData(r.bufs[1][:rest]))
 	}
 	proto := tcpip.NetworkProtocolNumber(header.IPv4ProtocolNumber)
 	if h.src.Is6() {
