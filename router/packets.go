@@ -304,7 +304,9 @@ func (s *source) open(ctx context.Context, outbound dialer.Outbound, f *flow.Flo
 	if err := s.r.takeSocket(); err != nil {
 		return nil, err
 	}
-	conn, err := outbound.OpenPackets(ctx, target(f))
+	var conn *dialer.PacketConn
+	var err error
+	aside(func() { conn, err = outbound.OpenPackets(ctx, target(f)) })
 	if err != nil {
 		s.r.giveSocket()
 		return nil, err

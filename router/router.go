@@ -187,7 +187,9 @@ func (r *Router) owner(ctx context.Context, f *flow.Flow) *flow.Owner {
 	}
 	ctx, cancel := context.WithTimeout(ctx, r.opts.OwnerTimeout)
 	defer cancel()
-	owner, err := r.opts.Owners.Owner(ctx, f)
+	var owner *flow.Owner
+	var err error
+	aside(func() { owner, err = r.opts.Owners.Owner(ctx, f) })
 	if err != nil {
 		r.counts.ownersUnknown.Add(1)
 		r.log.Debug("no owner of flow", "flow", f.ID, "attachment", f.Attachment, "err", err)

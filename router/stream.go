@@ -103,14 +103,15 @@ func (r *Router) connect(ctx context.Context, e *entry, s flow.Stream, ends *str
 }
 
 // dial gives a flow what is left of its deadline.
-func (r *Router) dial(ctx context.Context, f *flow.Flow, o dialer.Outbound, ends *streamEnds) (*dialer.Conn, error) {
+func (r *Router) dial(ctx context.Context, f *flow.Flow, o dialer.Outbound, ends *streamEnds) (c *dialer.Conn, err error) {
 	if err := r.takeSocket(); err != nil {
 		return nil, err
 	}
 	ends.place = true
 	ctx, cancel := context.WithDeadline(ctx, f.Start.Add(r.opts.Deadline))
 	defer cancel()
-	return o.DialStream(ctx, target(f))
+	aside(func() { c, err = o.DialStream(ctx, target(f)) })
+	return c, err
 }
 
 // watchSocket has Run look after the server's end until the flow ends.
