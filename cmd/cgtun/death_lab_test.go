@@ -4,9 +4,11 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"syscall"
@@ -22,6 +24,8 @@ func init() { probes["hold"] = hold }
 // stdin, or its life, ends.
 func hold(q probe) error {
 	d := probeDialer(q)
+	kept := make([]net.Conn, 0, q.N)
+	defer runtime.KeepAlive(&kept)
 	for i := range q.N {
 		c, err := d.Dial(q.Network, q.To)
 		if err != nil {
@@ -30,6 +34,7 @@ func hold(q probe) error {
 		if err := echoOnce(c, "hello"); err != nil {
 			return fmt.Errorf("connection %d: %w", i, err)
 		}
+		kept = append(kept, c)
 	}
 	fmt.Println("ready")
 	time.Sleep(10 * time.Minute)

@@ -3,7 +3,9 @@ package main_test
 import (
 	"fmt"
 	"math/rand/v2"
+	"net"
 	"os"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -62,6 +64,8 @@ func many(q probe) error {
 // spray has N datagram sockets ask once each, and keeps them.
 func spray(q probe) error {
 	d := probeDialer(q)
+	kept := make([]net.Conn, 0, q.N)
+	defer runtime.KeepAlive(&kept)
 	for i := range q.N {
 		c, err := d.Dial("udp", q.To)
 		if err != nil {
@@ -70,6 +74,7 @@ func spray(q probe) error {
 		if err := echoOnce(c, "hello"); err != nil {
 			return fmt.Errorf("socket %d: %w", i, err)
 		}
+		kept = append(kept, c)
 	}
 	fmt.Println("ready")
 	time.Sleep(10 * time.Minute)

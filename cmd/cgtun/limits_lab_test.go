@@ -2,7 +2,9 @@ package main_test
 
 import (
 	"fmt"
+	"net"
 	"os/exec"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -35,6 +37,8 @@ func chat(q probe) error {
 // crowd opens N connections and keeps those that it gets; it says how many.
 func crowd(q probe) error {
 	d := probeDialer(q)
+	kept := make([]net.Conn, 0, q.N)
+	defer runtime.KeepAlive(&kept)
 	var refused int
 	for range q.N {
 		c, err := d.Dial("tcp", q.To)
@@ -45,6 +49,7 @@ func crowd(q probe) error {
 		if err := echoOnce(c, "hello"); err != nil {
 			return fmt.Errorf("a connection that was accepted: %w", err)
 		}
+		kept = append(kept, c)
 	}
 	fmt.Println("refused", refused)
 	fmt.Println("ready")

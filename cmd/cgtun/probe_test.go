@@ -88,7 +88,7 @@ func (w *world) probeOutput(at where, q probe) string {
 func (w *world) startProbe(at where, q probe) *labtest.Proc {
 	w.t.Helper()
 	p := w.lab.StartCommand(w.command(context.Background(), at, "env", probeArgs(q)...))
-	p.WaitOutput("ready", 20*time.Second)
+	p.WaitOutput("ready", patience())
 	return p
 }
 

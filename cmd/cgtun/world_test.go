@@ -279,7 +279,15 @@ func (w *world) command(ctx context.Context, at where, name string, args ...stri
 	return w.machine.Command(ctx, name, args...)
 }
 
-// run runs a program in the machine, for 30 s at most, and returns its stdout.
+// patience is how long a program may take.
+func patience() time.Duration {
+	if labtest.Soak() {
+		return 5 * time.Minute
+	}
+	return 30 * time.Second
+}
+
+// run runs a program in the machine and returns its stdout.
 func (w *world) run(at where, name string, args ...string) string {
 	w.t.Helper()
 	out, err := w.try(at, name, args...)
@@ -291,7 +299,7 @@ func (w *world) run(at where, name string, args ...string) string {
 
 func (w *world) try(at where, name string, args ...string) (string, error) {
 	w.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), patience())
 	defer cancel()
 	cmd := w.command(ctx, at, name, args...)
 	var out, errs strings.Builder
