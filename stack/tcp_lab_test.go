@@ -76,7 +76,7 @@ func TestReasonsReachTheClient(t *testing.T) {
 					t.Errorf("%s: got %v, want %v", families[i].name, err, want)
 				}
 				if took := time.Since(began); took > 500*time.Millisecond {
-					t.Errorf("%s: took %v", families[i].name, took)
+					t.Errorf("%s: took %v; %+v", families[i].name, took, w.stack.Stats())
 				}
 			}
 		})
