@@ -1,7 +1,9 @@
 package stack
 
 import (
+	"context"
 	"sync"
+	"sync/atomic"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
@@ -32,10 +34,21 @@ type link struct {
 	count  *counters
 	to     gvstack.NetworkDispatcher
 	pool   sync.Pool // of *[][]byte
+
+	// SYN-ACKs, for answer. netstack sends them with the endpoint locked, and
+	// the client's kernel answers within write(2): until that returned, the
+	// processor that got the answer would try the lock in a busy loop, on the
+	// CPU that write(2), or the client, may be waiting for.
+	answers   chan *gvstack.PacketBuffer
+	answering atomic.Bool
 }
 
+// maxAnswers bounds the SYN-ACKs that wait for answer; beyond it they are
+// written at once.
+const maxAnswers = 256
+
 func newLink(queues []Queue, mtu uint32, count *counters) *link {
-	l := &link{queues: queues, mtu: mtu, count: count}
+	l := &link{queues: queues, mtu: mtu, count: count, answers: make(chan *gvstack.PacketBuffer, maxAnswers)}
 	l.pool.New = func() any {
 		s := make([][]byte, 0, linkSlices)
 		return &s
@@ -53,8 +66,10 @@ func (l *link) write(o tun.Offload, slices [][]byte) error {
 // that queue's reader, in order.
 func (l *link) WritePackets(list gvstack.PacketBufferList) (int, tcpip.Error) {
 	for n, pkt := range list.AsSlice() {
-		q := l.queues[int(pkt.Hash)%len(l.queues)]
-		if err := l.writePacket(q, pkt); err != nil {
+		if l.postpone(pkt) {
+			continue
+		}
+		if err := l.writePacket(pkt); err != nil {
 			l.count.unwritten.Add(1)
 			if tun.IsEnd(err) {
 				return n, &tcpip.ErrClosedForSend{}
@@ -65,7 +80,46 @@ func (l *link) WritePackets(list gvstack.PacketBufferList) (int, tcpip.Error) {
 	return list.Len(), nil
 }
 
-func (l *link) writePacket(q Queue, pkt *gvstack.PacketBuffer) error {
+// postpone leaves a SYN-ACK to answer.
+func (l *link) postpone(pkt *gvstack.PacketBuffer) bool {
+	h := header.TCP(pkt.TransportHeader().Slice())
+	if pkt.TransportProtocolNumber != header.TCPProtocolNumber || len(h) < header.TCPMinimumSize || !h.Flags().Contains(header.TCPFlagSyn) || !l.answering.Load() {
+		return false
+	}
+	select {
+	case l.answers <- pkt.IncRef():
+		return true
+	default:
+		pkt.DecRef()
+		return false
+	}
+}
+
+// answer writes SYN-ACKs until ctx ends. One that cannot be written is sent
+// again by TCP.
+func (l *link) answer(ctx context.Context) {
+	l.answering.Store(true)
+	defer func() {
+		l.answering.Store(false)
+		for len(l.answers) > 0 {
+			(<-l.answers).DecRef()
+		}
+	}()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case pkt := <-l.answers:
+			if l.writePacket(pkt) != nil {
+				l.count.unwritten.Add(1)
+			}
+			pkt.DecRef()
+		}
+	}
+}
+
+func (l *link) writePacket(pkt *gvstack.PacketBuffer) error {
+	q := l.queues[int(pkt.Hash)%len(l.queues)]
 	scratch := l.pool.Get().(*[][]byte)
 	slices := (*scratch)[:0]
 	views, skip := pkt.AsViewList()

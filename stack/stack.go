@@ -187,6 +187,7 @@ func (s *Stack) Run(ctx context.Context) error {
 	sides.Go(func() { _ = s.udp.run(flows) })
 	sides.Go(func() { s.tcp.run(flows) })
 	sides.Go(func() { s.trim(flows) })
+	sides.Go(func() { s.link.answer(flows) })
 
 	var err error
 	select {
