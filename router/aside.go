@@ -1,27 +1,32 @@
 package router
 
 import (
+	"errors"
 	"fmt"
 	"runtime/debug"
+
+	"cgtun/flow"
 )
 
-// aside calls f in a goroutine of its own and waits for it. Who asks the kernel
-// by netlink reads into 64 KiB of stack, and a stack shrinks only when garbage
-// is collected: it is not to be that of a goroutine that lives with its flow.
-// A panic goes on in the caller.
-func aside(f func()) {
-	failed := make(chan any, 1)
+// errPanicked is what became of a call that the log tells of.
+var errPanicked = errors.New("ended by a panic")
+
+// aside calls do for a flow, in a goroutine of its own, and waits for it. Who
+// asks the kernel by netlink reads into 64 KiB of stack, and a stack shrinks
+// only when garbage is collected: it is not to be that of a goroutine that lives
+// with its flow.
+func (r *Router) aside(f *flow.Flow, do func() error) error {
+	done := make(chan error, 1)
 	go func() {
+		err := errPanicked
 		defer func() {
-			p := recover()
-			if p != nil {
-				p = fmt.Sprintf("%v\n%s", p, debug.Stack())
+			if p := recover(); p != nil {
+				r.counts.panics.Add(1)
+				r.log.Error("flow ended by a panic", "flow", f.ID, "err", fmt.Sprint(p), "stack", string(debug.Stack()))
 			}
-			failed <- p
+			done <- err
 		}()
-		f()
+		err = do()
 	}()
-	if p := <-failed; p != nil {
-		panic(p)
-	}
+	return <-done
 }

@@ -305,8 +305,10 @@ func (s *source) open(ctx context.Context, outbound dialer.Outbound, f *flow.Flo
 		return nil, err
 	}
 	var conn *dialer.PacketConn
-	var err error
-	aside(func() { conn, err = outbound.OpenPackets(ctx, target(f)) })
+	err := s.r.aside(func() (err error) {
+		conn, err = outbound.OpenPackets(ctx, target(f))
+		return err
+	})
 	if err != nil {
 		s.r.giveSocket()
 		return nil, err

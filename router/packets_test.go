@@ -409,8 +409,8 @@ func TestOwnerOfAScanIsLookedUpOnceASecond(t *testing.T) {
 		})
 }
 
-// A fault in an outbound ends the source, not the process.
-func TestPanicEndsTheSourceAlone(t *testing.T) {
+// A fault in an outbound ends the flow, not its source and not the process.
+func TestPanicEndsTheFlowAlone(t *testing.T) {
 	out := &panickingOutbound{}
 	synctest.Test(t, func(t *testing.T) {
 		r := router.New(router.Options{})
@@ -423,10 +423,13 @@ func TestPanicEndsTheSourceAlone(t *testing.T) {
 		ended := make(chan struct{})
 		go func() { defer close(ended); r.ServePackets(t.Context(), c) }()
 		c.sent <- flow.Datagram{Peer: peerN(1)}
-		<-ended
-		if got := r.Counters(); got.PanicsTotal != 1 || got.FlowsLive != 0 {
+		c.sent <- flow.Datagram{Peer: peerN(2)}
+		synctest.Wait()
+		if got := r.Counters(); got.PanicsTotal != 2 || got.FlowsLive != 0 {
 			t.Errorf("counters %+v", got)
 		}
+		c.Close()
+		<-ended
 	})
 }
 

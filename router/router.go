@@ -15,10 +15,8 @@ package router
 
 import (
 	"context"
-	"fmt"
 	"io"
 	"log/slog"
-	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -188,8 +186,10 @@ func (r *Router) owner(ctx context.Context, f *flow.Flow) *flow.Owner {
 	ctx, cancel := context.WithTimeout(ctx, r.opts.OwnerTimeout)
 	defer cancel()
 	var owner *flow.Owner
-	var err error
-	aside(func() { owner, err = r.opts.Owners.Owner(ctx, f) })
+	err := r.aside(func() (err error) {
+		owner, err = r.opts.Owners.Owner(ctx, f)
+		return err
+	})
 	if err != nil {
 		r.counts.ownersUnknown.Add(1)
 		r.log.Debug("no owner of flow", "flow", f.ID, "attachment", f.Attachment, "err", err)
@@ -218,8 +218,7 @@ func (r *Router) recovered(e *entry, end func()) {
 	if p == nil {
 		return
 	}
-	r.counts.panics.Add(1)
-	r.log.Error("flow ended by a panic", "flow", e.flow.ID, "err", fmt.Sprint(p), "stack", string(debug.Stack()))
+	r.panicked(p, "flow", e.flow.ID)
 	e.end(flow.Unknown)
 	end()
 }

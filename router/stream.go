@@ -110,7 +110,10 @@ func (r *Router) dial(ctx context.Context, f *flow.Flow, o dialer.Outbound, ends
 	ends.place = true
 	ctx, cancel := context.WithDeadline(ctx, f.Start.Add(r.opts.Deadline))
 	defer cancel()
-	aside(func() { c, err = o.DialStream(ctx, target(f)) })
+	err = r.aside(func() (err error) {
+		c, err = o.DialStream(ctx, target(f))
+		return err
+	})
 	return c, err
 }
 
