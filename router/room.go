@@ -73,10 +73,15 @@ func (r *Router) watchMemory(ctx context.Context) {
 	}
 }
 
-// usedMemory is what the Go runtime holds from the kernel and has not given
-// back, in bytes: the measure of debug.SetMemoryLimit.
+// usedMemory is what the Go runtime has in use, in bytes: not what is free for
+// the next allocation or given back to the kernel. Garbage counts until it is
+// collected, which debug.SetMemoryLimit hastens.
 func usedMemory() uint64 {
-	s := []metrics.Sample{{Name: "/memory/classes/total:bytes"}, {Name: "/memory/classes/heap/released:bytes"}}
+	s := []metrics.Sample{
+		{Name: "/memory/classes/total:bytes"},
+		{Name: "/memory/classes/heap/released:bytes"},
+		{Name: "/memory/classes/heap/free:bytes"},
+	}
 	metrics.Read(s)
-	return s[0].Value.Uint64() - s[1].Value.Uint64()
+	return s[0].Value.Uint64() - s[1].Value.Uint64() - s[2].Value.Uint64()
 }
