@@ -27,5 +27,4 @@ require (
 	github.com/vishvananda/netns v0.0.5 // indirect
 	golang.org/x/exp v0.0.0-20250711185948-6ae5c78190dc // indirect
 	golang.org/x/tools v0.43.0 // indirect
-	pgregory.net/rapid v1.3.0 // indirect
 )
