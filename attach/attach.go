@@ -136,7 +136,8 @@ func Check(instance, device string, plan steer.Plan) error {
 		return err
 	}
 	plan.Device = device
-	return errors.Join(steering.Check(plan), steering.Close())
+	_, err = tun.RemoveLeftovers(ns)
+	return errors.Join(steering.Check(plan), err, steering.Close())
 }
 
 // Run attaches home, calls ready, and keeps the attachment in force until ctx

@@ -26,7 +26,11 @@ const (
 const ipv6AddrGenNone = 1
 
 // temporaryName is what the device is called until it is ready.
-func temporaryName(table uint32) string { return "cgt" + strconv.FormatUint(uint64(table), 10) }
+func temporaryName(table uint32) string {
+	return temporaryPrefix + strconv.FormatUint(uint64(table), 10)
+}
+
+const temporaryPrefix = "cgt"
 
 // openQueues makes the device under its temporary name and returns its queues.
 // It is down and goes with the queues.

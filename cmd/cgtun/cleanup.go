@@ -14,6 +14,7 @@ import (
 	"cgtun/control"
 	"cgtun/internal/netns"
 	"cgtun/steer"
+	"cgtun/tun"
 )
 
 const cleanupLong = `It looks at the kernel's tables of this network namespace, at the cgroups that
@@ -37,7 +38,7 @@ func runCleanup(ctx context.Context, c *call) error {
 	if st, _, err := client.Status(ctx); err == nil {
 		w.answers = strconv.Itoa(st.Instance)
 	}
-	err = errors.Join(w.tables(home), w.cgroups(), w.socket(client.Socket))
+	err = errors.Join(w.tables(home), w.devices(home), w.cgroups(), w.socket(client.Socket))
 	if err == nil && c.out.Len() == 0 {
 		fmt.Fprintln(c.out, "nothing was left")
 	}
@@ -80,6 +81,15 @@ func (w *cleaner) tables(home netns.Ref) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// devices removes those that killed starts left before they had their names.
+func (w *cleaner) devices(home netns.Ref) error {
+	removed, err := tun.RemoveLeftovers(home)
+	for _, name := range removed {
+		w.removed("device", name)
+	}
+	return err
 }
 
 // cgroups removes the empty ones that dead instances made.
