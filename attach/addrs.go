@@ -16,6 +16,7 @@ import (
 type surroundings struct {
 	local     map[netip.Addr]struct{}
 	connected []netip.Prefix // sorted, without doubles
+	device    int            // the index of ours; 0: not there
 }
 
 // interruptions is how often in a row a dump may be cut short by changes.
@@ -39,13 +40,12 @@ func lookOnce(device string) (*surroundings, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list links: %w", err)
 	}
-	ours := -1
+	s := &surroundings{local: map[netip.Addr]struct{}{}}
 	for _, l := range links {
 		if l.Attrs().Name == device {
-			ours = l.Attrs().Index
+			s.device = l.Attrs().Index
 		}
 	}
-	s := &surroundings{local: map[netip.Addr]struct{}{}}
 	addrs, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
 	if err != nil {
 		return nil, fmt.Errorf("list addresses: %w", err)
@@ -57,7 +57,7 @@ func lookOnce(device string) (*surroundings, error) {
 		}
 		s.local[prefix.Addr()] = struct{}{}
 		s.connected = append(s.connected, host(prefix.Addr()))
-		if a.LinkIndex == ours {
+		if a.LinkIndex == s.device {
 			continue
 		}
 		s.add(prefix.Masked())
@@ -71,7 +71,7 @@ func lookOnce(device string) (*surroundings, error) {
 	}
 	for _, r := range routes {
 		// The kernel's own routes are those that came with an address.
-		if r.Protocol != unix.RTPROT_KERNEL || r.Gw != nil || r.LinkIndex == ours || r.Dst == nil {
+		if r.Protocol != unix.RTPROT_KERNEL || r.Gw != nil || r.LinkIndex == s.device || r.Dst == nil {
 			continue
 		}
 		if prefix, ok := prefixOf(r.Dst); ok {

@@ -38,6 +38,10 @@ import (
 // Home is the id of the attachment of the namespace that cgtun was started in.
 const Home = "home"
 
+// calm is how long changes are gathered after one was looked at. A routing
+// daemon makes thousands a second, and each look reads all routes.
+const calm = 50 * time.Millisecond
+
 // retry is how long a plan that could not be applied waits for the next try.
 const retry = time.Second
 
@@ -48,14 +52,30 @@ type Attachment struct {
 	Device *tun.Device
 	Since  time.Time
 
-	local atomic.Pointer[map[netip.Addr]struct{}]
+	around atomic.Pointer[surroundings] // the newest; never nil
+	asker  *asker
 }
 
 // Local says whether an address is one of the namespace's own. It allocates
 // nothing and may be called for each packet.
 func (a *Attachment) Local(addr netip.Addr) bool {
-	_, ok := (*a.local.Load())[addr]
+	_, ok := a.around.Load().local[addr]
 	return ok
+}
+
+// newAttachment returns one that knows nothing of its surroundings yet. Who
+// made it closes its asker and its device.
+func newAttachment(id string, ns netns.Ref, device *tun.Device) (*Attachment, error) {
+	a := &Attachment{ID: id, NS: ns, Device: device, Since: time.Now()}
+	a.around.Store(&surroundings{})
+	err := ns.Do(func() (err error) {
+		a.asker, err = openAsker()
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("attach %s: %w", id, err)
+	}
+	return a, nil
 }
 
 // Options say what to attach.
@@ -156,11 +176,14 @@ func (m *Manager) Run(ctx context.Context, ready func()) (err error) {
 	if err != nil {
 		return errors.Join(err, steering.Close())
 	}
-	home := &Attachment{ID: Home, NS: ns, Device: device, Since: time.Now()}
-	home.local.Store(&map[netip.Addr]struct{}{})
+	home, err := newAttachment(Home, ns, device)
+	if err != nil {
+		return errors.Join(err, steering.Close(), device.Close())
+	}
 	m.set(home, steering)
 	defer func() {
 		m.set(nil, nil)
+		home.asker.close()
 		err = errors.Join(err, steering.Close(), device.Close())
 	}()
 	return m.serve(ctx, ready)
@@ -188,7 +211,8 @@ func (m *Manager) serve(ctx context.Context, ready func()) error {
 		}
 	})
 	ready()
-	var later <-chan time.Time
+	again := m.again
+	var later, calmed <-chan time.Time
 	for {
 		select {
 		case <-ctx.Done():
@@ -197,14 +221,20 @@ func (m *Manager) serve(ctx context.Context, ready func()) error {
 			if ctx.Err() != nil {
 				return nil
 			}
+			if err == nil {
+				err = errors.New("it ended by itself")
+			}
 			if errors.Is(err, netns.ErrGone) {
 				return fmt.Errorf("device %s was deleted by somebody; start cgtun again: %w", m.home.Device.Name(), err)
 			}
 			return fmt.Errorf("serve attachment %s: %w", Home, err)
-		case <-m.again:
+		case <-again:
 			if !m.refresh() {
 				later = time.After(retry)
 			}
+			again, calmed = nil, time.After(calm)
+		case <-calmed:
+			again = m.again
 		case <-later:
 			m.lookAgain()
 		}
@@ -223,12 +253,12 @@ func (m *Manager) repaired(what string, err error) {
 // refresh applies what is wanted now and says whether that is in force. What
 // fails is said once in a spell.
 func (m *Manager) refresh() bool {
-	before := m.State()
+	before := m.err // written by apply alone, which runs here alone
 	err := m.apply()
 	switch {
-	case err != nil && before.Err == nil:
+	case err != nil && before == nil:
 		m.opts.Logger.Error("steering could not be renewed, trying on", "attachment", Home, "err", err)
-	case err == nil && before.Err != nil:
+	case err == nil && before != nil:
 		m.opts.Logger.Info("steering is in force again", "attachment", Home)
 	}
 	return err == nil
@@ -243,7 +273,7 @@ func (m *Manager) apply() error {
 		return err
 	})
 	if err == nil {
-		m.home.local.Store(&around.local)
+		m.home.around.Store(around)
 		plan := m.wanted(around)
 		if !reflect.DeepEqual(plan, m.plan) {
 			if err = m.steering.Apply(plan); err == nil {
@@ -271,10 +301,11 @@ func (m *Manager) wanted(around *surroundings) steer.Plan {
 	return plan
 }
 
+// set begins with an attachment, of which nothing is in force yet, or ends it.
 func (m *Manager) set(home *Attachment, steering *steer.Steering) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.home, m.steering = home, steering
+	m.home, m.steering, m.plan, m.err = home, steering, steer.Plan{}, nil
 }
 
 // find returns a live attachment, or nil.

@@ -67,6 +67,9 @@ func (q *Queue) ReadPacket(bufs [][]byte) (Offload, int, error) {
 		room += len(b)
 	}
 	if err := q.raw.Read(q.readFn); err != nil {
+		if q.gone() {
+			return Offload{}, 0, packetError("read", unix.EBADFD)
+		}
 		return Offload{}, 0, fmt.Errorf("read packet: %w", closed(err))
 	}
 	if q.errno != 0 {
@@ -84,6 +87,17 @@ func (q *Queue) ReadPacket(bufs [][]byte) (Offload, int, error) {
 		return Offload{}, 0, fmt.Errorf("read packet: %d bytes do not fit %d", n, room)
 	}
 	return o, n, nil
+}
+
+// gone says whether the device was deleted. If nobody waited for a packet at
+// that time, the runtime's poller only knows of some error.
+func (q *Queue) gone() bool {
+	ifr, err := unix.NewIfreq("")
+	if err != nil {
+		return false
+	}
+	ctlErr := q.raw.Control(func(fd uintptr) { err = unix.IoctlIfreq(int(fd), unix.TUNGETIFF, ifr) })
+	return ctlErr == nil && errors.Is(err, unix.EBADFD)
 }
 
 func (q *Queue) readv(fd uintptr) bool {
