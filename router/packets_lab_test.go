@@ -474,12 +474,14 @@ func TestFloodLeavesRoomForOthers(t *testing.T) {
 	}
 	c := l.udpClient(t, "10.8.0.2:7")
 	start := time.Now()
-	if _, err := c.Write([]byte("hello")); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := c.Read(make([]byte, 10)); err != nil {
-		t.Fatalf("no echo after the flood: %v", err)
-	}
+	labtest.Eventually(t, 20*time.Second, func() bool { // one may be lost in what the flood left in the queues
+		if _, err := c.Write([]byte("hello")); err != nil {
+			return false
+		}
+		_ = c.SetReadDeadline(time.Now().Add(time.Second))
+		_, err := c.Read(make([]byte, 10))
+		return err == nil
+	}, "an echo after the flood")
 	st, n := l.stack.Stats().UDP, l.router.Counters()
 	var mem runtime.MemStats
 	runtime.ReadMemStats(&mem)

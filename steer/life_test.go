@@ -335,7 +335,7 @@ func TestTakenAwayIsPutBack(t *testing.T) {
 				words := strings.Fields(injury.command)
 				// Run may be a moment late to listen; the first injury is
 				// repeated until it is seen.
-				labtest.Eventually(t, 5*time.Second, func() bool {
+				labtest.Eventually(t, 20*time.Second, func() bool {
 					h.Try(words[0], words[1:]...)
 					time.Sleep(100 * time.Millisecond)
 					return said() != ""
