@@ -32,16 +32,16 @@ func (s *Selector) trace() error {
 	if err != nil {
 		return err
 	}
-	entry := pathValue{Value: s.value}
-	copy(entry.Instance[:], s.opts.Instance)
-	reals := make([]string, 0, len(s.opts.Cgroups))
-	for _, p := range s.opts.Cgroups {
-		real := path.Join("/", prefix, p)
+	reals := make([]string, 0, len(s.plain))
+	for _, e := range s.plain {
+		real := path.Join("/", prefix, e.path)
 		if len(real) > maxPathLen {
-			return fmt.Errorf("select %s: its path from the real root, %s, is longer than %d bytes", p, real, maxPathLen)
+			return fmt.Errorf("select %s: its path from the real root, %s, is longer than %d bytes", e.path, real, maxPathLen)
 		}
-		if err := s.maps.paths.Put(newTrieKey(real), entry); err != nil {
-			return fmt.Errorf("select %s: %w", p, err)
+		v := pathValue{Value: s.opts.value(e.selection)}
+		copy(v.Instance[:], s.opts.Instance)
+		if err := s.maps.paths.Put(newTrieKey(real), v); err != nil {
+			return fmt.Errorf("select %s: %w", e.path, err)
 		}
 		reals = append(reals, real)
 	}
@@ -54,9 +54,8 @@ func (s *Selector) trace() error {
 
 // fill selects the cgroups that are older than the tracepoints.
 func (s *Selector) fill() error {
-	for _, top := range s.opts.Cgroups {
-		err := s.tree.walk(top, func(name string, dir *os.File) error { return s.fillOne(name, dir) })
-		if err != nil {
+	for _, top := range s.plain {
+		if err := s.tree.walk(top.path, s.fillOne); err != nil {
 			return err
 		}
 	}
@@ -64,11 +63,15 @@ func (s *Selector) fill() error {
 }
 
 func (s *Selector) fillOne(name string, dir *os.File) error {
+	selection, ok := s.inSelection(name)
+	if !ok {
+		return nil
+	}
 	id, err := inode(dir)
 	if err != nil {
 		return err
 	}
-	if err := s.maps.sel.Put(id, s.value); err != nil {
+	if err := s.maps.sel.Put(id, s.opts.value(selection)); err != nil {
 		return fmt.Errorf("select %s (at most %d cgroups): %w", name, s.opts.MaxCgroups, err)
 	}
 	// Removed before the entry was in: nobody else would delete it.
@@ -102,7 +105,7 @@ func (s *Selector) dropTraces() {
 // themselves, attached anew to one that is made again. Only begin, Run and
 // Close touch it, one after the other.
 type each struct {
-	programs []*ebpf.ProgramSpec
+	programs [][]*ebpf.ProgramSpec // by selection
 	on       map[string]armed
 }
 
@@ -123,8 +126,10 @@ func (s *Selector) useEach() {
 		s.maps, err = newMaps(1)
 	}
 	if err == nil {
-		choose := always(s.value, s.exempt())
-		s.each = &each{programs: socketPrograms(s.maps, choose), on: make(map[string]armed)}
+		s.each = &each{on: make(map[string]armed)}
+		for i := range s.opts.Selections {
+			s.each.programs = append(s.each.programs, socketPrograms(s.maps, always(s.opts.value(i), s.exempt())))
+		}
 		if err = s.armEach(); err != nil {
 			err = errors.Join(err, s.each.close())
 			s.each = nil
@@ -138,15 +143,16 @@ func (s *Selector) armEach() error {
 	if s.each == nil {
 		return nil
 	}
-	for _, p := range s.opts.Cgroups {
-		if err := s.each.arm(s.tree, p); err != nil {
+	for _, one := range s.plain {
+		if err := s.each.arm(s.tree, one); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (e *each) arm(t *tree, name string) error {
+func (e *each) arm(t *tree, one entry) error {
+	name := one.path
 	dir, err := t.dir(name)
 	if gone(err) {
 		return e.drop(name)
@@ -162,7 +168,7 @@ func (e *each) arm(t *tree, name string) error {
 	if err := e.drop(name); err != nil {
 		return err
 	}
-	h, err := attachSockets(dir, e.programs)
+	h, err := attachSockets(dir, e.programs[one.selection])
 	if gone(err) {
 		return nil // removed meanwhile: the next look sees it
 	}

@@ -20,7 +20,7 @@ func TestMadeCgroupsGoAtTheEnd(t *testing.T) {
 	top := lab.Cgroup("top")
 	deep := top.Path + "/a/b/sel"
 	used := top.Path + "/used/sel"
-	s := newSelector(t, cgroupsel.Options{Cgroups: []string{deep, used}, Create: true, Instance: "made"})
+	s := newSelector(t, cgroupsel.Options{Selections: []cgroupsel.Selection{{Cgroups: []string{deep, used}, Create: true}}, Instance: "made"})
 	wantFound(t, "made", top.Path+"/a", top.Path+"/a/b", deep, top.Path+"/used", used)
 	if found, err := cgroupsel.Find("another"); err != nil || len(found) != 0 {
 		t.Errorf("another instance made %v, %v", found, err)
@@ -55,12 +55,12 @@ func TestMadeCgroupsGoAtTheEnd(t *testing.T) {
 func TestWithoutCreateNothingIsMade(t *testing.T) {
 	lab, _, _ := newLab(t)
 	top := lab.Cgroup("top")
-	s := newSelector(t, cgroupsel.Options{Cgroups: []string{top.Path + "/sel"}, Instance: "none"})
+	s := newSelector(t, cgroupsel.Options{Selections: []cgroupsel.Selection{{Cgroups: []string{top.Path + "/sel"}}}, Instance: "none"})
 	if there(filepath.Join(top.Dir, "sel")) || s.Snapshot().Cgroups[0].Present {
 		t.Error("it was made")
 	}
 	fd := pidfd(t, os.Getpid())
-	if err := s.Join(top.Path+"/sel", fd); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := s.Join(top.Path+"/sel", fd); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("join: %v, want that it does not exist", err)
 	}
 }
@@ -69,7 +69,7 @@ func TestWithoutCreateNothingIsMade(t *testing.T) {
 func TestCgroupMadeAgainByOthersStays(t *testing.T) {
 	lab, _, _ := newLab(t)
 	top := lab.Cgroup("top")
-	s := newSelector(t, cgroupsel.Options{Cgroups: []string{top.Path + "/sel"}, Create: true, Instance: "again"})
+	s := newSelector(t, cgroupsel.Options{Selections: []cgroupsel.Selection{{Cgroups: []string{top.Path + "/sel"}, Create: true}}, Instance: "again"})
 	removeDir(t, filepath.Join(top.Dir, "sel"))
 	theirs := lab.Cgroup("top/sel")
 	if err := s.Close(); err != nil {
@@ -84,8 +84,8 @@ func TestCgroupMadeAgainByOthersStays(t *testing.T) {
 func TestTwoSelectorsSideBySide(t *testing.T) {
 	lab, h, m := newLab(t)
 	a, b := lab.Cgroup("a"), lab.Cgroup("b")
-	first := newSelector(t, cgroupsel.Options{Cgroups: []string{a.Path}, Instance: "a"})
-	second := newSelector(t, cgroupsel.Options{Cgroups: []string{b.Path}, Mark: 0x6600, Mask: 0xff00, Instance: "b"})
+	first := newSelector(t, cgroupsel.Options{Selections: []cgroupsel.Selection{{Cgroups: []string{a.Path}}}, Instance: "a"})
+	second := newSelector(t, cgroupsel.Options{Selections: []cgroupsel.Selection{{Cgroups: []string{b.Path}, Mark: 0x6600, Mask: 0xff00}}, Instance: "b"})
 	newMeter(t, h, 0x6600, 0xff00)
 	m.read()
 	send(t, lab, h, a)
@@ -101,7 +101,7 @@ func TestTwoSelectorsSideBySide(t *testing.T) {
 	if got := m.read(); got["udp4_yes"] != 1 || got["udp4_no"] != 1 {
 		t.Errorf("in b: %v, want the mark of the other", got)
 	}
-	if second.Selected(a.Path) || !second.Selected(b.Path) {
+	if selected(second, a.Path) || !selected(second, b.Path) {
 		t.Error("the second selects what is the first's")
 	}
 }
@@ -110,14 +110,14 @@ func TestCgroupOfALiveInstanceIsTaken(t *testing.T) {
 	lab, _, _ := newLab(t)
 	top := lab.Cgroup("top")
 	held := top.Path + "/a"
-	newSelector(t, cgroupsel.Options{Cgroups: []string{held}, Instance: "101"})
+	newSelector(t, cgroupsel.Options{Selections: []cgroupsel.Selection{{Cgroups: []string{held}}}, Instance: "101"})
 	for _, tt := range []struct{ name, path string }{
 		{"the same", held},
 		{"above it", top.Path},
 		{"below it", held + "/b"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			s, err := cgroupsel.New(cgroupsel.Options{Cgroups: []string{tt.path}, Create: true, Instance: "102"})
+			s, err := cgroupsel.New(cgroupsel.Options{Selections: []cgroupsel.Selection{{Cgroups: []string{tt.path}, Create: true}}, Instance: "102"})
 			if err == nil {
 				s.Close()
 				t.Fatal("selected twice")
@@ -139,12 +139,12 @@ func TestBadOptionsAreRefused(t *testing.T) {
 		name string
 		o    cgroupsel.Options
 	}{
-		{"no instance", cgroupsel.Options{Cgroups: []string{"/a"}}},
-		{"instance with a slash", cgroupsel.Options{Cgroups: []string{"/a"}, Instance: "a/b"}},
-		{"relative path", cgroupsel.Options{Cgroups: []string{"a"}, Instance: "1"}},
-		{"slash at the end", cgroupsel.Options{Cgroups: []string{"/a/"}, Instance: "1"}},
-		{"way out", cgroupsel.Options{Cgroups: []string{"/a/../b"}, Instance: "1"}},
-		{"too long", cgroupsel.Options{Cgroups: []string{"/" + string(make([]byte, 255))}, Instance: "1"}},
+		{"no instance", cgroupsel.Options{Selections: []cgroupsel.Selection{{Cgroups: []string{"/a"}}}}},
+		{"instance with a slash", cgroupsel.Options{Selections: []cgroupsel.Selection{{Cgroups: []string{"/a"}}}, Instance: "a/b"}},
+		{"relative path", cgroupsel.Options{Selections: []cgroupsel.Selection{{Cgroups: []string{"a"}}}, Instance: "1"}},
+		{"slash at the end", cgroupsel.Options{Selections: []cgroupsel.Selection{{Cgroups: []string{"/a/"}}}, Instance: "1"}},
+		{"way out", cgroupsel.Options{Selections: []cgroupsel.Selection{{Cgroups: []string{"/a/../b"}}}, Instance: "1"}},
+		{"too long", cgroupsel.Options{Selections: []cgroupsel.Selection{{Cgroups: []string{"/" + string(make([]byte, 255))}}}, Instance: "1"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			if s, err := cgroupsel.New(tt.o); err == nil {

@@ -18,25 +18,38 @@ var ErrNotSelected = errors.New("cgroup is not selected")
 // makes if it is missing and Options.Create is set. The pidfd names the
 // process (pidfd_open(2), SO_PEERPIDFD): a number could be another's by now.
 // Sockets that the process has keep their cgroup, but are marked when they are
-// connected.
-func (s *Selector) Join(cgroup string, pidfd *os.File) error {
-	if !s.Selected(cgroup) {
-		return fmt.Errorf("join %s: %w", cgroup, ErrNotSelected)
+// connected. Where Held is false, what the process sends is captured once the
+// steering has been given a Snapshot with the cgroup that is returned.
+func (s *Selector) Join(cgroup string, pidfd *os.File) (Cgroup, error) {
+	selection, ok := s.Selected(cgroup)
+	if !ok {
+		return Cgroup{}, fmt.Errorf("join %s: %w", cgroup, ErrNotSelected)
 	}
 	err := s.moveTo(cgroup, pidfd)
-	if errors.Is(err, fs.ErrNotExist) && s.opts.Create {
+	if errors.Is(err, fs.ErrNotExist) && s.opts.Selections[selection].Create {
 		if err := s.create(cgroup); err != nil {
-			return err
+			return Cgroup{}, err
 		}
-		return s.moveTo(cgroup, pidfd)
+		err = s.moveTo(cgroup, pidfd)
 	}
-	return err
+	if err != nil {
+		return Cgroup{}, err
+	}
+	return s.topOf(cgroup)
+}
+
+// topOf is the cgroup of a Snapshot that a selected one is within, as it is
+// now.
+func (s *Selector) topOf(cgroup string) (Cgroup, error) {
+	top, _ := s.covering(cgroup)
+	id, err := s.tree.id(top.path)
+	return Cgroup{Path: top.path, ID: id, Level: level(top.path), Selection: top.selection, Present: err == nil, Held: s.isHeld()}, err
 }
 
 // Leave moves a process to the root of the tree, out of all selected cgroups.
 // Its sockets keep their marks.
 func (s *Selector) Leave(pidfd *os.File) error {
-	if s.Selected("/") {
+	if _, all := s.Selected("/"); all {
 		return errors.New(`leave: all cgroups are selected ("/")`)
 	}
 	return s.moveTo("/", pidfd)

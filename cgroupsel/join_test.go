@@ -25,7 +25,7 @@ func TestJoinAndLeave(t *testing.T) {
 	lab, h, _ := newLab(t)
 	top := lab.Cgroup("top")
 	sel := top.Path + "/sel"
-	s := newSelector(t, cgroupsel.Options{Cgroups: []string{sel}, Create: true, Instance: "join"})
+	s := newSelector(t, cgroupsel.Options{Selections: []cgroupsel.Selection{{Cgroups: []string{sel}, Create: true}}, Instance: "join"})
 	p := startHelper(t, lab, h, top, "send", "wait")
 	p.line()
 	fd := pidfd(t, p.proc.Pid)
@@ -35,16 +35,16 @@ func TestJoinAndLeave(t *testing.T) {
 			t.Errorf("the process is in %q, %v, want %s", got, err, want)
 		}
 	}
-	if err := s.Join(top.Path, fd); !errors.Is(err, cgroupsel.ErrNotSelected) {
+	if _, err := s.Join(top.Path, fd); !errors.Is(err, cgroupsel.ErrNotSelected) {
 		t.Errorf("join what is not selected: %v", err)
 	}
 	for _, odd := range []string{sel + "/..", sel + "/../other", sel + "/./job", sel + "/"} {
-		if err := s.Join(odd, fd); !errors.Is(err, cgroupsel.ErrNotSelected) {
+		if _, err := s.Join(odd, fd); !errors.Is(err, cgroupsel.ErrNotSelected) {
 			t.Errorf("join %s, which leads out or is no clean path: %v", odd, err)
 		}
 	}
 	in(top.Path)
-	if err := s.Join(sel+"/job", fd); err != nil {
+	if _, err := s.Join(sel+"/job", fd); err != nil {
 		t.Errorf("join a child that is not there yet: %v", err)
 	}
 	in(sel + "/job")
@@ -53,10 +53,10 @@ func TestJoinAndLeave(t *testing.T) {
 	}
 	in("/")
 	p.kill()
-	if err := s.Join(sel, fd); !errors.Is(err, os.ErrProcessDone) {
+	if _, err := s.Join(sel, fd); !errors.Is(err, os.ErrProcessDone) {
 		t.Errorf("join of a dead process: %v", err)
 	}
-	if err := s.Join(sel, os.Stdin); err == nil {
+	if _, err := s.Join(sel, os.Stdin); err == nil {
 		t.Error("join of what is no process")
 	}
 }
@@ -65,7 +65,7 @@ func TestPathsAndIDs(t *testing.T) {
 	lab, _, _ := newLab(t)
 	sel := lab.Cgroup("sel")
 	odd := lab.Cgroup("sel/odd (deleted)")
-	s := newSelector(t, cgroupsel.Options{Cgroups: []string{sel.Path}, Instance: "ids"})
+	s := newSelector(t, cgroupsel.Options{Selections: []cgroupsel.Selection{{Cgroups: []string{sel.Path}}}, Instance: "ids"})
 	for _, c := range []struct {
 		path string
 		id   uint64

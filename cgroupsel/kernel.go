@@ -27,8 +27,8 @@ func newMaps(cgroups int) (*maps, error) {
 	}{
 		// Preallocated (no flag): an update in cgroup_mkdir never waits for
 		// memory and never fails for want of it.
-		{&m.sel, ebpf.MapSpec{Name: "cgtun_sel", Type: ebpf.Hash, KeySize: 8, ValueSize: 8, MaxEntries: uint32(cgroups)}},
-		{&m.paths, ebpf.MapSpec{Name: pathsMap, Type: ebpf.LPMTrie, KeySize: 4 + pathBytes, ValueSize: 8 + maxInstance, MaxEntries: maxPaths, Flags: noPrealloc}},
+		{&m.sel, ebpf.MapSpec{Name: "cgtun_sel", Type: ebpf.Hash, KeySize: 8, ValueSize: valueBytes, MaxEntries: uint32(cgroups)}},
+		{&m.paths, ebpf.MapSpec{Name: pathsMap, Type: ebpf.LPMTrie, KeySize: 4 + pathBytes, ValueSize: valueBytes + maxInstance, MaxEntries: maxPaths, Flags: noPrealloc}},
 		{&m.scratch, ebpf.MapSpec{Name: "cgtun_scratch", Type: ebpf.PerCPUArray, KeySize: 4, ValueSize: 8 + pathBytes, MaxEntries: 1}},
 		{&m.count, ebpf.MapSpec{Name: "cgtun_count", Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: countEntries}},
 	} {

@@ -28,8 +28,10 @@ func newLab(t *testing.T) (*labtest.Lab, *labtest.Host, *meter) {
 
 func newSelector(t *testing.T, o cgroupsel.Options) *cgroupsel.Selector {
 	t.Helper()
-	if o.Mark == 0 {
-		o.Mark, o.Mask = testMark, 0xff
+	for i := range o.Selections {
+		if o.Selections[i].Mark == 0 {
+			o.Selections[i].Mark, o.Selections[i].Mask = testMark, 0xff
+		}
 	}
 	if o.Instance == "" {
 		o.Instance = filepath.Base(t.Name())
@@ -66,6 +68,11 @@ func fullySelected(t *testing.T, s *cgroupsel.Selector) {
 	}
 }
 
+func selected(s *cgroupsel.Selector, cgroup string) bool {
+	_, ok := s.Selected(cgroup)
+	return ok
+}
+
 func send(t *testing.T, lab *labtest.Lab, h *labtest.Host, c *labtest.Cgroup) {
 	t.Helper()
 	startHelper(t, lab, h, c, "send").wait()
@@ -76,7 +83,7 @@ func TestSelectedCgroupsAreMarked(t *testing.T) {
 	sel := lab.Cgroup("sel")
 	older := lab.Cgroup("sel/older/deep")
 	sibling := lab.Cgroup("selx")
-	s := newSelector(t, cgroupsel.Options{Cgroups: []string{sel.Path}})
+	s := newSelector(t, cgroupsel.Options{Selections: []cgroupsel.Selection{{Cgroups: []string{sel.Path}}}})
 	fullySelected(t, s)
 	younger := lab.Cgroup("sel/younger/deep")
 	youngSibling := lab.Cgroup("selx/sel")
@@ -95,7 +102,7 @@ func TestSelectedCgroupsAreMarked(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			send(t, lab, h, tt.c)
 			m.want(1, tt.marked, tt.name)
-			if tt.c != nil && s.Selected(tt.c.Path) != tt.marked {
+			if tt.c != nil && selected(s, tt.c.Path) != tt.marked {
 				t.Errorf("Selected(%s) = %v", tt.c.Path, !tt.marked)
 			}
 		})
@@ -108,7 +115,7 @@ func TestSelectedCgroupsAreMarked(t *testing.T) {
 func TestForeignBitsOfTheMarkStay(t *testing.T) {
 	lab, h, _ := newLab(t)
 	sel := lab.Cgroup("sel")
-	newSelector(t, cgroupsel.Options{Cgroups: []string{sel.Path}})
+	newSelector(t, cgroupsel.Options{Selections: []cgroupsel.Selection{{Cgroups: []string{sel.Path}}}})
 	whole := newMeter(t, h, 0xab65, 0xffffffff)
 	whole.read()
 	t.Setenv("SEND_MARK", "43776") // 0xab00
@@ -128,13 +135,13 @@ func TestForeignBitsOfTheMarkStay(t *testing.T) {
 func TestMovedProcessIsMarkedAtConnect(t *testing.T) {
 	lab, h, m := newLab(t)
 	sel := lab.Cgroup("sel")
-	s := newSelector(t, cgroupsel.Options{Cgroups: []string{sel.Path}})
+	s := newSelector(t, cgroupsel.Options{Selections: []cgroupsel.Selection{{Cgroups: []string{sel.Path}}}})
 	p := startHelper(t, lab, h, nil, "send", "wait")
 	if got := p.line(); got != "ready" {
 		t.Fatal(got)
 	}
 	fd := pidfd(t, p.proc.Pid)
-	if err := s.Join(sel.Path, fd); err != nil {
+	if _, err := s.Join(sel.Path, fd); err != nil {
 		t.Fatal(err)
 	}
 	if got, err := cgroupsel.CgroupOf(p.proc.Pid); got != sel.Path || err != nil {
@@ -158,7 +165,7 @@ func TestV1CgroupOfTheSamePathDoesNotMatter(t *testing.T) {
 		return
 	}
 	top := lab.Cgroup("top")
-	s := newSelector(t, cgroupsel.Options{Cgroups: []string{top.Path + "/sel"}})
+	s := newSelector(t, cgroupsel.Options{Selections: []cgroupsel.Selection{{Cgroups: []string{top.Path + "/sel"}}}})
 	old := filepath.Join(v1, top.Path, "sel")
 	if err := os.MkdirAll(old, 0o755); err != nil {
 		t.Fatal(err)

@@ -20,7 +20,7 @@ func (s *Selector) Self() (Cgroup, bool) {
 	if !self.Present || self.Level == 0 {
 		return Cgroup{}, false
 	}
-	holds := slices.ContainsFunc(s.opts.Cgroups, func(p string) bool { return within(p, self.Path) })
+	holds := slices.ContainsFunc(s.plain, func(e entry) bool { return within(e.path, self.Path) })
 	return self, !holds
 }
 
@@ -31,7 +31,7 @@ func (s *Selector) stepOut() error {
 	if err != nil {
 		return err
 	}
-	if !s.inSelection(home) {
+	if _, selected := s.inSelection(home); !selected {
 		id, err := s.tree.id(home)
 		s.setSelf(Cgroup{Path: home, ID: id, Level: level(home), Present: err == nil}, "")
 		return nil

@@ -14,8 +14,10 @@ import (
 
 func asJSON(t *testing.T, o cgroupsel.Options) string {
 	t.Helper()
-	if o.Mark == 0 {
-		o.Mark, o.Mask = testMark, 0xff
+	for i := range o.Selections {
+		if o.Selections[i].Mark == 0 {
+			o.Selections[i].Mark, o.Selections[i].Mask = testMark, 0xff
+		}
 	}
 	text, err := json.Marshal(o)
 	if err != nil {
@@ -40,7 +42,7 @@ func TestOwnSocketsAreNeverMarked(t *testing.T) {
 			lab, h, m := newLab(t)
 			sel := lab.Cgroup("sel")
 			start := lab.Cgroup("sel" + tt.start)
-			opts := asJSON(t, cgroupsel.Options{Cgroups: []string{sel.Path}, Instance: "own", Without: tt.without})
+			opts := asJSON(t, cgroupsel.Options{Selections: []cgroupsel.Selection{{Cgroups: []string{sel.Path}}}, Instance: "own", Without: tt.without})
 			p := startHelper(t, lab, h, start, "select", opts)
 			say := p.told()
 			own := start.Path + "/.cgtun-own"
@@ -84,7 +86,7 @@ func TestSelfTellsOnlyWhatMaybeExempt(t *testing.T) {
 		{"at the root", nil, false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			p := startHelper(t, lab, h, tt.start, "select", asJSON(t, cgroupsel.Options{Cgroups: []string{away.Path + "/sel"}, Instance: "self"}))
+			p := startHelper(t, lab, h, tt.start, "select", asJSON(t, cgroupsel.Options{Selections: []cgroupsel.Selection{{Cgroups: []string{away.Path + "/sel"}}}, Instance: "self"}))
 			say := p.told()
 			if say.IsSelf != tt.isSelf || (tt.isSelf && say.Self.ID != tt.start.ID) {
 				t.Errorf("self: %v %+v", say.IsSelf, say.Self)
@@ -101,7 +103,7 @@ func TestAfterKillNothingSelects(t *testing.T) {
 	lab, h, m := newLab(t)
 	top := lab.Cgroup("top")
 	name := top.Path + "/made/sel"
-	opts := asJSON(t, cgroupsel.Options{Cgroups: []string{name}, Create: true, Instance: "killed"})
+	opts := asJSON(t, cgroupsel.Options{Selections: []cgroupsel.Selection{{Cgroups: []string{name}, Create: true}}, Instance: "killed"})
 	p := startHelper(t, lab, h, nil, "select", opts)
 	p.told()
 	sel := lab.Cgroup("top/made/sel")
@@ -152,7 +154,7 @@ func TestStartedThroughIPNetnsExec(t *testing.T) {
 	lab, h, m := newLab(t)
 	top := lab.Cgroup("top")
 	name := top.Path + "/sel"
-	opts := asJSON(t, cgroupsel.Options{Cgroups: []string{name}, Create: true, Instance: "exec"})
+	opts := asJSON(t, cgroupsel.Options{Selections: []cgroupsel.Selection{{Cgroups: []string{name}, Create: true}}, Instance: "exec"})
 	before := cgroupMounts(t)
 	p := startBehind(t, lab, h, nil, []string{"ip", "netns", "exec", h.Name}, "select", opts)
 	say := p.told()
@@ -177,7 +179,7 @@ func TestStartedInCgroupNamespace(t *testing.T) {
 	labtest.Need(t, labtest.Tool("unshare"))
 	lab, h, m := newLab(t)
 	outer := lab.Cgroup("outer")
-	opts := asJSON(t, cgroupsel.Options{Cgroups: []string{"/sel"}, Create: true, Instance: "ns"})
+	opts := asJSON(t, cgroupsel.Options{Selections: []cgroupsel.Selection{{Cgroups: []string{"/sel"}, Create: true}}, Instance: "ns"})
 	p := startBehind(t, lab, h, outer, []string{"unshare", "--cgroup"}, "select", opts)
 	say := p.told()
 	if say.Error != "" || say.Path != "/sel" || say.Cgroups[0].Level != 1 {
@@ -200,7 +202,7 @@ func TestRootOfCgroupNamespaceIsSelected(t *testing.T) {
 	lab, h, m := newLab(t)
 	outer := lab.Cgroup("outer")
 	older := lab.Cgroup("outer/older")
-	p := startBehind(t, lab, h, outer, []string{"unshare", "--cgroup"}, "select", asJSON(t, cgroupsel.Options{Cgroups: []string{"/"}, Instance: "all"}))
+	p := startBehind(t, lab, h, outer, []string{"unshare", "--cgroup"}, "select", asJSON(t, cgroupsel.Options{Selections: []cgroupsel.Selection{{Cgroups: []string{"/"}}}, Instance: "all"}))
 	say := p.told()
 	if say.Error != "" || say.Self.Path != "/.cgtun-all" || say.Cgroups[0].Level != 0 {
 		t.Errorf("it says %+v", say)

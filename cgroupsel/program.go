@@ -29,13 +29,19 @@ const (
 )
 
 // value is what sel and the trie hold: the mark, already under the mask. Mask
-// 0 means "not selected".
-type value struct{ Mark, Mask uint32 }
+// 0 means "not selected". The programs ask for no more than that to tell who
+// is selected: everything is decided before a process can be in the cgroup.
+type value struct {
+	Mark, Mask uint32
+	Selection  uint32
+	Flags      uint32 // none yet
+}
 
-// Offsets in value.
+// Offsets in value, and its size.
 const (
-	valueMark = 0
-	valueMask = 4
+	valueMark  = 0
+	valueMask  = 4
+	valueBytes = 16
 )
 
 // Stack slots of the programs, from the frame pointer.
@@ -43,9 +49,9 @@ const (
 	slotRead   = -8  // what readKernel fetched
 	slotParent = -16 // id of the parent
 	slotID     = -24 // id of the cgroup
-	slotValue  = -32
-	slotIndex  = -40 // u32 key of an array map
-	slotMark   = -48
+	slotValue  = -40 // a value
+	slotIndex  = -48 // u32 key of an array map
+	slotMark   = -56
 )
 
 // readKernel loads size bytes of kernel memory at src+off into slotRead, and
@@ -133,6 +139,8 @@ func mkdirProgram(m *maps, l *layout) *ebpf.ProgramSpec {
 		// The helper gets a copy: the entry can be deleted under it.
 		asm.LoadMem(asm.R1, asm.R0, 0, asm.DWord).WithSymbol("put"),
 		asm.StoreMem(asm.RFP, slotValue, asm.R1, asm.DWord),
+		asm.LoadMem(asm.R1, asm.R0, 8, asm.DWord),
+		asm.StoreMem(asm.RFP, slotValue+8, asm.R1, asm.DWord),
 		asm.Mov.Reg(asm.R3, asm.RFP),
 		asm.Add.Imm(asm.R3, slotValue),
 		asm.Mov.Imm(asm.R4, 0),

@@ -58,7 +58,7 @@ func TestCgroupMadeAgainIsSelectedFromTheFirstPacket(t *testing.T) {
 	lab, h, m := newLab(t)
 	top := lab.Cgroup("top")
 	dir := filepath.Join(top.Dir, "sel")
-	s := newSelector(t, cgroupsel.Options{Cgroups: []string{top.Path + "/sel"}})
+	s := newSelector(t, cgroupsel.Options{Selections: []cgroupsel.Selection{{Cgroups: []string{top.Path + "/sel"}}}})
 	fullySelected(t, s)
 	n := soakRounds()
 	for i := range n {
@@ -96,7 +96,7 @@ func TestSnapshotFollowsCgroupMadeAgain(t *testing.T) {
 			lab, _, _ := newLab(t)
 			top := lab.Cgroup("top")
 			name := top.Path + "/a/sel"
-			s := newSelector(t, cgroupsel.Options{Cgroups: []string{name}, Without: tt.without, Instance: "follow"})
+			s := newSelector(t, cgroupsel.Options{Selections: []cgroupsel.Selection{{Cgroups: []string{name}}}, Without: tt.without, Instance: "follow"})
 			if !slices.Contains(tt.without, cgroupsel.FeatureInotify) {
 				s.LookEvery(time.Hour) // no event may be missed
 			} else {
@@ -161,7 +161,7 @@ func TestProgramsOnEachCgroupMark(t *testing.T) {
 			lab, h, m := newLab(t)
 			top := lab.Cgroup("top")
 			name := top.Path + "/sel"
-			s := newSelector(t, cgroupsel.Options{Cgroups: []string{name}, Without: []string{without}, Instance: "each"})
+			s := newSelector(t, cgroupsel.Options{Selections: []cgroupsel.Selection{{Cgroups: []string{name}}}, Without: []string{without}, Instance: "each"})
 			pictures := follow(t, s)
 			for i := range 3 {
 				c := lab.Cgroup("top/sel")
@@ -195,7 +195,7 @@ func TestProgramsOnEachCgroupMark(t *testing.T) {
 func TestFullMapIsCountedAndMadeGood(t *testing.T) {
 	lab, h, m := newLab(t)
 	sel := lab.Cgroup("sel")
-	s := newSelector(t, cgroupsel.Options{Cgroups: []string{sel.Path}, MaxCgroups: 2, Instance: "full"})
+	s := newSelector(t, cgroupsel.Options{Selections: []cgroupsel.Selection{{Cgroups: []string{sel.Path}}}, MaxCgroups: 2, Instance: "full"})
 	pictures := follow(t, s)
 	var last *labtest.Cgroup
 	// A hash map has a few spare entries per CPU.

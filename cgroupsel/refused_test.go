@@ -20,7 +20,7 @@ func TestWithoutCapabilitiesItSaysWhatIsLost(t *testing.T) {
 	labtest.Need(t, labtest.Tool("setpriv"))
 	lab, h, m := newLab(t)
 	sel := lab.Cgroup("sel")
-	opts := asJSON(t, cgroupsel.Options{Cgroups: []string{sel.Path}, Instance: "caps"})
+	opts := asJSON(t, cgroupsel.Options{Selections: []cgroupsel.Selection{{Cgroups: []string{sel.Path}}}, Instance: "caps"})
 	p := startBehind(t, lab, h, nil, []string{"setpriv", "--bounding-set", "-sys_admin,-bpf,-perfmon"}, "select", opts)
 	say := p.told()
 	if want := (cgroupsel.Cgroup{Path: sel.Path, ID: sel.ID, Level: level(sel), Present: true}); say.Cgroups[0] != want {
@@ -42,7 +42,7 @@ func TestForeignProgramThatAllowsNoOtherIsNamed(t *testing.T) {
 	lab, h, m := newLab(t)
 	sel := lab.Cgroup("sel")
 	attachForeign(t, sel)
-	s := newSelector(t, cgroupsel.Options{Cgroups: []string{sel.Path}, Instance: "foreign", Without: []string{cgroupsel.FeatureRoot}})
+	s := newSelector(t, cgroupsel.Options{Selections: []cgroupsel.Selection{{Cgroups: []string{sel.Path}}}, Instance: "foreign", Without: []string{cgroupsel.FeatureRoot}})
 	features := s.Features()
 	last := features[len(features)-1]
 	if last.Name != cgroupsel.FeaturePerCgroup || last.Err == nil || !errors.Is(last.Err, os.ErrPermission) {

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"cgtun/internal/netns"
 )
 
 // Bounds of what one selector holds.
@@ -27,11 +29,9 @@ const (
 	lookAgain = 2 * time.Second
 )
 
-// Options say what to select. Cgroups, Mark and Instance are needed.
+// Options say what to select. Selections and Instance are needed.
 type Options struct {
-	Cgroups    []string     // plain paths from the root of cgroup2, "/a/b"; all below is selected too
-	Create     bool         // make those that are missing
-	Mark, Mask uint32       // fwmark of what they send; Mask 0 is all bits
+	Selections []Selection  // one of each route, in the order of the routes
 	Instance   string       // who we are: the table's number as text
 	MaxCgroups int          // selected cgroups with all below, 0 is 16,384; those beyond are in Counters.Full
 	Logger     *slog.Logger // nil: silent
@@ -42,16 +42,34 @@ type Options struct {
 
 // Cgroup is a cgroup as it is now.
 type Cgroup struct {
-	Path    string // "/a/b"
-	ID      uint64 // 0: not there; a cgroup that is made again has another one
-	Level   int    // depth, as nft's `socket cgroupv2 level` counts: 2 for "/a/b"
-	Present bool
-	Held    bool // made again, it is selected before a process can be in it
+	Path      string // "/a/b"
+	ID        uint64 // 0: not there; a cgroup that is made again has another one
+	Level     int    // depth, as nft's `socket cgroupv2 level` counts: 2 for "/a/b"
+	Selection int    // whose it is: an index of Options.Selections
+	Present   bool
+	Held      bool // made again, it is selected before a process can be in it
+}
+
+// Namespace is a network namespace that needs an attachment. All of a snapshot
+// are different ones.
+type Namespace struct {
+	Ref    netns.Ref
+	PID    int    // a selected task that was seen in it, 0: none was; it can have ended
+	Cgroup uint64 // the id of that task's cgroup
+	// All says that select.netns of the route with the index Selection names
+	// it: everything in it is captured, whatever its cgroup. Home can be such
+	// a namespace; without All none is home.
+	All       bool
+	Selection int
 }
 
 // Snapshot is the whole newest picture. It is immutable.
 type Snapshot struct {
-	Cgroups []Cgroup // in the order of Options.Cgroups
+	// Cgroups are the selected ones that are not below another one of the same
+	// selection; plain paths are there in any case, whether Present or not.
+	Cgroups []Cgroup
+	// Namespaces stay until Forget.
+	Namespaces []Namespace
 }
 
 // Counters count what went wrong in the kernel since New.
@@ -67,7 +85,7 @@ type Selector struct {
 	log    *slog.Logger
 	tree   *tree
 	ids    *idCache
-	value  value
+	plain  []entry
 	maps   *maps // nil: no BPF at all
 	traces hooks // the tracepoints
 	root   hooks // the socket programs at the root
@@ -99,8 +117,7 @@ func New(o Options) (*Selector, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Selector{opts: o, log: o.Logger, tree: t, ids: newIDCache(t), every: lookAgain}
-	s.value = value{Mark: o.Mark & o.Mask, Mask: o.Mask}
+	s := &Selector{opts: o, log: o.Logger, tree: t, ids: newIDCache(t), every: lookAgain, plain: o.plain()}
 	if err := s.begin(); err != nil {
 		return nil, errors.Join(err, s.Close())
 	}
@@ -119,11 +136,12 @@ func (s *Selector) begin() error {
 	if isTaken(refused) {
 		return refused
 	}
-	if s.opts.Create {
-		for _, p := range s.opts.Cgroups {
-			if err := s.create(p); err != nil {
-				return err
-			}
+	for _, e := range s.plain {
+		if !s.opts.Selections[e.selection].Create {
+			continue
+		}
+		if err := s.create(e.path); err != nil {
+			return err
 		}
 	}
 	if refused == nil {
@@ -147,24 +165,28 @@ func (o Options) checked() (Options, error) {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	if o.Mask == 0 {
-		o.Mask = ^uint32(0)
-	}
 	if o.MaxCgroups == 0 {
 		o.MaxCgroups = defaultCgroups
 	}
 	if o.Instance == "" || strings.ContainsRune(o.Instance, '/') || len(o.Instance) > maxInstance {
 		return o, fmt.Errorf("select cgroups: instance %q is not a name", o.Instance)
 	}
-	if len(o.Cgroups) > maxPaths {
-		return o, fmt.Errorf("select cgroups: %d paths, at most %d", len(o.Cgroups), maxPaths)
+	o.Selections = slices.Clone(o.Selections)
+	for i := range o.Selections {
+		if o.Selections[i].Mask == 0 {
+			o.Selections[i].Mask = ^uint32(0)
+		}
+		o.Selections[i].Cgroups = slices.Clone(o.Selections[i].Cgroups)
 	}
-	for _, p := range o.Cgroups {
-		if !path.IsAbs(p) || path.Clean(p) != p || len(p) > maxPathLen || strings.ContainsRune(p, 0) {
+	plain := o.plain()
+	if len(plain) > maxPaths {
+		return o, fmt.Errorf("select cgroups: %d paths, at most %d", len(plain), maxPaths)
+	}
+	for _, e := range plain {
+		if p := e.path; !path.IsAbs(p) || path.Clean(p) != p || len(p) > maxPathLen || strings.ContainsRune(p, 0) {
 			return o, fmt.Errorf("select cgroup %q: not a clean path from the root of cgroup2 of at most %d bytes", p, maxPathLen)
 		}
 	}
-	o.Cgroups = slices.Clone(o.Cgroups)
 	return o, nil
 }
 
@@ -175,21 +197,37 @@ func (s *Selector) Snapshot() Snapshot {
 	return s.snapshot
 }
 
-// Selected tells whether processes in a cgroup are captured, by its path.
-func (s *Selector) Selected(cgroup string) bool {
+// Selected tells whether processes in a cgroup are captured, by its path, and
+// by which selection: an index of Options.Selections.
+func (s *Selector) Selected(cgroup string) (selection int, ok bool) {
 	s.mu.Lock()
 	own := s.home != "" && within(cgroup, s.self.Path)
 	s.mu.Unlock()
-	return !own && s.inSelection(cgroup)
+	if own {
+		return 0, false
+	}
+	return s.inSelection(cgroup)
 }
 
-func (s *Selector) inSelection(cgroup string) bool {
+func (s *Selector) inSelection(cgroup string) (selection int, ok bool) {
+	top, ok := s.covering(cgroup)
+	return top.selection, ok
+}
+
+// covering finds the deepest entry that a cgroup is within.
+func (s *Selector) covering(cgroup string) (top entry, ok bool) {
 	if path.Clean(cgroup) != cgroup || strings.HasPrefix(cgroup, "/..") {
 		// Not the path that it seems to be ("/selected/../other"), or one
 		// outside of our cgroup namespace.
-		return false
+		return entry{}, false
 	}
-	return slices.ContainsFunc(s.opts.Cgroups, func(top string) bool { return within(cgroup, top) })
+	depth := -1
+	for _, e := range s.plain {
+		if l := level(e.path); l > depth && within(cgroup, e.path) {
+			top, depth = e, l
+		}
+	}
+	return top, depth >= 0
 }
 
 // Counters reads the counters of the kernel's side.
@@ -205,17 +243,22 @@ func (s *Selector) Counters() Counters {
 	return Counters{Full: n[countFull], Unread: n[countPath], Refused: n[countMark]}
 }
 
+// isHeld tells whether the kernel itself selects every cgroup that is made.
+func (s *Selector) isHeld() bool { return s.held && s.Counters().Full == 0 }
+
 // resolve looks at the cgroups again and tells whether the picture changed.
 func (s *Selector) resolve() bool {
-	held := s.held && s.Counters().Full == 0
-	next := Snapshot{Cgroups: make([]Cgroup, 0, len(s.opts.Cgroups))}
-	for _, p := range s.opts.Cgroups {
-		id, err := s.tree.id(p)
-		next.Cgroups = append(next.Cgroups, Cgroup{Path: p, Level: level(p), ID: id, Present: err == nil, Held: held})
+	held := s.isHeld()
+	next := Snapshot{Cgroups: make([]Cgroup, 0, len(s.plain))}
+	for _, e := range s.plain {
+		id, err := s.tree.id(e.path)
+		next.Cgroups = append(next.Cgroups, Cgroup{
+			Path: e.path, Level: level(e.path), ID: id, Selection: e.selection, Present: err == nil, Held: held,
+		})
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	changed := !slices.Equal(s.snapshot.Cgroups, next.Cgroups)
+	changed := !slices.Equal(s.snapshot.Cgroups, next.Cgroups) || !slices.Equal(s.snapshot.Namespaces, next.Namespaces)
 	s.snapshot = next
 	return changed
 }
@@ -247,7 +290,7 @@ func (s *Selector) Run(ctx context.Context, changed func(Snapshot)) error {
 // look brings watches, programs and picture up to date. The watches come
 // first: what happens after them wakes Run again.
 func (s *Selector) look(w *watcher) bool {
-	w.follow(s.tree, s.opts.Cgroups)
+	w.follow(s.tree, s.plain)
 	if full := s.Counters().Full; full > s.full {
 		s.log.Warn("too many selected cgroups for the map", "limit", s.opts.MaxCgroups, "missed", full)
 		s.full = full

@@ -51,14 +51,14 @@ func (w *watcher) read(events chan<- struct{}) {
 // follow watches each existing parent of each path, the root first: a parent
 // that is made after its own parent is watched makes an event. A watch that is
 // there already stays; one of a removed cgroup ends with it.
-func (w *watcher) follow(t *tree, paths []string) {
+func (w *watcher) follow(t *tree, plain []entry) {
 	if w.file == nil {
 		return
 	}
 	w.add(t, "/")
 	seen := make(map[string]bool)
-	for _, p := range paths {
-		for _, dir := range lineage(path.Dir(p)) {
+	for _, e := range plain {
+		for _, dir := range lineage(path.Dir(e.path)) {
 			if !seen[dir] {
 				seen[dir] = true
 				w.add(t, dir)

@@ -87,8 +87,7 @@ func runDaemon(ctx context.Context, file *config.File, log *slog.Logger) (err er
 		log.Warn("cgroups of a dead instance are left", "err", err)
 	}
 	in.selector, err = cgroupsel.New(cgroupsel.Options{
-		Cgroups: in.route.Select.Plain(), Create: in.route.Select.Create,
-		Mark: in.route.Mark, Mask: in.route.Mask, Instance: in.id(), Logger: log,
+		Selections: selections(file.Routes()), Instance: in.id(), Logger: log,
 	})
 	if err != nil {
 		return err
@@ -213,6 +212,15 @@ func (in *instance) setRouter() error {
 		MaxMemory: int64(in.file.Limits.Memory)})
 	in.router.Reload(set, byName)
 	return nil
+}
+
+// selections are what the routes capture, in their order.
+func selections(routes []config.Route) []cgroupsel.Selection {
+	all := make([]cgroupsel.Selection, len(routes))
+	for i, r := range routes {
+		all[i] = cgroupsel.Selection{Cgroups: r.Select.Plain(), Create: r.Select.Create, Mark: r.Mark, Mask: r.Mask}
+	}
+	return all
 }
 
 // plan is what is steered, but for what attach knows.

@@ -165,14 +165,14 @@ func (in *instance) PID(pid int) (control.PIDStatus, error) {
 	switch {
 	case st.Ino == home.NetnsIno:
 		s.Attachment = attach.Home
-	case in.selector.Selected(cgroup):
+	case in.selects(cgroup):
 		s.Why = fmt.Sprintf("cgroup %q is selected, but the process is in another network namespace than cgtun, and this version attaches to its own alone", cgroup)
 		return s, nil
 	}
 	switch {
 	case haveSelf && self.Path == cgroup:
 		s.Why = "this is cgtun's own cgroup, which is never captured"
-	case !in.selector.Selected(cgroup):
+	case !in.selects(cgroup):
 		s.Why = fmt.Sprintf("cgroup %q is not selected; see [select] cgroups", cgroup)
 	case home.Err != nil:
 		s.Why = fmt.Sprintf("cgroup %q is selected, but steering is not in force: %v", cgroup, home.Err)
@@ -213,7 +213,13 @@ func (in *instance) Join(peer *control.Peer, cgroup string, direct bool) error {
 		}
 		cgroup = plain[0]
 	}
-	return in.selector.Join(cgroup, pidfd)
+	_, err = in.selector.Join(cgroup, pidfd)
+	return err
+}
+
+func (in *instance) selects(cgroup string) bool {
+	_, ok := in.selector.Selected(cgroup)
+	return ok
 }
 
 // Explain implements control.Source.
@@ -241,7 +247,7 @@ func (in *instance) Explain(ctx context.Context, q control.ExplainRequest) (cont
 	for _, a := range addrs {
 		e.Addresses = append(e.Addresses, a.String())
 	}
-	if !in.selector.Selected(string(e.Cgroup)) {
+	if !in.selects(string(e.Cgroup)) {
 		e.Why = fmt.Sprintf("cgroup %q is not selected; see [select] cgroups", string(e.Cgroup))
 		return e, nil
 	}
