@@ -30,6 +30,8 @@ func TestMain(m *testing.M) {
 		err = helperSend()
 	case "select":
 		err = helperSelect()
+	case "checks":
+		err = helperChecks()
 	}
 	if err != nil {
 		fmt.Println("helper:", err)

@@ -1,0 +1,238 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+
+	"cgtun/cgroupsel"
+	"cgtun/config"
+	"cgtun/control"
+	"cgtun/doctor"
+	"cgtun/internal/netns"
+	"cgtun/steer"
+	"cgtun/tun"
+)
+
+const doctorLong = `It looks at the kernel, cgroup2, BPF, the tun driver, the firewall, limits, the
+configuration and what dead instances left, with and without a daemon. What can
+be tried is tried, and taken away again at once. With an error it ends with 1,
+with warnings alone with 0.`
+
+// runDoctor looks at the machine and prints what is wrong with it.
+func runDoctor(ctx context.Context, c *call) error {
+	results := doctor.Run(ctx, doctor.Options{}, c.checks(ctx)...)
+	if c.json {
+		text, err := json.Marshal(struct {
+			Checks []doctor.Result `json:"checks"`
+		}{results})
+		if err != nil {
+			return fmt.Errorf("encode result: %w", err)
+		}
+		fmt.Fprintf(c.out, "%s\n", text)
+	} else {
+		doctor.Print(c.out, results)
+	}
+	if doctor.Worst(results) == doctor.Error {
+		return loggedError{errors.New("doctor found an error")}
+	}
+	return nil
+}
+
+// checks lists all checks, for the configuration that a daemon would have. A
+// configuration that is not good is a result, and that of an empty file takes
+// its place.
+func (c *call) checks(ctx context.Context) []doctor.Named {
+	p := c.newPatient(ctx)
+	all := []doctor.Named{
+		{Name: "configuration", Check: p.configuration},
+		{Name: "daemon", Check: p.daemon},
+		{Name: "kernel", Check: checkKernel},
+	}
+	var selections []cgroupsel.Selection
+	var devices []tun.Options
+	for _, r := range p.file.Routes() {
+		selections = append(selections, cgroupsel.Selection{Cgroups: r.Select.Cgroups, Create: r.Select.Create})
+		if r.Via.Mode == steer.ViaTun {
+			devices = append(devices, tun.Options{Name: r.Tun.Name, Table: uint32(r.Table), Addresses: r.Tun.Address})
+		}
+	}
+	all = append(all, cgroupsel.Checks(selections...)...)
+	all = append(all, tun.Checks(p.home, devices...)...)
+	return append(all,
+		doctor.Named{Name: "leftovers", Check: p.leftovers},
+		doctor.Named{Name: "limits", Check: p.limits},
+	)
+}
+
+// patient is the machine that is looked at, with the cgtun on it.
+type patient struct {
+	client control.Client
+	status *control.Status // nil: no daemon answers
+	refuse error           // why
+	path   string          // of the configuration; "": there is none
+	file   *config.File    // never nil
+	bad    error           // why the file at path is not in it
+	home   netns.Ref
+}
+
+// newPatient finds daemon and configuration: the file of -c, else that of the
+// daemon that answers, else the default one if it is there.
+func (c *call) newPatient(ctx context.Context) *patient {
+	p := &patient{file: config.Default(), path: c.config}
+	if home, err := netns.Home(); err == nil {
+		p.home = home
+	}
+	p.load()
+	p.client.Socket = p.file.Control.Socket
+	if c.socket != "" {
+		p.client.Socket = c.socket
+	}
+	st, _, err := p.client.Status(ctx)
+	if err != nil {
+		p.refuse = err
+	} else {
+		p.status = &st
+	}
+	if p.path != "" {
+		return p
+	}
+	if _, err := os.Stat(config.DefaultPath); !errors.Is(err, fs.ErrNotExist) {
+		p.path = config.DefaultPath
+	}
+	if p.status != nil && p.status.Config != "" {
+		p.path = string(p.status.Config)
+	}
+	p.load()
+	return p
+}
+
+// load reads the file at path.
+func (p *patient) load() {
+	if p.path == "" {
+		return
+	}
+	if file, err := config.Load(p.path); err != nil {
+		p.bad = err
+	} else {
+		p.file = file
+	}
+}
+
+func one(name string, state doctor.State, what, fix string) []doctor.Result {
+	return []doctor.Result{{Name: name, State: state, What: what, Fix: fix}}
+}
+
+// configuration says whether the file is good. Each mistake is a result.
+func (p *patient) configuration(context.Context) []doctor.Result {
+	const name = "configuration"
+	var mistakes config.Errors
+	switch {
+	case p.path == "":
+		return one(name, doctor.OK, "there is none at "+config.DefaultPath+"; looked at is that of an empty file", "")
+	case p.bad == nil:
+		return one(name, doctor.OK, p.path+" is good", "")
+	case errors.As(p.bad, &mistakes):
+		var results []doctor.Result
+		for _, m := range mistakes {
+			results = append(results, one(name, doctor.Error, m.Error(), "mend that line; cgtun check -c "+p.path+" tells when it is good")...)
+		}
+		return results
+	}
+	return one(name, doctor.Error, p.bad.Error(), "cgtun check -c "+p.path)
+}
+
+// daemon says whether one runs and whether all that is configured is in force.
+func (p *patient) daemon(context.Context) []doctor.Result {
+	const name = "daemon"
+	switch {
+	case errors.Is(p.refuse, control.ErrNotRunning):
+		return one(name, doctor.OK, fmt.Sprintf("none answers at %s: what follows is about the next start", p.client.Socket), "")
+	case p.refuse != nil:
+		return one(name, doctor.Warn, p.refuse.Error(), "sudo cgtun doctor, or join the group cgtun")
+	}
+	s := p.status
+	results := one(name, doctor.OK, fmt.Sprintf("instance %d is %s (process %d)", s.Instance, s.State, s.PID), "")
+	if s.State == control.Degraded {
+		results[0].State = doctor.Warn
+		results[0].What += ": something that is configured is not in force"
+		results[0].Fix = "see the lines below, and cgtun status"
+	}
+	for _, a := range s.Attachments {
+		if a.State == "failed" || a.Error != "" {
+			results = append(results, one("attachment "+a.ID, doctor.Error, fmt.Sprintf("%s: %s", a.State, a.Error), "see the log of the daemon")...)
+		}
+	}
+	for _, g := range s.Cgroups {
+		if g.Present && !g.Held {
+			results = append(results, one("cgroup "+g.Path, doctor.Warn, "it is not held: when it is made again its first packets can pass uncaptured",
+				"see what is said of BPF, mend that and restart cgtun")...)
+		}
+	}
+	for _, o := range s.Outbounds {
+		if o.State == "down" {
+			results = append(results, one("outbound "+o.Name, doctor.Warn, "it is down", "see cgtun status, and the device and routes that it names")...)
+		}
+	}
+	return results
+}
+
+// leftovers says what dead instances left in home.
+func (p *patient) leftovers(context.Context) []doctor.Result {
+	const name = "leftovers"
+	if os.Geteuid() != 0 {
+		return one(name, doctor.Warn, "not looked at: that needs root", "sudo cgtun doctor")
+	}
+	dead, err := deadInstances(p.home, p.instance())
+	if err != nil {
+		return one(name, doctor.Warn, err.Error(), "sudo cgtun doctor")
+	}
+	var results []doctor.Result
+	for _, d := range dead {
+		results = append(results, one(name, doctor.Warn, fmt.Sprintf("instance %s is dead and left %s", d.instance, strings.Join(d.objects, ", ")), "cgtun cleanup")...)
+	}
+	if len(results) == 0 {
+		return one(name, doctor.OK, "no dead instance left anything in this namespace", "")
+	}
+	return results
+}
+
+// instance is the one that answers, "" if none does.
+func (p *patient) instance() string {
+	if p.status == nil {
+		return ""
+	}
+	return strconv.Itoa(p.status.Instance)
+}
+
+// dead is an instance that runs no more and what it left in home.
+type dead struct {
+	instance string
+	objects  []string
+}
+
+// deadInstances looks for them; alive names one that is known to live, or none.
+func deadInstances(home netns.Ref, alive string) ([]dead, error) {
+	objects, err := steer.Find(home)
+	if err != nil {
+		return nil, fmt.Errorf("look for what dead instances left: %w", err)
+	}
+	var found []dead
+	for _, o := range objects {
+		if o.Alive || o.Instance == alive {
+			continue
+		}
+		i := slices.IndexFunc(found, func(d dead) bool { return d.instance == o.Instance })
+		if i < 0 {
+			i, found = len(found), append(found, dead{instance: o.Instance})
+		}
+		found[i].objects = append(found[i].objects, o.Kind+" "+o.Text)
+	}
+	return found, nil
+}

@@ -1,0 +1,100 @@
+package main_test
+
+import (
+	"context"
+	"encoding/json"
+	"strings"
+	"testing"
+
+	"cgtun/doctor"
+	"cgtun/internal/labtest"
+)
+
+const shapeDoctor = `{"checks":[{"name":"s","state":"s","what":"s","fix":"s"}]}`
+
+// doctorOf runs doctor in the machine and returns what it found by its name,
+// the worst of each.
+func (w *world) doctorOf(wantCode int, before []string, args ...string) map[string]doctor.Result {
+	w.t.Helper()
+	words := append(append(before, w.program(), "-s", w.socket, "doctor", "--json"), args...)
+	out, errs, code := result(w.t, w.machine.Command(context.Background(), words[0], words[1:]...))
+	if code != wantCode || errs != "" {
+		w.t.Errorf("doctor: exit code %d, want %d: %s%s", code, wantCode, out, errs)
+	}
+	hasShape(w.t, out, shapeDoctor)
+	var found struct{ Checks []doctor.Result }
+	if err := json.Unmarshal([]byte(out), &found); err != nil {
+		w.t.Fatalf("doctor: %v in %s", err, out)
+	}
+	byName := map[string]doctor.Result{}
+	for _, r := range found.Checks {
+		if had, ok := byName[r.Name]; !ok || had.State == doctor.OK {
+			byName[r.Name] = r
+		}
+		if (r.State == doctor.OK) != (r.Fix == "") || r.What == "" {
+			w.t.Errorf("a result that is well has no fix, and another one has: %+v", r)
+		}
+	}
+	return byName
+}
+
+// is fails the test unless a check found a state, with a fix that has a text
+// in it.
+func is(t *testing.T, found map[string]doctor.Result, name string, state doctor.State, fix string) {
+	t.Helper()
+	if r := found[name]; r.State != state || fix != "" && !strings.Contains(r.Fix, fix) {
+		t.Errorf("%s: %+v, want %s and a fix with %q", name, r, state, fix)
+	}
+}
+
+// doctor before the start, beside a daemon, after its death, and after cleanup.
+func TestDoctorThroughTheLifeOfADaemon(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	text := w.config(second)
+	file := w.write(text)
+	found := w.doctorOf(0, nil, "-c", file)
+	for _, name := range []string{"configuration", "daemon", "kernel", "cgroup2", "selected cgroups", "tun", "device tun0", "leftovers"} {
+		is(t, found, name, doctor.OK, "")
+	}
+	d := w.start(text)
+	found = w.doctorOf(0, nil, "-c", file)
+	is(t, found, "daemon", doctor.OK, "")
+	if r := found["daemon"]; !strings.Contains(r.What, "is ready") {
+		t.Errorf("daemon: %+v", r)
+	}
+	if r := found["device tun0"]; r.State != doctor.OK || !strings.Contains(r.What, "own") {
+		t.Errorf("device tun0: %+v", r)
+	}
+	is(t, found, "leftovers", doctor.OK, "")
+	// The trials of doctor are gone and have taken nothing of the daemon's along.
+	w.run(inside, "true")
+	if s := w.status(); s.State != "ready" || !s.Cgroups[0].Held {
+		t.Errorf("after doctor: %+v", s)
+	}
+	d.kill()
+	found = w.doctorOf(0, nil, "-c", file)
+	is(t, found, "leftovers", doctor.Warn, "cgtun cleanup")
+	w.cgtun("cleanup")
+	is(t, w.doctorOf(0, nil, "-c", file), "leftovers", doctor.OK, "")
+}
+
+// What stops cgtun is an error, and says what mends it.
+func TestDoctorFindsWhatStopsIt(t *testing.T) {
+	t.Parallel()
+	labtest.Need(t, labtest.Tool("unshare"))
+	w := newWorld(t)
+	file := w.write(w.config(second))
+	w.machine.Run("ip", "link", "add", "tun0", "type", "veth", "peer", "name", "other")
+	is(t, w.doctorOf(1, nil, "-c", file), "device tun0", doctor.Error, "[tun]")
+	w.machine.Run("ip", "link", "del", "tun0")
+
+	hidden := []string{"unshare", "--mount", "sh", "-c", `mount -t tmpfs none /dev/net && exec "$@"`, "sh"}
+	is(t, w.doctorOf(1, hidden, "-c", file), "tun", doctor.Error, "modprobe tun")
+
+	none := w.write(`select.cgroups = "/no/such"` + "\nselect.create = false\n")
+	is(t, w.doctorOf(0, nil, "-c", none), "selected cgroups", doctor.Warn, "create = true")
+
+	few := []string{"sh", "-c", `ulimit -n 1000 && exec "$@"`, "sh"}
+	is(t, w.doctorOf(0, few, "-c", file), "open files", doctor.Warn, "LimitNOFILE=")
+}
