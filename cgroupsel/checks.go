@@ -1,6 +1,7 @@
 package cgroupsel
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -189,7 +190,7 @@ func attachedAtRoot(root *os.File) []string {
 			continue
 		}
 		for _, p := range r.Programs {
-			if name := programName(p.ID); !strings.HasPrefix(name, ownPrefix) {
+			if name := programName(p.ID); name != "" && !strings.HasPrefix(name, ownPrefix) {
 				names = append(names, fmt.Sprintf("program %d (%s, %s)", p.ID, name, at))
 			}
 		}
@@ -200,17 +201,19 @@ func attachedAtRoot(root *os.File) []string {
 // ownPrefix begins the name of each program of ours.
 const ownPrefix = "cgtun_"
 
+// programName is "" if we may not know it: then no program is what is in our
+// way.
 func programName(id ebpf.ProgramID) string {
 	p, err := ebpf.NewProgramFromID(id)
 	if err != nil {
-		return "?"
+		return ""
 	}
 	defer p.Close()
 	info, err := p.Info()
-	if err != nil || info.Name == "" {
-		return "?"
+	if err != nil {
+		return ""
 	}
-	return info.Name
+	return cmp.Or(info.Name, "without a name")
 }
 
 // checkCgroups looks for the configured paths. Globs and units may match

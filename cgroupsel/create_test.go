@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"cgtun/cgroupsel"
 )
@@ -117,13 +118,17 @@ func TestCgroupOfALiveInstanceIsTaken(t *testing.T) {
 		{"below it", held + "/b"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
+			start := time.Now()
 			s, err := cgroupsel.New(cgroupsel.Options{Selections: []cgroupsel.Selection{{Cgroups: []string{tt.path}, Create: true}}, Instance: "102"})
+			if took := time.Since(start); took > 2*time.Second {
+				t.Errorf("the refusal took %v, as if the other were dead", took)
+			}
 			if err == nil {
 				s.Close()
 				t.Fatal("selected twice")
 			}
 			var taken *cgroupsel.TakenError
-			want := cgroupsel.TakenError{Cgroup: tt.path, Held: held, Instance: "101"}
+			want := cgroupsel.TakenError{Cgroup: tt.path, Held: held, Instance: "101", PID: os.Getpid()}
 			if !errors.As(err, &taken) || *taken != want {
 				t.Errorf("error %v, want %v", err, &want)
 			}

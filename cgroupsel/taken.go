@@ -16,6 +16,9 @@ const (
 	// lingers is how long the programs and maps of a killed instance can stay:
 	// the kernel takes them away in the background.
 	lingers = 2 * time.Second
+	// holds is how long a process has a map open that is its own. Others open
+	// it for a moment when they start.
+	holds = 200 * time.Millisecond
 )
 
 // pathValue is what the trie holds. The programs read the value alone; the
@@ -31,44 +34,57 @@ type TakenError struct {
 	Cgroup   string // what was asked for
 	Held     string // what the other selects
 	Instance string // the other
+	PID      int    // its process; 0: not visible from here
 }
 
 func (e *TakenError) Error() string {
-	return fmt.Sprintf("select cgroup %s: instance %s selects %s; choose another cgroup or stop that one", e.Cgroup, e.Instance, e.Held)
+	who := "instance " + e.Instance
+	if e.PID != 0 {
+		who += fmt.Sprintf(" (process %d)", e.PID)
+	}
+	return fmt.Sprintf("select cgroup %s: %s selects %s; choose another cgroup or stop that one", e.Cgroup, who, e.Held)
 }
 
-// free returns a TakenError if another selector overlaps with paths. The own
-// trie has to be filled before: of two that start together, one at least sees
-// the other.
+// free returns a TakenError if another selector overlaps with paths: soon if
+// the process that has it is seen, else when it should have gone if it were
+// dead. The own trie has to be filled before: of two that start together, one
+// at least sees the other.
 func (m *maps) free(paths []string) error {
 	own, err := m.paths.Info()
 	if err != nil {
 		return fmt.Errorf("look for other instances: %w", err)
 	}
 	self, _ := own.ID()
-	for end := time.Now().Add(lingers); ; time.Sleep(20 * time.Millisecond) {
-		taken := overlap(self, paths)
+	start := time.Now()
+	seen, since := 0, start // who holds it, and since when
+	for ; ; time.Sleep(20 * time.Millisecond) {
+		taken, trie := overlap(self, paths)
 		if taken == nil {
 			return nil
 		}
-		if time.Now().After(end) {
+		taken.PID = holderOf(trie)
+		if taken.PID != seen {
+			seen, since = taken.PID, time.Now()
+		}
+		if time.Since(start) > lingers || seen != 0 && time.Since(since) > holds {
 			return taken
 		}
 	}
 }
 
-// overlap looks at the tries of all selectors on this machine but one's own.
-// What cannot be read is passed over: it ended meanwhile.
-func overlap(self ebpf.MapID, paths []string) *TakenError {
+// overlap looks at the tries of all selectors on this machine but one's own,
+// and returns the first that is in the way, too. What cannot be read is passed
+// over: it ended meanwhile.
+func overlap(self ebpf.MapID, paths []string) (*TakenError, ebpf.MapID) {
 	for id, err := ebpf.MapGetNextID(0); err == nil; id, err = ebpf.MapGetNextID(id) {
 		if id == self {
 			continue
 		}
 		if taken := overlapOne(id, paths); taken != nil {
-			return taken
+			return taken, id
 		}
 	}
-	return nil
+	return nil, 0
 }
 
 func overlapOne(id ebpf.MapID, paths []string) *TakenError {

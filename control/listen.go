@@ -60,6 +60,10 @@ func listen(path, group string) (*net.UnixListener, int64, error) {
 	return l.(*net.UnixListener), gid, nil
 }
 
+// dirMark is the attribute (xattr(7)) of a directory that cgtun made. It is a
+// trusted one: on tmpfs others came late, and nobody but root can set it.
+const dirMark = "trusted.cgtun"
+
 // makeDir makes the socket's directory, 0755, and returns what it made, the
 // innermost first. What was there stays as it is.
 func makeDir(dir string) (made []string, err error) {
@@ -77,9 +81,30 @@ func makeDir(dir string) (made []string, err error) {
 		if err := os.Chmod(d, 0o755); err != nil {
 			return made, fmt.Errorf("make directory of the control socket: %w", err)
 		}
+		// Where there are no attributes, an empty directory is left by a kill.
+		_ = unix.Setxattr(d, dirMark, nil, 0)
 	}
 	return made, nil
 }
+
+// marked returns the directory of a socket and those above it that cgtun made,
+// now or in an earlier life, the innermost first.
+func marked(socket string) (dirs []string) {
+	path, err := filepath.Abs(socket)
+	if err != nil {
+		return nil
+	}
+	for d := filepath.Dir(path); ; d = filepath.Dir(d) {
+		if _, err := unix.Getxattr(d, dirMark, nil); err != nil {
+			return dirs
+		}
+		dirs = append(dirs, d)
+	}
+}
+
+// RemoveDirs removes the directories of a socket that cgtun made and that are
+// empty.
+func RemoveDirs(socket string) { removeDirs(marked(socket)) }
 
 // openToGroup gives the socket to the group and returns its gid, or noGroup if
 // there is none of that name: then the socket is root's alone.

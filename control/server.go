@@ -24,7 +24,7 @@ type Options struct {
 	Group      string        // its members may read; "cgtun"
 	MaxClients int           // at once, a quarter of them for root only; 64
 	MaxRequest int64         // bytes; 1 MiB
-	Timeout    time.Duration // for a request to come, and for each line to be taken; 5 s
+	Timeout    time.Duration // for a request to come, for explain to find its answer, and for each line to be taken; 5 s
 }
 
 func (o *Options) setDefaults() {
@@ -77,16 +77,17 @@ func Listen(o Options) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Server{opt: o, made: dirs}
+	s := &Server{opt: o}
 	s.l, s.gid, err = listen(o.Socket, o.Group)
 	if err != nil {
 		removeDirs(dirs)
 		return nil, err
 	}
+	s.made = append(marked(o.Socket), dirs...) // some twice, which harms nothing
 	return s, nil
 }
 
-// Close removes the socket, and its directory if Listen made that and nobody
+// Close removes the socket, and its directory if a Listen made that and nobody
 // else put anything there. It does not end the clients: Run does.
 func (s *Server) Close() error {
 	var err error
@@ -238,8 +239,7 @@ func (c *client) answer(ctx context.Context, req *request) error {
 		if req.Explain == nil {
 			return &Error{Exit: 1, Text: "bad request: explain without its question"}
 		}
-		e, err := src.Explain(ctx, *req.Explain)
-		return c.replyOr(e, err)
+		return c.explain(ctx, *req.Explain)
 	case "reload":
 		if !c.peer.root() {
 			return c.rootOnly("reload")
@@ -252,6 +252,17 @@ func (c *client) answer(ctx context.Context, req *request) error {
 		return c.replyOr(struct{}{}, src.Join(c.peer, req.Cgroup, req.Direct))
 	}
 	return &Error{Exit: 1, Text: fmt.Sprintf("bad request: the daemon does not know %q", req.Command)}
+}
+
+// explain asks for as long as the client is there, and not longer than it takes
+// others to ask.
+func (c *client) explain(ctx context.Context, q ExplainRequest) error {
+	ctx, cancel := context.WithTimeout(ctx, c.s.opt.Timeout)
+	defer cancel()
+	ctx, gone := c.whileThere(ctx)
+	defer gone()
+	e, err := c.s.opt.Source.Explain(ctx, q)
+	return c.replyOr(e, err)
 }
 
 func (c *client) rootOnly(what string) error {

@@ -34,6 +34,7 @@ type fake struct {
 	peer   control.Peer // of the last Join
 	reload error
 	emit   chan func(flow.Event) // gets the watcher's callback
+	slow   chan struct{}         // gets one when a slow Explain begins, and one when it ends
 }
 
 func (f *fake) Status() control.Status { return control.Status{Version: "v0", PID: os.Getpid()} }
@@ -53,7 +54,13 @@ func (f *fake) Watch(ctx context.Context, emit func(flow.Event)) error {
 	return nil
 }
 
-func (f *fake) Explain(_ context.Context, q control.ExplainRequest) (control.Explain, error) {
+func (f *fake) Explain(ctx context.Context, q control.ExplainRequest) (control.Explain, error) {
+	if q.Host == "slow" {
+		f.slow <- struct{}{}
+		<-ctx.Done()
+		f.slow <- struct{}{}
+		return control.Explain{}, ctx.Err()
+	}
 	return control.Explain{Host: q.Host, Proto: q.Proto}, nil
 }
 
@@ -157,6 +164,30 @@ func TestCommandsAreAnswered(t *testing.T) {
 	if err := c.Join(ctx, "/x", false); err != nil || f.peer.PID != os.Getpid() {
 		t.Errorf("Join of process %d: %v", f.peer.PID, err)
 	}
+}
+
+// A look-up that takes long ends with the time-out, and with who asked.
+func TestExplainTakesNoLongerThanItIsWaitedFor(t *testing.T) {
+	f := &fake{slow: make(chan struct{}, 2)}
+	_, c := serve(t, control.Options{Source: f, Timeout: 100 * time.Millisecond})
+	if _, _, err := c.Explain(t.Context(), control.ExplainRequest{Host: "slow"}); err == nil || !strings.Contains(err.Error(), "deadline") {
+		t.Errorf("Explain: %v, want its deadline", err)
+	}
+	<-f.slow
+	<-f.slow
+	_, c = serve(t, control.Options{Source: f, Timeout: time.Hour})
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() {
+		_, _, err := c.Explain(ctx, control.ExplainRequest{Host: "slow"})
+		done <- err
+	}()
+	<-f.slow
+	cancel()
+	if err := <-done; !errors.Is(err, context.Canceled) {
+		t.Errorf("Explain that its caller ended: %v", err)
+	}
+	<-f.slow
 }
 
 func TestWatchEndsWithEitherSide(t *testing.T) {
@@ -386,6 +417,48 @@ func TestStaleSocketIsReplaced(t *testing.T) {
 	_, c := serve(t, control.Options{Socket: sock})
 	if _, _, err := c.Status(t.Context()); err != nil {
 		t.Error(err)
+	}
+}
+
+// What a killed daemon made goes with the next one's stop, and with cleanup. A
+// directory that others made stays.
+func TestDirectoriesOfAKilledDaemonGo(t *testing.T) {
+	labtest.Need(t, labtest.Root)
+	for _, how := range []string{"the next one's stop", "cleanup"} {
+		t.Run(how, func(t *testing.T) {
+			foreign := short(t)
+			sock := filepath.Join(foreign, "a", "b", "s")
+			dead, err := control.Listen(control.Options{Socket: sock})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Rename(sock, sock+"-kept"); err != nil { // Close would remove it
+				t.Fatal(err)
+			}
+			if err := dead.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Rename(sock+"-kept", sock); err != nil {
+				t.Fatal(err)
+			}
+			if how == "cleanup" {
+				if removed, err := control.RemoveStale(sock); !removed || err != nil {
+					t.Fatalf("RemoveStale: %v, %v", removed, err)
+				}
+				control.RemoveDirs(sock)
+			} else {
+				next, err := control.Listen(control.Options{Socket: sock})
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := next.Close(); err != nil {
+					t.Error(err)
+				}
+			}
+			if left, err := os.ReadDir(foreign); err != nil || len(left) != 0 {
+				t.Errorf("left: %v, %v", left, err)
+			}
+		})
 	}
 }
 

@@ -16,14 +16,8 @@ import (
 // source is held up while the client does not read, and buffers for it; who
 // takes nothing for the whole time-out is sent away.
 func (c *client) watch(ctx context.Context) error {
-	ctx, cancel := context.WithCancel(ctx)
-	var helper sync.WaitGroup
-	defer helper.Wait()
+	ctx, cancel := c.whileThere(ctx)
 	defer cancel()
-	helper.Go(func() {
-		defer cancel()
-		c.waitGone(ctx)
-	})
 	err := c.s.opt.Source.Watch(ctx, func(e flow.Event) {
 		if ctx.Err() != nil {
 			return
@@ -43,6 +37,18 @@ func (c *client) watch(ctx context.Context) error {
 		return nil // nobody is there to be told
 	}
 	return err
+}
+
+// whileThere returns a context that ends when the client has gone, too. The
+// caller calls cancel, which waits for what watches the client.
+func (c *client) whileThere(ctx context.Context) (_ context.Context, cancel func()) {
+	ctx, end := context.WithCancel(ctx)
+	var watcher sync.WaitGroup
+	watcher.Go(func() {
+		defer end()
+		c.waitGone(ctx)
+	})
+	return ctx, func() { end(); watcher.Wait() }
 }
 
 // waitGone returns when the client has closed, or ctx has ended.

@@ -160,8 +160,8 @@ func liveInstances() (map[string]bool, error) {
 	return alive, nil
 }
 
-// socket removes the file of a dead instance's control socket, and the default
-// directory if it is empty then.
+// socket removes the file of a dead instance's control socket, and the
+// directories that were made for it.
 func (w *cleaner) socket(path string) error {
 	removed, err := control.RemoveStale(path)
 	var taken *control.TakenError
@@ -171,8 +171,6 @@ func (w *cleaner) socket(path string) error {
 	if removed {
 		w.removed("socket", path)
 	}
-	if dir := filepath.Dir(path); dir == filepath.Dir(control.DefaultSocket) {
-		_ = os.Remove(dir)
-	}
+	control.RemoveDirs(path)
 	return err
 }

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"cgtun/cgroupsel"
 	"cgtun/config"
@@ -55,15 +56,13 @@ func (c *call) checks(ctx context.Context) []doctor.Named {
 		{Name: "daemon", Check: p.daemon},
 		{Name: "kernel", Check: checkKernel},
 	}
-	var selections []cgroupsel.Selection
 	var devices []tun.Options
 	for _, r := range p.file.Routes() {
-		selections = append(selections, cgroupsel.Selection{Cgroups: r.Select.Cgroups, Create: r.Select.Create})
 		if r.Via.Mode == steer.ViaTun {
 			devices = append(devices, tun.Options{Name: r.Tun.Name, Table: uint32(r.Table), Addresses: r.Tun.Address})
 		}
 	}
-	all = append(all, cgroupsel.Checks(selections...)...)
+	all = append(all, cgroupsel.Checks(selections(p.file.Routes())...)...)
 	all = append(all, tun.Checks(p.home, devices...)...)
 	return append(all,
 		doctor.Named{Name: "leftovers", Check: p.leftovers},
@@ -82,6 +81,9 @@ type patient struct {
 	home   netns.Ref
 }
 
+// patienceWithDaemon is how long one that runs may take to say how it is.
+const patienceWithDaemon = 5 * time.Second
+
 // newPatient finds daemon and configuration: the file of -c, else that of the
 // daemon that answers, else the default one if it is there.
 func (c *call) newPatient(ctx context.Context) *patient {
@@ -94,6 +96,8 @@ func (c *call) newPatient(ctx context.Context) *patient {
 	if c.socket != "" {
 		p.client.Socket = c.socket
 	}
+	ctx, cancel := context.WithTimeout(ctx, patienceWithDaemon)
+	defer cancel()
 	st, _, err := p.client.Status(ctx)
 	if err != nil {
 		p.refuse = err
@@ -154,6 +158,9 @@ func (p *patient) daemon(context.Context) []doctor.Result {
 	switch {
 	case errors.Is(p.refuse, control.ErrNotRunning):
 		return one(name, doctor.OK, fmt.Sprintf("none answers at %s: what follows is about the next start", p.client.Socket), "")
+	case errors.Is(p.refuse, context.DeadlineExceeded):
+		return one(name, doctor.Error, fmt.Sprintf("somebody listens at %s and says nothing for %v: it hangs, or is stopped", p.client.Socket, patienceWithDaemon),
+			"look at its process (ss -xlp), and restart it")
 	case p.refuse != nil:
 		return one(name, doctor.Warn, p.refuse.Error(), "sudo cgtun doctor, or join the group cgtun")
 	}

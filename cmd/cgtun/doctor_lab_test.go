@@ -3,6 +3,7 @@ package main_test
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"strings"
 	"testing"
 
@@ -77,6 +78,25 @@ func TestDoctorThroughTheLifeOfADaemon(t *testing.T) {
 	is(t, found, "leftovers", doctor.Warn, "cgtun cleanup")
 	w.cgtun("cleanup")
 	is(t, w.doctorOf(0, nil, "-c", file), "leftovers", doctor.OK, "")
+}
+
+// Questions about what is not there, or is cgtun itself, have answers.
+func TestQuestionsAboutNobodyAndItself(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.start(w.config(second))
+	ended := w.machine.Command(context.Background(), "true")
+	if err := ended.Run(); err != nil {
+		t.Fatal(err)
+	}
+	pid := ended.Process.Pid
+	if _, errs, code := w.cgtun("status", fmt.Sprint(pid)); code != 1 || errs != fmt.Sprintf("cgtun: there is no process %d\n", pid) {
+		t.Errorf("status of a process that has ended: %d %q", code, errs)
+	}
+	out, errs, code := w.cgtun("explain", far4, "-cgroup", w.self.Path)
+	if code != 0 || !strings.Contains(out, "no: this is cgtun's own cgroup, which is never captured") {
+		t.Errorf("explain of its own cgroup: %d %s%s", code, out, errs)
+	}
 }
 
 // What stops cgtun is an error, and says what mends it.

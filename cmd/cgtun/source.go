@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/netip"
 	"os"
@@ -145,6 +146,8 @@ func (in *instance) home() (*attach.State, error) {
 	return a, nil
 }
 
+const whyOwn = "this is cgtun's own cgroup, which is never captured"
+
 // PID implements control.Source.
 func (in *instance) PID(pid int) (control.PIDStatus, error) {
 	s := control.PIDStatus{PID: pid}
@@ -153,6 +156,9 @@ func (in *instance) PID(pid int) (control.PIDStatus, error) {
 		return s, err
 	}
 	cgroup, err := cgroupsel.CgroupOf(pid)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+		return s, fmt.Errorf("there is no process %d", pid)
+	}
 	if err != nil {
 		return s, err
 	}
@@ -171,7 +177,7 @@ func (in *instance) PID(pid int) (control.PIDStatus, error) {
 	}
 	switch {
 	case haveSelf && self.Path == cgroup:
-		s.Why = "this is cgtun's own cgroup, which is never captured"
+		s.Why = whyOwn
 	case !in.selects(cgroup):
 		s.Why = fmt.Sprintf("cgroup %q is not selected; see [select] cgroups", cgroup)
 	case home.Err != nil:
@@ -246,6 +252,10 @@ func (in *instance) Explain(ctx context.Context, q control.ExplainRequest) (cont
 	}
 	for _, a := range addrs {
 		e.Addresses = append(e.Addresses, a.String())
+	}
+	if self, ok := in.selector.Self(); ok && self.Path == string(e.Cgroup) {
+		e.Why = whyOwn
+		return e, nil
 	}
 	if !in.selects(string(e.Cgroup)) {
 		e.Why = fmt.Sprintf("cgroup %q is not selected; see [select] cgroups", string(e.Cgroup))
