@@ -32,15 +32,20 @@ func (s *Selector) trace() error {
 	if err != nil {
 		return err
 	}
+	if err := s.fillMarks(prefix); err != nil {
+		return err
+	}
 	reals := make([]string, 0, len(s.plain))
 	for _, e := range s.plain {
 		real := path.Join("/", prefix, e.path)
 		if len(real) > maxPathLen {
 			return fmt.Errorf("select %s: its path from the real root, %s, is longer than %d bytes", e.path, real, maxPathLen)
 		}
-		v := pathValue{Value: s.opts.value(e.selection)}
+		key := newTrieKey(real)
+		v := pathValue{Value: s.opts.value(e.selection), Bits: key.Bits}
+		v.Value.Flags = flagPlain
 		copy(v.Instance[:], s.opts.Instance)
-		if err := s.maps.paths.Put(newTrieKey(real), v); err != nil {
+		if err := s.maps.paths.Put(key, v); err != nil {
 			return fmt.Errorf("select %s: %w", e.path, err)
 		}
 		reals = append(reals, real)
@@ -52,34 +57,58 @@ func (s *Selector) trace() error {
 	return err
 }
 
-// fill selects the cgroups that are older than the tracepoints.
-func (s *Selector) fill() error {
-	for _, top := range s.plain {
-		if err := s.tree.walk(top.path, s.fillOne); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func (s *Selector) fillOne(name string, dir *os.File) error {
-	selection, ok := s.inSelection(name)
-	if !ok {
+// fillMarks prepares what globs and units select.
+func (s *Selector) fillMarks(prefix string) error {
+	wishes := s.opts.wishes()
+	if len(wishes) == 0 {
 		return nil
 	}
+	for i := range s.opts.Selections {
+		if err := s.maps.marks.Put(uint32(i), s.opts.value(i)); err != nil {
+			return fmt.Errorf("select cgroups of route %d: %w", i+1, err)
+		}
+	}
+	a, err := compile(prefix, wishes)
+	if err != nil {
+		return err
+	}
+	return s.maps.setGlobs(a)
+}
+
+// fill selects the cgroups that are older than the tracepoints.
+func (s *Selector) fill() error {
+	return s.explore(true, func(at spot, dir *os.File) error {
+		if at.selection == none {
+			return nil
+		}
+		return s.fillOne(at, dir)
+	})
+}
+
+func (s *Selector) fillOne(at spot, dir *os.File) error {
 	id, err := inode(dir)
 	if err != nil {
 		return err
 	}
-	if err := s.maps.sel.Put(id, s.opts.value(selection)); err != nil {
-		return fmt.Errorf("select %s (at most %d cgroups): %w", name, s.opts.MaxCgroups, err)
+	v := s.opts.value(at.selection)
+	if at.plain {
+		v.Flags |= flagPlain
+	}
+	if at.top == at.path {
+		v.Flags |= flagTop
+	}
+	if at.rival != none {
+		v.Flags |= flagRival
+	}
+	if err := s.maps.sel.Put(id, v); err != nil {
+		return fmt.Errorf("select %s (at most %d cgroups): %w", at.path, s.opts.MaxCgroups, err)
 	}
 	// Removed before the entry was in: nobody else would delete it.
-	if now, err := s.tree.id(name); err == nil && now == id {
+	if now, err := s.tree.id(at.path); err == nil && now == id {
 		return nil
 	}
 	if err := s.maps.sel.Delete(id); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-		return fmt.Errorf("unselect %s: %w", name, err)
+		return fmt.Errorf("unselect %s: %w", at.path, err)
 	}
 	return nil
 }
@@ -130,7 +159,7 @@ func (s *Selector) useEach() {
 		for i := range s.opts.Selections {
 			s.each.programs = append(s.each.programs, socketPrograms(s.maps, always(s.opts.value(i), s.exempt())))
 		}
-		if err = s.armEach(); err != nil {
+		if err = s.armAll(); err != nil {
 			err = errors.Join(err, s.each.close())
 			s.each = nil
 		}
@@ -138,29 +167,23 @@ func (s *Selector) useEach() {
 	s.note(FeaturePerCgroup, err)
 }
 
-// armEach attaches to each selected cgroup that is new since the last time.
-func (s *Selector) armEach() error {
-	if s.each == nil {
-		return nil
-	}
-	for _, one := range s.plain {
-		if err := s.each.arm(s.tree, one); err != nil {
-			return err
+// armAll attaches to all that is there.
+func (s *Selector) armAll() error {
+	return s.explore(false, func(at spot, dir *os.File) error {
+		if at.selection == none || at.top != at.path {
+			return nil
 		}
-	}
-	return nil
+		return s.each.arm(at, dir)
+	})
 }
 
-func (e *each) arm(t *tree, one entry) error {
-	name := one.path
-	dir, err := t.dir(name)
-	if gone(err) {
-		return e.drop(name)
+// arm attaches to a cgroup where a selection begins, if it is another one than
+// the last time.
+func (e *each) arm(at spot, dir *os.File) error {
+	if e == nil {
+		return nil
 	}
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
+	name := at.path
 	id, err := inode(dir)
 	if err != nil || e.on[name].id == id {
 		return err
@@ -168,7 +191,7 @@ func (e *each) arm(t *tree, one entry) error {
 	if err := e.drop(name); err != nil {
 		return err
 	}
-	h, err := attachSockets(dir, e.programs[one.selection])
+	h, err := attachSockets(dir, e.programs[at.selection])
 	if gone(err) {
 		return nil // removed meanwhile: the next look sees it
 	}
@@ -184,10 +207,18 @@ func (e *each) drop(name string) error {
 	return err
 }
 
-func (e *each) close() error {
+// dropOthers lets go of all cgroups but those that are there.
+func (e *each) dropOthers(there map[string]bool) error {
+	if e == nil {
+		return nil
+	}
 	var errs []error
 	for name := range e.on {
-		errs = append(errs, e.drop(name))
+		if !there[name] {
+			errs = append(errs, e.drop(name))
+		}
 	}
 	return errors.Join(errs...)
 }
+
+func (e *each) close() error { return e.dropOthers(nil) }

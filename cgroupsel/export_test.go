@@ -14,6 +14,15 @@ func (s *Selector) SelectedIDs() map[uint64]uint32 {
 	return masks
 }
 
+// SelectedBy tells which selection the map has a cgroup for.
+func (s *Selector) SelectedBy(id uint64) (selection int, ok bool) {
+	var v value
+	if s.maps.sel.Lookup(id, &v) != nil || v.Mask == 0 {
+		return none, false
+	}
+	return int(v.Selection), true
+}
+
 // ParseMounts and Within are tested on their own.
 var (
 	ParseMounts = parseMounts
@@ -25,3 +34,13 @@ func (m mount) String() string { return m.root + " " + m.dir + " " + m.options }
 
 // LookEvery sets how often Run looks without having been told to. Before Run.
 func (s *Selector) LookEvery(d time.Duration) { s.every = d }
+
+// Picked returns the selection that a path belongs to, and where it begins.
+func Picked(o Options, cgroup string) (selection int, top string, err error) {
+	p, err := newPicker(o)
+	if err != nil {
+		return none, "", err
+	}
+	at := p.find(cgroup)
+	return at.selection, at.top, nil
+}

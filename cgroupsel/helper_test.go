@@ -163,7 +163,9 @@ func helperSelect() error {
 			say.Missing = append(say.Missing, f.Name)
 		}
 	}
-	say.Path, _ = s.PathByID(say.Cgroups[0].ID)
+	if len(say.Cgroups) > 0 {
+		say.Path, _ = s.PathByID(say.Cgroups[0].ID)
+	}
 	text, err := json.Marshal(say)
 	if err != nil {
 		return err

@@ -41,9 +41,8 @@ func (s *Selector) Join(cgroup string, pidfd *os.File) (Cgroup, error) {
 // topOf is the cgroup of a Snapshot that a selected one is within, as it is
 // now.
 func (s *Selector) topOf(cgroup string) (Cgroup, error) {
-	top, _ := s.covering(cgroup)
-	id, err := s.tree.id(top.path)
-	return Cgroup{Path: top.path, ID: id, Level: level(top.path), Selection: top.selection, Present: err == nil, Held: s.isHeld()}, err
+	at, _ := s.covering(cgroup)
+	return s.newest(at.top, at.selection)
 }
 
 // Leave moves a process to the root of the tree, out of all selected cgroups.

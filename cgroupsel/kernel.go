@@ -15,6 +15,10 @@ import (
 type maps struct {
 	sel     *ebpf.Map // cgroup id → value
 	paths   *ebpf.Map // trie of "/a/b/" → pathValue
+	globs   *ebpf.Map // the automaton's table; nil: there are no globs and units
+	start   int32     // its first row
+	marks   *ebpf.Map // selection → value, of what the automaton matches
+	news    *ebpf.Map // ring of ids of cgroups that were selected or forgotten
 	scratch *ebpf.Map // per CPU: the trie key being made, too large for the stack
 	count   *ebpf.Map // counters
 }
@@ -28,7 +32,9 @@ func newMaps(cgroups int) (*maps, error) {
 		// Preallocated (no flag): an update in cgroup_mkdir never waits for
 		// memory and never fails for want of it.
 		{&m.sel, ebpf.MapSpec{Name: "cgtun_sel", Type: ebpf.Hash, KeySize: 8, ValueSize: valueBytes, MaxEntries: uint32(cgroups)}},
-		{&m.paths, ebpf.MapSpec{Name: pathsMap, Type: ebpf.LPMTrie, KeySize: 4 + pathBytes, ValueSize: valueBytes + maxInstance, MaxEntries: maxPaths, Flags: noPrealloc}},
+		{&m.paths, ebpf.MapSpec{Name: pathsMap, Type: ebpf.LPMTrie, KeySize: 4 + pathBytes, ValueSize: pathValueBytes, MaxEntries: maxPaths, Flags: noPrealloc}},
+		{&m.marks, ebpf.MapSpec{Name: "cgtun_marks", Type: ebpf.Array, KeySize: 4, ValueSize: valueBytes, MaxEntries: maxSelections}},
+		{&m.news, ebpf.MapSpec{Name: "cgtun_news", Type: ebpf.RingBuf, MaxEntries: newsBytes}},
 		{&m.scratch, ebpf.MapSpec{Name: "cgtun_scratch", Type: ebpf.PerCPUArray, KeySize: 4, ValueSize: 8 + pathBytes, MaxEntries: 1}},
 		{&m.count, ebpf.MapSpec{Name: "cgtun_count", Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: countEntries}},
 	} {
@@ -41,12 +47,29 @@ func newMaps(cgroups int) (*maps, error) {
 	return m, nil
 }
 
-// noPrealloc is BPF_F_NO_PREALLOC, which a trie wants.
-const noPrealloc = 1
+const (
+	// noPrealloc is BPF_F_NO_PREALLOC, which a trie wants.
+	noPrealloc = 1
+	// newsBytes is a page of any size that there is, and a power of two.
+	newsBytes = 64 << 10
+)
+
+// setGlobs puts an automaton where the program at cgroup_mkdir finds it.
+func (m *maps) setGlobs(a *automaton) error {
+	made, err := ebpf.NewMap(&ebpf.MapSpec{Name: "cgtun_globs", Type: ebpf.Array, KeySize: 4, ValueSize: classBytes + cellsBytes, MaxEntries: 1})
+	if err != nil {
+		return fmt.Errorf("make map cgtun_globs: %w", err)
+	}
+	m.globs, m.start = made, int32(a.start)
+	if err := made.Put(uint32(0), &a.table); err != nil {
+		return fmt.Errorf("fill map cgtun_globs: %w", err)
+	}
+	return nil
+}
 
 func (m *maps) Close() error {
 	var errs []error
-	for _, one := range []*ebpf.Map{m.sel, m.paths, m.scratch, m.count} {
+	for _, one := range []*ebpf.Map{m.sel, m.paths, m.globs, m.marks, m.news, m.scratch, m.count} {
 		if one != nil {
 			errs = append(errs, one.Close())
 		}

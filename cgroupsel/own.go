@@ -11,17 +11,17 @@ import (
 
 // Self is the cgroup that this process is in, if its sockets can be told from
 // captured ones by it: steer exempts what is in it. It is false if the cgroup
-// is the root of the tree or has a selected one below it; then no socket of
-// ours is in a selected cgroup, and nothing needs to be exempt.
+// is the root of the tree or can have a selected one below it; then no socket
+// of ours is in a selected cgroup, and nothing needs to be exempt.
 func (s *Selector) Self() (Cgroup, bool) {
 	s.mu.Lock()
-	self := s.self
+	self, moved := s.self, s.home != ""
 	s.mu.Unlock()
 	if !self.Present || self.Level == 0 {
 		return Cgroup{}, false
 	}
-	holds := slices.ContainsFunc(s.plain, func(e entry) bool { return within(e.path, self.Path) })
-	return self, !holds
+	at := s.pick.find(self.Path)
+	return self, moved || at.selection == none && !s.pick.mayBegin(at)
 }
 
 // stepOut finds our own cgroup. If it is selected, this process moves into a

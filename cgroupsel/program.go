@@ -34,14 +34,23 @@ const (
 type value struct {
 	Mark, Mask uint32
 	Selection  uint32
-	Flags      uint32 // none yet
+	Flags      uint32
 }
+
+// The flags of a value.
+const (
+	flagTop   = 1 << iota // selected by a path or pattern of its own, not as a child
+	flagRival             // a pattern of another selection matches too, and lost
+	flagPlain             // selected by a plain path, here or above
+)
 
 // Offsets in value, and its size.
 const (
-	valueMark  = 0
-	valueMask  = 4
-	valueBytes = 16
+	valueMark      = 0
+	valueMask      = 4
+	valueSelection = 8
+	valueFlags     = 12
+	valueBytes     = 16
 )
 
 // Stack slots of the programs, from the frame pointer.
@@ -52,6 +61,7 @@ const (
 	slotValue  = -40 // a value
 	slotIndex  = -48 // u32 key of an array map
 	slotMark   = -56
+	slotLength = -64 // of a path
 )
 
 // readKernel loads size bytes of kernel memory at src+off into slotRead, and
@@ -114,102 +124,6 @@ func unifiedOnly(l *layout) asm.Instructions {
 func readID(l *layout, dst, src asm.Register) asm.Instructions {
 	ins := readPointer(asm.R3, src, l.cgroupKn, "lost")
 	return append(ins, readPointer(dst, asm.R3, l.knID, "lost")...)
-}
-
-// mkdirProgram selects a new cgroup, before a process can be in it, if its
-// parent is selected or its path is in the trie.
-func mkdirProgram(m *maps, l *layout) *ebpf.ProgramSpec {
-	ins := asm.Instructions{
-		asm.LoadMem(asm.R6, asm.R1, 0, asm.DWord), // struct cgroup *
-		asm.LoadMem(asm.R8, asm.R1, 8, asm.DWord), // its path
-	}
-	ins = append(ins, unifiedOnly(l)...)
-	ins = append(ins, asm.StoreMem(asm.RFP, slotID, asm.R7, asm.DWord))
-	ins = append(ins, parentID(l)...)
-	ins = append(ins, mapCall(m.sel.FD(), slotParent, asm.FnMapLookupElem)...)
-	ins = append(ins,
-		asm.JEq.Imm(asm.R0, 0, "path"),
-		asm.LoadMem(asm.R1, asm.R0, valueMask, asm.Word),
-		// Below a cgroup that is exempt itself, the path decides.
-		asm.JEq.Imm(asm.R1, 0, "path"),
-		asm.Ja.Label("put"),
-	)
-	ins = append(ins, lookupPath(m)...)
-	ins = append(ins,
-		// The helper gets a copy: the entry can be deleted under it.
-		asm.LoadMem(asm.R1, asm.R0, 0, asm.DWord).WithSymbol("put"),
-		asm.StoreMem(asm.RFP, slotValue, asm.R1, asm.DWord),
-		asm.LoadMem(asm.R1, asm.R0, 8, asm.DWord),
-		asm.StoreMem(asm.RFP, slotValue+8, asm.R1, asm.DWord),
-		asm.Mov.Reg(asm.R3, asm.RFP),
-		asm.Add.Imm(asm.R3, slotValue),
-		asm.Mov.Imm(asm.R4, 0),
-	)
-	ins = append(ins, mapCall(m.sel.FD(), slotID, asm.FnMapUpdateElem)...)
-	ins = append(ins, asm.JEq.Imm(asm.R0, 0, "out"))
-	ins = append(ins, count(m, countFull, "full")...)
-	ins = append(ins, asm.Ja.Label("out"))
-	ins = append(ins, count(m, countPath, "lost")...)
-	return program("cgtun_mkdir", ebpf.RawTracepoint, ebpf.AttachNone, append(ins, leave(0)...))
-}
-
-// parentID puts the id of the parent of the cgroup in R6 into slotParent.
-// cgroup.self.parent points at the self of the parent.
-func parentID(l *layout) asm.Instructions {
-	ins := readPointer(asm.R9, asm.R6, l.cgroupSelf+l.cssParent, "lost")
-	ins = append(ins,
-		asm.JEq.Imm(asm.R9, 0, "out"),
-		asm.Add.Imm(asm.R9, -l.cgroupSelf),
-	)
-	ins = append(ins, readID(l, asm.R1, asm.R9)...)
-	return append(ins, asm.StoreMem(asm.RFP, slotParent, asm.R1, asm.DWord))
-}
-
-// lookupPath looks the path in R8 up in the trie, with a slash at its end, and
-// leaves a pointer to the value in R0. Its first instruction is "path".
-func lookupPath(m *maps) asm.Instructions {
-	ins := asm.Instructions{
-		asm.Mov.Imm(asm.R1, 0).WithSymbol("path"),
-		asm.StoreMem(asm.RFP, slotIndex, asm.R1, asm.Word),
-	}
-	ins = append(ins, mapCall(m.scratch.FD(), slotIndex, asm.FnMapLookupElem)...)
-	return append(ins,
-		asm.JEq.Imm(asm.R0, 0, "lost"),
-		asm.Mov.Reg(asm.R9, asm.R0),
-		asm.Mov.Reg(asm.R1, asm.R9),
-		asm.Add.Imm(asm.R1, 4),
-		asm.Mov.Imm(asm.R2, pathBytes),
-		asm.Mov.Reg(asm.R3, asm.R8),
-		asm.FnProbeReadKernelStr.Call(),
-		asm.JSLE.Imm(asm.R0, 0, "lost"),
-		// The length counts the NUL, and that is where the slash goes. A
-		// longer path is cut; the trie's own are shorter, so they still match.
-		asm.Sub.Imm(asm.R0, 1),
-		asm.And.Imm(asm.R0, pathBytes-1),
-		asm.Mov.Reg(asm.R1, asm.R9),
-		asm.Add.Reg(asm.R1, asm.R0),
-		asm.Mov.Imm(asm.R2, '/'),
-		asm.StoreMem(asm.R1, 4, asm.R2, asm.Byte),
-		asm.Add.Imm(asm.R0, 1),
-		asm.LSh.Imm(asm.R0, 3),
-		asm.StoreMem(asm.R9, 0, asm.R0, asm.Word),
-		asm.LoadMapPtr(asm.R1, m.paths.FD()),
-		asm.Mov.Reg(asm.R2, asm.R9),
-		asm.FnMapLookupElem.Call(),
-		asm.JEq.Imm(asm.R0, 0, "out"),
-	)
-}
-
-// releaseProgram forgets a cgroup when its last socket has gone, which can be
-// long after rmdir.
-func releaseProgram(m *maps, l *layout) *ebpf.ProgramSpec {
-	ins := asm.Instructions{asm.LoadMem(asm.R6, asm.R1, 0, asm.DWord)}
-	ins = append(ins, unifiedOnly(l)...)
-	ins = append(ins, asm.StoreMem(asm.RFP, slotID, asm.R7, asm.DWord))
-	ins = append(ins, mapCall(m.sel.FD(), slotID, asm.FnMapDeleteElem)...)
-	ins = append(ins, asm.Ja.Label("out"))
-	ins = append(ins, count(m, countPath, "lost")...)
-	return program("cgtun_release", ebpf.RawTracepoint, ebpf.AttachNone, append(ins, leave(0)...))
 }
 
 // chooser is a piece of program that jumps to "out" unless the current task is

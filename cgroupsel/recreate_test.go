@@ -2,6 +2,7 @@ package cgroupsel_test
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -58,12 +59,23 @@ func TestCgroupMadeAgainIsSelectedFromTheFirstPacket(t *testing.T) {
 	lab, h, m := newLab(t)
 	top := lab.Cgroup("top")
 	dir := filepath.Join(top.Dir, "sel")
-	s := newSelector(t, cgroupsel.Options{Selections: []cgroupsel.Selection{{Cgroups: []string{top.Path + "/sel"}}}})
+	s := newSelector(t, cgroupsel.Options{Selections: []cgroupsel.Selection{{Cgroups: []string{
+		top.Path + "/sel", top.Path + "/*-ci/job-*", top.Path + "/deep/**/b",
+	}}}})
 	fullySelected(t, s)
+	lab.Cgroup("top/x-ci")
+	lab.Cgroup("top/deep/a/a")
 	n := soakRounds()
 	for i := range n {
-		if i%2 == 0 {
+		switch i % 4 {
+		case 0:
 			bornIn(t, h, dir)
+			continue
+		case 1:
+			bornIn(t, h, filepath.Join(top.Dir, "x-ci", fmt.Sprint("job-", i)))
+			continue
+		case 2:
+			bornIn(t, h, filepath.Join(top.Dir, "deep/a/a/b"))
 			continue
 		}
 		if err := os.Mkdir(dir, 0o755); err != nil {

@@ -1,8 +1,16 @@
 package cgroupsel
 
+import (
+	"fmt"
+	"path"
+	"strings"
+)
+
 // Selection is what one route captures.
 type Selection struct {
-	Cgroups    []string // plain paths from the root of cgroup2, "/a/b"; all below is selected too
+	// Cgroups are plain paths from the root of cgroup2, "/a/b", globs, or
+	// "unit:NAME.service", ".slice" and ".scope". All below is selected too.
+	Cgroups    []string
 	Netns      []string // names in /run/netns, or absolute paths
 	Create     bool     // make those of Cgroups that are plain and missing
 	Mark, Mask uint32   // fwmark of what is sent; Mask 0 is all bits
@@ -14,7 +22,7 @@ func (o Options) value(selection int) value {
 	return value{Mark: one.Mark & one.Mask, Mask: one.Mask, Selection: uint32(selection)}
 }
 
-// entry is one of Selection.Cgroups.
+// entry is a plain path of Selection.Cgroups.
 type entry struct {
 	path      string
 	selection int
@@ -25,8 +33,49 @@ func (o Options) plain() []entry {
 	var all []entry
 	for i, one := range o.Selections {
 		for _, p := range one.Cgroups {
-			all = append(all, entry{path: p, selection: i})
+			if !IsUnit(p) && !IsGlob(p) {
+				all = append(all, entry{path: p, selection: i})
+			}
 		}
 	}
 	return all
+}
+
+// wishes lists the globs and units of all selections.
+func (o Options) wishes() []wish {
+	var all []wish
+	for i, one := range o.Selections {
+		for _, p := range one.Cgroups {
+			if unit, ok := strings.CutPrefix(p, unitPrefix); ok {
+				all = append(all, wish{unitTokens(unit), i})
+			} else if IsGlob(p) {
+				all = append(all, wish{parseGlob(p), i})
+			}
+		}
+	}
+	return all
+}
+
+// check says what is wrong with the selections.
+func (o Options) check() error {
+	switch {
+	case len(o.Selections) > maxSelections:
+		return fmt.Errorf("select cgroups: %d selections, at most %d", len(o.Selections), maxSelections)
+	case len(o.plain()) > maxPaths:
+		return fmt.Errorf("select cgroups: %d paths, at most %d", len(o.plain()), maxPaths)
+	}
+	for _, one := range o.Selections {
+		for _, p := range one.Cgroups {
+			if IsUnit(p) {
+				if what := badCgroup(p); what != "" {
+					return fmt.Errorf("select cgroup %s", what)
+				}
+				continue
+			}
+			if !path.IsAbs(p) || path.Clean(p) != p || len(p) > maxPathLen || strings.ContainsRune(p, 0) {
+				return fmt.Errorf("select cgroup %q: not a clean path from the root of cgroup2 of at most %d bytes", p, maxPathLen)
+			}
+		}
+	}
+	return nil
 }

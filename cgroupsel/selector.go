@@ -16,6 +16,8 @@ import (
 
 // Bounds of what one selector holds.
 const (
+	// maxSelections is how many routes can select.
+	maxSelections = 256
 	// maxPaths is how many paths can be selected.
 	maxPaths = 1024
 	// maxPathLen is the longest of them: the trie compares 256 bytes with a
@@ -86,12 +88,14 @@ type Selector struct {
 	tree   *tree
 	ids    *idCache
 	plain  []entry
+	pick   *picker
 	maps   *maps // nil: no BPF at all
 	traces hooks // the tracepoints
 	root   hooks // the socket programs at the root
 	held   bool
 	each   *each  // nil: not used
 	full   uint64 // Counters.Full, as Run last saw it
+	rivals map[[2]int]bool
 	every  time.Duration
 
 	mu       sync.Mutex
@@ -113,11 +117,15 @@ func New(o Options) (*Selector, error) {
 	if err != nil {
 		return nil, err
 	}
+	pick, err := newPicker(o)
+	if err != nil {
+		return nil, err
+	}
 	t, err := openTree()
 	if err != nil {
 		return nil, err
 	}
-	s := &Selector{opts: o, log: o.Logger, tree: t, ids: newIDCache(t), every: lookAgain, plain: o.plain()}
+	s := &Selector{opts: o, log: o.Logger, tree: t, ids: newIDCache(t), every: lookAgain, plain: o.plain(), pick: pick, rivals: make(map[[2]int]bool)}
 	if err := s.begin(); err != nil {
 		return nil, errors.Join(err, s.Close())
 	}
@@ -157,7 +165,7 @@ func (s *Selector) begin() error {
 		s.dropTraces()
 		s.useEach()
 	}
-	s.resolve()
+	s.resolve(&watcher{})
 	return nil
 }
 
@@ -178,16 +186,7 @@ func (o Options) checked() (Options, error) {
 		}
 		o.Selections[i].Cgroups = slices.Clone(o.Selections[i].Cgroups)
 	}
-	plain := o.plain()
-	if len(plain) > maxPaths {
-		return o, fmt.Errorf("select cgroups: %d paths, at most %d", len(plain), maxPaths)
-	}
-	for _, e := range plain {
-		if p := e.path; !path.IsAbs(p) || path.Clean(p) != p || len(p) > maxPathLen || strings.ContainsRune(p, 0) {
-			return o, fmt.Errorf("select cgroup %q: not a clean path from the root of cgroup2 of at most %d bytes", p, maxPathLen)
-		}
-	}
-	return o, nil
+	return o, o.check()
 }
 
 // Snapshot returns the newest picture. Run keeps it new.
@@ -210,24 +209,19 @@ func (s *Selector) Selected(cgroup string) (selection int, ok bool) {
 }
 
 func (s *Selector) inSelection(cgroup string) (selection int, ok bool) {
-	top, ok := s.covering(cgroup)
-	return top.selection, ok
+	at, ok := s.covering(cgroup)
+	return at.selection, ok
 }
 
-// covering finds the deepest entry that a cgroup is within.
-func (s *Selector) covering(cgroup string) (top entry, ok bool) {
+// covering finds what is known of a path.
+func (s *Selector) covering(cgroup string) (at spot, ok bool) {
 	if path.Clean(cgroup) != cgroup || strings.HasPrefix(cgroup, "/..") {
 		// Not the path that it seems to be ("/selected/../other"), or one
 		// outside of our cgroup namespace.
-		return entry{}, false
+		return spot{}, false
 	}
-	depth := -1
-	for _, e := range s.plain {
-		if l := level(e.path); l > depth && within(cgroup, e.path) {
-			top, depth = e, l
-		}
-	}
-	return top, depth >= 0
+	at = s.pick.find(cgroup)
+	return at, at.selection != none
 }
 
 // Counters reads the counters of the kernel's side.
@@ -245,23 +239,6 @@ func (s *Selector) Counters() Counters {
 
 // isHeld tells whether the kernel itself selects every cgroup that is made.
 func (s *Selector) isHeld() bool { return s.held && s.Counters().Full == 0 }
-
-// resolve looks at the cgroups again and tells whether the picture changed.
-func (s *Selector) resolve() bool {
-	held := s.isHeld()
-	next := Snapshot{Cgroups: make([]Cgroup, 0, len(s.plain))}
-	for _, e := range s.plain {
-		id, err := s.tree.id(e.path)
-		next.Cgroups = append(next.Cgroups, Cgroup{
-			Path: e.path, Level: level(e.path), ID: id, Selection: e.selection, Present: err == nil, Held: held,
-		})
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	changed := !slices.Equal(s.snapshot.Cgroups, next.Cgroups) || !slices.Equal(s.snapshot.Namespaces, next.Namespaces)
-	s.snapshot = next
-	return changed
-}
 
 // Run watches until ctx ends, and calls changed with the first picture and
 // with each new one. It calls it from its own goroutine; while changed runs
@@ -290,16 +267,12 @@ func (s *Selector) Run(ctx context.Context, changed func(Snapshot)) error {
 // look brings watches, programs and picture up to date. The watches come
 // first: what happens after them wakes Run again.
 func (s *Selector) look(w *watcher) bool {
-	w.follow(s.tree, s.plain)
 	if full := s.Counters().Full; full > s.full {
 		s.log.Warn("too many selected cgroups for the map", "limit", s.opts.MaxCgroups, "missed", full)
 		s.full = full
 		s.useEach() // needs no entry in the map
 	}
-	if err := s.armEach(); err != nil {
-		s.note(FeaturePerCgroup, err)
-	}
-	return s.resolve()
+	return s.resolve(w)
 }
 
 // Close lets everything go: programs and maps, our own cgroup, and those that

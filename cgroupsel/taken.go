@@ -21,12 +21,20 @@ const (
 	holds = 200 * time.Millisecond
 )
 
-// pathValue is what the trie holds. The programs read the value alone; the
-// instance is for other instances.
+// pathValue is what the trie holds. The instance is for other instances, not
+// for the programs.
 type pathValue struct {
 	Value    value
+	Bits     uint32 // those of the key
+	_        uint32
 	Instance [maxInstance]byte
 }
+
+// The offset of Bits, and the size of it all.
+const (
+	pathValueBits  = valueBytes
+	pathValueBytes = valueBytes + 8 + maxInstance
+)
 
 // TakenError says that another live instance selects a cgroup, or one above or
 // below it. Paths are from the real root of cgroup2.
