@@ -152,7 +152,7 @@ func compile(prefix string, wishes []wish) (*automaton, error) {
 	a := &automaton{}
 	columns := g.classes(&a.table)
 	if len(columns) > math.MaxUint8 {
-		return nil, fmt.Errorf("select cgroups: the globs are of %d different bytes; use fewer", len(columns))
+		return nil, fmt.Errorf("the globs are of %d different bytes; allowed: fewer", len(columns))
 	}
 	if err := g.fill(a, columns, start); err != nil {
 		return nil, err
@@ -230,7 +230,7 @@ func (g *graph) fill(a *automaton, columns []byte, start int) error {
 		}
 	}
 	if full {
-		return fmt.Errorf("select cgroups: the globs are too many, or have too many stars, to be one table of %d cells; use fewer or simpler ones", maxCells)
+		return fmt.Errorf("the globs are too many, or have too many stars, to be one table of %d cells; allowed: fewer or simpler ones", maxCells)
 	}
 	return nil
 }

@@ -75,9 +75,16 @@ func (c *Config) Plain() []string {
 // Validate calls bad for every value that is out of range, with the key as it
 // stands in the table.
 func (c *Config) Validate(bad func(key, what string)) {
+	broken := false
 	for i, entry := range c.Cgroups {
 		if what := badCgroup(entry); what != "" {
 			bad(fmt.Sprintf("cgroups[%d]", i), what)
+			broken = true
+		}
+	}
+	if !broken {
+		if _, err := newPicker(Options{Selections: []Selection{{Cgroups: c.Cgroups}}}); err != nil {
+			bad("cgroups", err.Error())
 		}
 	}
 	for i, name := range c.Netns {

@@ -119,7 +119,7 @@ func New(o Options) (*Selector, error) {
 	}
 	pick, err := newPicker(o)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("select cgroups: %w", err)
 	}
 	t, err := openTree()
 	if err != nil {

@@ -27,7 +27,6 @@ type notYet struct {
 // notServed is the whole list of what this version does not serve. A version
 // that serves a key deletes its row, here and in docs/config.md.
 var notServed = []notYet{
-	{"select.cgroups[]", isString(func(s string) bool { return cgroupsel.IsGlob(s) || cgroupsel.IsUnit(s) }), `plain paths such as "/cgtun"`},
 	{"select.docker", isNot(cgroupsel.DockerOff), "false"},
 	{"select.netns", filled, "[]"},
 	{"select.interfaces", filled, "[]"},

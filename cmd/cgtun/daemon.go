@@ -218,7 +218,7 @@ func (in *instance) setRouter() error {
 func selections(routes []config.Route) []cgroupsel.Selection {
 	all := make([]cgroupsel.Selection, len(routes))
 	for i, r := range routes {
-		all[i] = cgroupsel.Selection{Cgroups: r.Select.Plain(), Create: r.Select.Create, Mark: r.Mark, Mask: r.Mask}
+		all[i] = cgroupsel.Selection{Cgroups: r.Select.Cgroups, Create: r.Select.Create, Mark: r.Mark, Mask: r.Mask}
 	}
 	return all
 }
