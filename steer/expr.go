@@ -1,6 +1,8 @@
 package steer
 
 import (
+	"net/netip"
+
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
@@ -43,6 +45,30 @@ func iifNot(dev string) part { return part{meta(expr.MetaKeyIIFNAME), differs(na
 func oif(dev string) part    { return part{meta(expr.MetaKeyOIFNAME), equal(name(dev))} }
 func oifNot(dev string) part { return part{meta(expr.MetaKeyOIFNAME), differs(name(dev))} }
 
+func iifIn(set *nftables.Set) part { return part{meta(expr.MetaKeyIIFNAME), lookup(set)} }
+func oifIn(set *nftables.Set) part { return part{meta(expr.MetaKeyOIFNAME), lookup(set)} }
+
+func lookup(set *nftables.Set) *expr.Lookup {
+	return &expr.Lookup{SourceRegister: 1, SetName: set.Name, SetID: set.ID}
+}
+
+// daddrLeaves and saddrLeaves are the device by which an unmarked packet to
+// that address would leave. Only prerouting may ask.
+func daddrLeaves() expr.Any {
+	return &expr.Fib{Register: 1, FlagDADDR: true, ResultOIFNAME: true}
+}
+
+func saddrLeaves() expr.Any {
+	return &expr.Fib{Register: 1, FlagSADDR: true, ResultOIFNAME: true}
+}
+
+// notBehind is a device that is not in the set.
+func notBehind(leaves expr.Any, set *nftables.Set) part {
+	not := lookup(set)
+	not.Invert = true
+	return part{leaves, not}
+}
+
 func iifGroupNot(group uint32) part {
 	return part{meta(expr.MetaKeyIIFGROUP), differs(host32(group))}
 }
@@ -79,6 +105,7 @@ func original() part { return part{ct(expr.CtKeyDIRECTION), equal([]byte{0})} }
 func reply() part    { return part{ct(expr.CtKeyDIRECTION), equal([]byte{1})} }
 
 func tcp() part    { return part{meta(expr.MetaKeyL4PROTO), equal([]byte{unix.IPPROTO_TCP})} }
+func udp() part    { return part{meta(expr.MetaKeyL4PROTO), equal([]byte{unix.IPPROTO_UDP})} }
 func notTCP() part { return part{meta(expr.MetaKeyL4PROTO), differs([]byte{unix.IPPROTO_TCP})} }
 
 // syn is tcp flags & (syn | ack) == syn: the first packet of a connection.
@@ -106,7 +133,51 @@ func daddrIn(set *nftables.Set) part {
 	return part{
 		meta(expr.MetaKeyNFPROTO), equal([]byte{family}),
 		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: length},
-		&expr.Lookup{SourceRegister: 1, SetName: set.Name, SetID: set.ID},
+		lookup(set),
+	}
+}
+
+func family(is6 bool) part {
+	if is6 {
+		return part{meta(expr.MetaKeyNFPROTO), equal([]byte{unix.NFPROTO_IPV6})}
+	}
+	return part{meta(expr.MetaKeyNFPROTO), equal([]byte{unix.NFPROTO_IPV4})}
+}
+
+// hasSocket is true of what a program sent: the kernel's own sockets have no
+// user.
+func hasSocket() part { return part{meta(expr.MetaKeySKUID), differs(host32(^uint32(0)))} }
+
+// sourceAsIs is snat to the source that the packet has, so that no later nat
+// chain gives it another one.
+func sourceAsIs(proto byte) part {
+	offset, length := uint32(12), uint32(4)
+	if proto == unix.NFPROTO_IPV6 {
+		offset, length = 8, 16
+	}
+	return part{
+		meta(expr.MetaKeyNFPROTO), equal([]byte{proto}),
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: length},
+		&expr.NAT{Type: expr.NATTypeSourceNAT, Family: uint32(proto), RegAddrMin: 1},
+	}
+}
+
+// tproxyTo hands a packet to a transparent listener. Where that has no address
+// of its own, it may be of either family.
+func tproxyTo(listener netip.AddrPort) part {
+	port := &expr.Immediate{Register: 2, Data: binaryutil.BigEndian.PutUint16(listener.Port())}
+	addr := listener.Addr()
+	if addr.IsUnspecified() {
+		return part{port, &expr.TProxy{RegPort: 2}, accept()}
+	}
+	proto := byte(unix.NFPROTO_IPV4)
+	if addr.Is6() {
+		proto = unix.NFPROTO_IPV6
+	}
+	return part{
+		meta(expr.MetaKeyNFPROTO), equal([]byte{proto}),
+		&expr.Immediate{Register: 1, Data: addr.AsSlice()}, port,
+		&expr.TProxy{Family: proto, RegAddr: 1, RegPort: 2}, accept(),
 	}
 }
 
@@ -119,7 +190,7 @@ func cgroupIs(c Cgroup) part {
 }
 
 func cgroupIn(level int, set *nftables.Set) part {
-	return part{cgroup(level), &expr.Lookup{SourceRegister: 1, SetName: set.Name, SetID: set.ID}}
+	return part{cgroup(level), lookup(set)}
 }
 
 func saddrType(e func([]byte) expr.Any, kind uint32) part {
@@ -130,6 +201,13 @@ func daddrType(e func([]byte) expr.Any, kind uint32) part {
 	return part{&expr.Fib{Register: 1, FlagDADDR: true, ResultADDRTYPE: true}, e(host32(kind))}
 }
 
+// reject is an ICMP error of either family: administratively prohibited.
+func reject() part {
+	return part{&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED}}
+}
+
+func accept() expr.Any       { return &expr.Verdict{Kind: expr.VerdictAccept} }
+func jump(chain string) part { return part{&expr.Verdict{Kind: expr.VerdictJump, Chain: chain}} }
 func drop() part             { return part{&expr.Verdict{Kind: expr.VerdictDrop}} }
 func leave() part            { return part{&expr.Verdict{Kind: expr.VerdictReturn}} }
 func goTo(chain string) part { return part{&expr.Verdict{Kind: expr.VerdictGoto, Chain: chain}} }

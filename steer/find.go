@@ -24,6 +24,11 @@ type Object struct {
 	// Alive: the instance is running, by its nft table, which has an owner,
 	// or by its device, which has somebody who reads it.
 	Alive bool
+	// Home is the cookie of the namespace that the instance is of, if that is
+	// another one than this and there is a table to tell it.
+	Home uint64
+	// Closed: it blocks on purpose until the instance starts again.
+	Closed bool
 }
 
 // Find lists the objects of all instances in a namespace, the running ones
@@ -34,21 +39,16 @@ func Find(ns netns.Ref) ([]Object, error) {
 		return nil, err
 	}
 	var objects []Object
-	alive := map[string]bool{}
+	of := map[string]foundTable{}
 	for _, t := range tables {
-		instance := strings.TrimPrefix(t.Name, tablePrefix)
-		objects = append(objects, Object{Instance: instance, Kind: "nft table", Text: "inet " + t.Name})
-		alive[instance] = hasOwner(t)
+		of[t.instance] = t
+		objects = append(objects, Object{Instance: t.instance, Kind: "nft table", Text: "inet " + t.Name})
 	}
+	var routes foundRoutes
 	err = withRoutes(ns, func(h *netlink.Handle) error {
 		for _, family := range families {
-			found, live, err := findRoutes(h, family)
-			if err != nil {
+			if err := routes.find(h, family); err != nil {
 				return err
-			}
-			objects = append(objects, found...)
-			for _, instance := range live {
-				alive[instance] = true
 			}
 		}
 		return nil
@@ -56,8 +56,13 @@ func Find(ns netns.Ref) ([]Object, error) {
 	if err != nil {
 		return nil, err
 	}
+	objects = append(objects, routes.objects...)
 	for i := range objects {
-		objects[i].Alive = alive[objects[i].Instance]
+		o := &objects[i]
+		t, ok := of[o.Instance]
+		o.Home = t.home
+		o.Alive = t.owned || routes.live[o.Instance]
+		o.Closed = ok && !o.Alive && routes.blocks[o.Instance]
 	}
 	slices.SortStableFunc(objects, func(a, b Object) int {
 		return cmp.Or(cmp.Compare(a.Instance, b.Instance), cmp.Compare(a.Kind, b.Kind))
@@ -65,31 +70,35 @@ func Find(ns netns.Ref) ([]Object, error) {
 	return slices.Compact(objects), nil // a table has routes of two families
 }
 
-// hasOwner reads the table's flags, which come in network order; the library
-// takes them for the machine's.
-func hasOwner(t *nftables.Table) bool {
-	return binary.BigEndian.Uint32(host32(t.Flags))&flagOwner != 0
+// foundRoutes is what there is besides nft tables, by instance.
+type foundRoutes struct {
+	objects []Object
+	live    map[string]bool // its device is being read
+	blocks  map[string]bool // its table ends in a route that blocks
 }
 
-// findRoutes lists rules and tables of one family, and the instances whose
-// device is being read.
-func findRoutes(h *netlink.Handle, family int) (objects []Object, live []string, err error) {
+// find lists rules and tables of one family.
+func (f *foundRoutes) find(h *netlink.Handle, family int) error {
 	kind := "ip rule"
 	if family == unix.AF_INET6 {
 		kind = "ip -6 rule"
 	}
+	if f.live == nil {
+		f.live, f.blocks = map[string]bool{}, map[string]bool{}
+	}
 	rules, err := listRules(h, family)
 	if err != nil {
-		return nil, nil, err
+		return err
 	}
 	for _, r := range rules {
 		if r.Protocol == Protocol {
-			objects = append(objects, Object{Instance: strconv.Itoa(r.Table), Kind: kind, Text: ruleText(&r)})
+			instance := strconv.Itoa(numberOf(&r, rules))
+			f.objects = append(f.objects, Object{Instance: instance, Kind: kind, Text: ruleText(&r)})
 		}
 	}
 	routes, err := listRoutes(h, family, unix.RT_TABLE_UNSPEC)
 	if err != nil {
-		return nil, nil, err
+		return err
 	}
 	seen := map[int]bool{}
 	for _, r := range routes {
@@ -99,13 +108,14 @@ func findRoutes(h *netlink.Handle, family int) (objects []Object, live []string,
 		instance := strconv.Itoa(r.Table)
 		if !seen[r.Table] {
 			seen[r.Table] = true
-			objects = append(objects, Object{Instance: instance, Kind: "route table", Text: instance})
+			f.objects = append(f.objects, Object{Instance: instance, Kind: "route table", Text: instance})
 		}
-		if r.Type == unix.RTN_UNICAST && isRead(h, r.LinkIndex) {
-			live = append(live, instance)
+		f.blocks[instance] = f.blocks[instance] || r.Type == unix.RTN_UNREACHABLE
+		if r.Type == unix.RTN_UNICAST && !f.live[instance] {
+			f.live[instance] = isRead(h, r.LinkIndex)
 		}
 	}
-	return objects, live, nil
+	return nil
 }
 
 // isRead says whether somebody has a queue of a tun open: without one it has
@@ -115,24 +125,62 @@ func isRead(h *netlink.Handle, index int) bool {
 	return err == nil && l.Type() == "tuntap" && l.Attrs().RawFlags&unix.IFF_LOWER_UP != 0
 }
 
-func ourTables(ns netns.Ref) ([]*nftables.Table, error) {
-	var tables []*nftables.Table
-	err := ns.Do(func() error {
+// hasOwner reads the table's flags, which come in network order; the library
+// takes them for the machine's.
+func hasOwner(t *nftables.Table) bool {
+	return binary.BigEndian.Uint32(host32(t.Flags))&flagOwner != 0
+}
+
+// foundTable is an nft table of some instance.
+type foundTable struct {
+	*nftables.Table
+	instance string
+	owned    bool
+	home     uint64 // see Object
+}
+
+// ourTables lists the nft tables of all instances in a namespace.
+func ourTables(ns netns.Ref) (found []foundTable, err error) {
+	err = ns.Do(func() error {
 		conn, err := nftables.New()
 		if err != nil {
 			return err
 		}
-		tables, err = conn.ListTablesOfFamily(nftables.TableFamilyINet)
+		tables, err := conn.ListTablesOfFamily(nftables.TableFamilyINet)
+		if err != nil {
+			return err
+		}
+		for _, t := range tables {
+			number, ok := strings.CutPrefix(t.Name, tablePrefix)
+			if _, err := strconv.Atoi(number); !ok || err != nil {
+				continue
+			}
+			found = append(found, foundTable{Table: t, instance: number, owned: hasOwner(t)})
+		}
+		if len(found) == 0 {
+			return nil
+		}
+		chains, err := conn.ListChainsOfTableFamily(nftables.TableFamilyINet)
+		for i := range found {
+			found[i].home = homeIn(chains, found[i].Name)
+		}
 		return err
 	})
 	if err != nil {
 		return nil, fmt.Errorf("list nft tables in %s: %w", ns, err)
 	}
-	return slices.DeleteFunc(tables, func(t *nftables.Table) bool {
-		number, ok := strings.CutPrefix(t.Name, tablePrefix)
-		_, err := strconv.Atoi(number)
-		return !ok || err != nil
-	}), nil
+	return found, nil
+}
+
+// homeIn reads the chain by which a table says whose it is.
+func homeIn(chains []*nftables.Chain, table string) uint64 {
+	for _, c := range chains {
+		if cookie, ok := strings.CutPrefix(c.Name, homePrefix); ok && c.Table.Name == table {
+			n, _ := strconv.ParseUint(cookie, 10, 64)
+			return n
+		}
+	}
+	return 0
 }
 
 // Remove deletes what a dead instance left in a namespace; nothing left is no
@@ -157,7 +205,7 @@ func Remove(ns netns.Ref, instance string) error {
 		hasTable = hasTable || o.Kind == "nft table"
 	}
 	if hasTable {
-		t, err := openTable(ns, number)
+		t, err := openTable(ns, number, false)
 		if err != nil {
 			return err
 		}
@@ -168,20 +216,46 @@ func Remove(ns netns.Ref, instance string) error {
 	return withRoutes(ns, func(h *netlink.Handle) error { return clearRoutes(h, number) })
 }
 
-// removeDead removes what dead instances of any number left.
+// removeDead removes what dead instances of any number left, but for what
+// blocks on purpose. A table that an instance of another home made is not
+// judged from here: cleanup looks there, too.
 func removeDead(ns netns.Ref) error {
 	objects, err := Find(ns)
+	if err != nil {
+		return err
+	}
+	home, err := netns.Home()
 	if err != nil {
 		return err
 	}
 	var errs []error
 	done := map[string]bool{}
 	for _, o := range objects {
-		if o.Alive || done[o.Instance] {
+		if o.Alive || o.Closed || done[o.Instance] {
 			continue
 		}
 		done[o.Instance] = true
+		if o.Home != 0 {
+			if o.Home != home.Cookie() {
+				continue
+			}
+			if alive, err := runs(home, o.Instance); alive || err != nil {
+				errs = append(errs, err)
+				continue
+			}
+		}
 		errs = append(errs, Remove(ns, o.Instance))
 	}
 	return errors.Join(errs...)
+}
+
+// runs says whether an instance of this home is alive.
+func runs(home netns.Ref, instance string) (bool, error) {
+	tables, err := ourTables(home)
+	for _, t := range tables {
+		if t.instance == instance && t.owned {
+			return true, nil
+		}
+	}
+	return false, err
 }

@@ -19,7 +19,7 @@ func plan() steer.Plan {
 	return steer.Plan{Mark: 101, Mask: 0xffffffff, Table: 101, Priority: 10101, Device: "tun0"}
 }
 
-func refOf(t *testing.T, h *labtest.Host) netns.Ref {
+func refOf(t testing.TB, h *labtest.Host) netns.Ref {
 	t.Helper()
 	ref, err := netns.Named(h.Path)
 	if err != nil {
@@ -73,7 +73,7 @@ func TestPlanAsText(t *testing.T) {
 			h.Run("ip", "link", "set", p.Device, "up")
 			before := state(h)
 			table := strconv.Itoa(p.Table)
-			s, err := steer.Open(refOf(t, h), table)
+			s, err := steer.OpenHome(refOf(t, h), p.Table)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -29,9 +29,9 @@ func addTun(t *testing.T, h *labtest.Host, name string) {
 	h.Run("ip", "link", "set", name, "up")
 }
 
-func open(t *testing.T, h *labtest.Host, instance string) *steer.Steering {
+func open(t *testing.T, h *labtest.Host, number int) *steer.Steering {
 	t.Helper()
-	s, err := steer.Open(refOf(t, h), instance)
+	s, err := steer.OpenHome(refOf(t, h), number)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -66,7 +66,7 @@ func TestTakenIsRefusedAndNamed(t *testing.T) {
 			h.Run("ip", strings.Fields(tt.setup)[1:]...)
 			h.Run("nft", "add table inet foreign; add chain inet foreign c; add rule inet foreign c accept")
 			before := state(h)
-			s := open(t, h, "101")
+			s := open(t, h, 101)
 			err := s.Apply(plan())
 			var taken *steer.TakenError
 			if tt.what == "" {
@@ -89,7 +89,7 @@ func TestTakenIsRefusedAndNamed(t *testing.T) {
 func TestCheckNamesTheDevice(t *testing.T) {
 	h := host(t)
 	h.Run("ip", "link", "set", "tun0", "alias", "somebody's")
-	s := open(t, h, "101")
+	s := open(t, h, 101)
 	var taken *steer.TakenError
 	if err := s.Check(plan()); !errors.As(err, &taken) || taken.What != "device tun0" || !strings.Contains(taken.Holder, "somebody's") {
 		t.Errorf("got %v", err)
@@ -103,7 +103,7 @@ func TestCheckNamesTheDevice(t *testing.T) {
 
 func TestBadPlanIsRefused(t *testing.T) {
 	h := host(t)
-	s := open(t, h, "101")
+	s := open(t, h, 101)
 	before := state(h)
 	for name, change := range map[string]func(*steer.Plan){
 		"bits outside of the mask": func(p *steer.Plan) { p.Mask = 0xf },
@@ -128,7 +128,7 @@ func TestBadPlanIsRefused(t *testing.T) {
 // A reload that fails leaves what was there.
 func TestFailedApplyKeepsTheOldPlan(t *testing.T) {
 	h := host(t)
-	s := open(t, h, "101")
+	s := open(t, h, 101)
 	if err := s.Apply(plan()); err != nil {
 		t.Fatal(err)
 	}
@@ -152,8 +152,6 @@ func TestTwoInstancesSideBySide(t *testing.T) {
 			w := newWorld(t)
 			beyond2, other := w.lab.Host("beyond2"), w.lab.Cgroup("other")
 			pipe2 := w.tun("tun1", "198.18.0.2", "fd00:101::2", beyond2, "tun0")
-			beyond2.Run("ip", "addr", "add", server4+"/32", "dev", "lo")
-			beyond2.Run("ip", "addr", "add", server6+"/128", "dev", "lo", "nodad")
 			serveName(beyond2, "beyond2")
 			p1, p2 := w.plan(), w.plan()
 			p1.Mask = masks[0]
@@ -194,23 +192,23 @@ func TestTwoInstancesSideBySide(t *testing.T) {
 // not hurt.
 func TestSameNumbersAreTaken(t *testing.T) {
 	h := host(t)
-	first := open(t, h, "101")
+	first := open(t, h, 101)
 	if err := first.Apply(plan()); err != nil {
 		t.Fatal(err)
 	}
 	before := state(h)
 	var taken *steer.TakenError
-	err := open(t, h, "101").Apply(plan())
+	err := open(t, h, 101).Apply(plan())
 	if !errors.As(err, &taken) || !strings.Contains(taken.Holder, "cgtun instance 101") {
 		t.Errorf("same table: %v", err)
 	}
 	p := plan()
 	p.Table = 102
-	if err := open(t, h, "102").Apply(p); !errors.As(err, &taken) || !strings.Contains(taken.Holder, "cgtun instance 101") {
+	if err := open(t, h, 102).Apply(p); !errors.As(err, &taken) || !strings.Contains(taken.Holder, "cgtun instance 101") {
 		t.Errorf("same priority: %v", err)
 	}
 	p.Priority = 10102
-	if err := open(t, h, "102").Apply(p); !errors.As(err, &taken) || !strings.HasPrefix(taken.What, "mark ") {
+	if err := open(t, h, 102).Apply(p); !errors.As(err, &taken) || !strings.HasPrefix(taken.What, "mark ") {
 		t.Errorf("same mark: %v", err)
 	}
 	if after := state(h); after != before {
@@ -246,11 +244,15 @@ func TestKilledInstanceLeavesNearlyNothing(t *testing.T) {
 				t.Fatal(err)
 			}
 			killed.Wait()
-			// Nothing of ours is left but the rules and the throw routes.
+			// Nothing of ours is left but the rules, and they lead nowhere.
 			labtest.Eventually(t, 5*time.Second, func() bool { return !strings.Contains(state(h), "tun0") }, "device gone")
 			if left := h.Run("nft", "list", "ruleset"); left != "" {
 				t.Errorf("left after kill -9: %s", left)
 			}
+			labtest.Eventually(t, 5*time.Second, func() bool {
+				routes := h.Run("ip", "route", "show", "table", "all") + h.Run("ip", "-6", "route", "show", "table", "all")
+				return !strings.Contains(routes, "table 101") && h.Run("ip", "nexthop") == ""
+			}, "routes gone with the device")
 			objects, err = steer.Find(ref)
 			if err != nil || len(objects) == 0 {
 				t.Errorf("Find after kill -9: %v %v", objects, err)
@@ -265,7 +267,7 @@ func TestKilledInstanceLeavesNearlyNothing(t *testing.T) {
 					t.Fatal(err)
 				}
 			} else {
-				open(t, h, "202")
+				open(t, h, 202)
 			}
 			if after := state(h); after != before {
 				t.Errorf("left:\n%s\nwas:\n%s", after, before)
@@ -305,7 +307,7 @@ func TestTakenAwayIsPutBack(t *testing.T) {
 	for _, owner := range []bool{true, false} {
 		t.Run(fmt.Sprintf("owner %v", owner), func(t *testing.T) {
 			h := host(t)
-			s := open(t, h, "101")
+			s := open(t, h, 101)
 			if !owner {
 				s.WithoutOwner()
 			}
@@ -363,7 +365,7 @@ func TestSourceFollowsTheUplink(t *testing.T) {
 	h.Run("ip", "link", "set", "up1", "up")
 	h.Run("ip", "addr", "add", "10.9.0.2/24", "dev", "up0")
 	h.Run("ip", "route", "add", "default", "via", "10.9.0.1")
-	s := open(t, h, "101")
+	s := open(t, h, 101)
 	if err := s.Apply(plan()); err != nil {
 		t.Fatal(err)
 	}
@@ -385,7 +387,7 @@ func TestSourceFollowsTheUplink(t *testing.T) {
 // another in one.
 func TestLongBypassList(t *testing.T) {
 	h := host(t)
-	s := open(t, h, "101")
+	s := open(t, h, 101)
 	p := plan()
 	for i := range 5000 {
 		p.Bypass = append(p.Bypass,

@@ -25,11 +25,24 @@ type Plan struct {
 	Mark, Mask uint32 // packets with mark & Mask == Mark take Table
 	Table      int    // the number of the instance, too
 	Priority   int    // of the ip rules
-	Device     string // the tun, which must be up
+	// Via is where the table's default route leads; the zero value is ViaTun.
+	// The other ways are of the kernel, and in home only.
+	Via    Via
+	Device string // the tun, which must be up; "" where Via is another way
+	// Closed: what blocks outlives this process, see the package comment.
+	Closed bool
 
 	// Cgroups are selected by the nft table. They may be all, or only those
 	// which BPF programs mark as well.
 	Cgroups []Cgroup
+	// All selects whatever the namespace's own sockets send.
+	All bool
+	// Interfaces are devices of the namespace: what is forwarded in through
+	// them is selected.
+	Interfaces []string
+	// No4 and No6 leave a family alone: there is no way out of this namespace
+	// for it, and there is none with cgtun.
+	No4, No6 bool
 	// Self is the cgroup of cgtun itself: what it sends is never captured. At
 	// level 0, the zero value and the root, that is left to the marks.
 	Self Cgroup
@@ -62,6 +75,17 @@ const cameIn uint32 = 1 << 30
 func (p *Plan) ctMask() uint32 { return p.Mask &^ cameIn }
 func (p *Plan) ctMark() uint32 { return p.Mark &^ cameIn }
 
+// byTun says whether the way is our own device.
+func (p *Plan) byTun() bool { return p.Via.Mode == ViaTun || p.Via.String() == "" }
+
+// skips says whether a family is left alone.
+func (p *Plan) skips(is6 bool) bool {
+	if is6 {
+		return p.No6
+	}
+	return p.No4
+}
+
 func (p *Plan) validate() error {
 	switch {
 	case p.Mark&p.Mask != p.Mark:
@@ -72,8 +96,15 @@ func (p *Plan) validate() error {
 		return fmt.Errorf("table %d is not free for use: the kernel's own are 0 and 253 to 255", p.Table)
 	case p.Priority <= 0 || p.Priority > 32765:
 		return fmt.Errorf("priority %d is not in 1 to 32765, before the main table", p.Priority)
-	case p.Device == "" || len(p.Device) > 15:
+	case p.byTun() && !isDevice(p.Device):
 		return fmt.Errorf("device name %q has not 1 to 15 bytes", p.Device)
+	case p.Via.Mode == ViaTProxy || p.Via.Container != "":
+		return fmt.Errorf("the way %q is not one that the kernel alone goes", p.Via)
+	}
+	for _, dev := range p.Interfaces {
+		if !isDevice(dev) {
+			return fmt.Errorf("interface name %q has not 1 to 15 bytes", dev)
+		}
 	}
 	for _, c := range p.Cgroups {
 		if c.Level < 1 || c.Level > 255 {
@@ -82,6 +113,8 @@ func (p *Plan) validate() error {
 	}
 	return nil
 }
+
+func isDevice(name string) bool { return name != "" && len(name) <= 15 }
 
 // overlaps says whether a packet can match two fwmarks at once.
 func overlaps(markA, maskA, markB, maskB uint32) bool {

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 
+	mdl "github.com/mdlayher/netlink"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -68,11 +69,24 @@ func noFamily(err error) bool {
 
 // routeKey tells routes of one table apart.
 type routeKey struct {
-	dst  netip.Prefix
-	kind int
-	link int        // 0 for what leads nowhere
-	src  netip.Addr // not valid: the kernel's choice
+	dst    netip.Prefix
+	kind   int
+	link   int        // 0 for what leads nowhere
+	src    netip.Addr // not valid: the kernel's choice
+	gw     netip.Addr // not valid: none
+	metric int        // 0: the kernel's choice
 }
+
+// slot is what can be held by one route at a time.
+type slot struct {
+	dst    netip.Prefix
+	metric int
+}
+
+func (k routeKey) slot() slot { return slot{k.dst, k.metric} }
+
+// lastMetric is that of the route that blocks where no other one leads.
+const lastMetric = 9999
 
 // What stands for far away in the question which source address packets have:
 // addresses for documentation (RFC 5737, RFC 3849), to which nobody has a
@@ -96,36 +110,77 @@ func source(h *netlink.Handle, far netip.Addr) netip.Addr {
 	return src
 }
 
-// wantRoutes are the routes of a plan: through the device, but what is
-// bypassed is thrown back to the rules behind ours.
-func wantRoutes(h *netlink.Handle, p *Plan, link int, v6 bool) []routeKey {
+// wantRoutes are the routes of a plan: by its way, but what is bypassed is
+// thrown back to the rules behind ours.
+func wantRoutes(h *netlink.Handle, p *Plan, w *way) []routeKey {
 	var want []routeKey
-	defaults := map[bool]bool{} // by Is6
-	for _, prefix := range bypassOf(p) {
-		defaults[prefix.Addr().Is6()] = defaults[prefix.Addr().Is6()] || prefix.Bits() == 0
-		if v6 || prefix.Addr().Is4() {
-			want = append(want, routeKey{dst: prefix, kind: unix.RTN_THROW})
-		}
-	}
+	blocks := p.blocks()
 	for _, far := range []netip.Addr{far4, far6} {
-		if is6 := far.Is6(); !defaults[is6] && (v6 || !is6) {
-			all, _ := far.Prefix(0)
-			want = append(want, routeKey{dst: all, kind: unix.RTN_UNICAST, link: link, src: source(h, far)})
+		is6 := far.Is6()
+		if !steers(p, w, is6) {
+			continue
 		}
+		all, _ := far.Prefix(0)
+		thrown := false
+		for _, prefix := range bypassOf(p) {
+			if prefix.Addr().Is6() == is6 {
+				want = append(want, routeKey{dst: prefix, kind: unix.RTN_THROW})
+				thrown = thrown || prefix == all
+			}
+		}
+		if thrown {
+			continue
+		}
+		if blocks {
+			want = append(want, routeKey{dst: all, kind: unix.RTN_UNREACHABLE, metric: lastMetric})
+		}
+		if !w.carries(is6) {
+			continue
+		}
+		way := routeKey{dst: all, kind: unix.RTN_UNICAST, link: w.link, gw: w.gw[is6]}
+		if w.ours || w.tproxy.IsValid() {
+			way.src = source(h, far)
+		}
+		if w.tproxy.IsValid() {
+			way.kind = unix.RTN_LOCAL
+		}
+		want = append(want, way)
 	}
 	return want
 }
 
+// blocks says whether the table ends in a route that blocks: where there is no
+// way, main would be asked. An open plan by our device has none, as it would
+// outlive us.
+func (p *Plan) blocks() bool { return p.Closed || !p.byTun() }
+
+// steers says whether the table has routes of a family.
+func steers(p *Plan, w *way, is6 bool) bool {
+	switch {
+	case p.skips(is6):
+		return false
+	case !is6:
+		return true
+	}
+	return w.carries(true) || p.blocks() && hasV6("lo")
+}
+
 func keyOf(r *netlink.Route) routeKey {
-	k := routeKey{kind: r.Type}
-	if r.Type == unix.RTN_UNICAST {
+	k := routeKey{kind: r.Type, metric: r.Priority}
+	const lo = 1 // where the kernel puts v6 routes that lead nowhere
+	if r.Type == unix.RTN_UNICAST || r.Type == unix.RTN_LOCAL || r.LinkIndex != lo {
 		k.link = r.LinkIndex
 		src, _ := netip.AddrFromSlice(r.Src)
 		k.src = src.Unmap()
+		gw, _ := netip.AddrFromSlice(r.Gw)
+		k.gw = gw.Unmap()
 	}
 	zero := netip.IPv4Unspecified()
 	if r.Family == unix.AF_INET6 {
 		zero = netip.IPv6Unspecified()
+		if k.metric == 1024 { // IP6_RT_PRIO_USER
+			k.metric = 0
+		}
 	}
 	k.dst = netip.PrefixFrom(zero, 0)
 	if r.Dst != nil {
@@ -141,13 +196,22 @@ func keyOf(r *netlink.Route) routeKey {
 }
 
 func (k routeKey) route(table int) *netlink.Route {
-	r := &netlink.Route{Table: table, Protocol: Protocol, Type: k.kind, LinkIndex: k.link, Family: unix.AF_INET6}
+	r := &netlink.Route{
+		Table: table, Protocol: Protocol, Type: k.kind, LinkIndex: k.link, Family: unix.AF_INET6, Priority: k.metric,
+	}
 	bits := 128
 	if k.dst.Addr().Is4() {
 		r.Family, bits = unix.AF_INET, 32
-		if k.kind == unix.RTN_UNICAST {
+		switch {
+		case k.kind == unix.RTN_UNICAST && !k.gw.IsValid():
 			r.Scope = netlink.SCOPE_LINK
+		case k.kind == unix.RTN_LOCAL:
+			r.Scope = netlink.SCOPE_HOST
 		}
+	}
+	if k.gw.IsValid() {
+		// On the device, whether an address there says so or not.
+		r.Gw, r.Flags = k.gw.AsSlice(), int(netlink.FLAG_ONLINK)
 	}
 	if k.src.IsValid() {
 		r.Src = k.src.AsSlice()
@@ -156,47 +220,60 @@ func (k routeKey) route(table int) *netlink.Route {
 	return r
 }
 
-// setRoutes makes the table hold the plan's routes and says whether it had to
-// change anything but a source address, which follows the main table. Routes
-// of others in it are left alone.
-func setRoutes(h *netlink.Handle, p *Plan, link int, v6 bool) (changed bool, err error) {
-	want := wantRoutes(h, p, link, v6)
-	missing := map[routeKey]bool{}
+// compareRoutes reads the table: what of the wanted is missing, and what of
+// ours is there instead. A throw may hang on our device or not, but not where
+// it is to stay without it.
+func compareRoutes(h *netlink.Handle, p *Plan, w *way, want []routeKey) (missing map[routeKey]bool, stale map[slot]netlink.Route, err error) {
+	missing, stale = map[routeKey]bool{}, map[slot]netlink.Route{}
 	for _, k := range want {
 		missing[k] = true
 	}
-	stale := map[netip.Prefix]netlink.Route{}
 	for _, family := range families {
 		routes, err := listRoutes(h, family, p.Table)
 		if err != nil {
-			return false, err
+			return nil, nil, err
 		}
 		for _, r := range routes {
 			if r.Protocol != Protocol {
 				continue
 			}
 			k := keyOf(&r)
+			if k.kind == unix.RTN_THROW && k.link == w.link && !p.blocks() {
+				k.link = 0
+			}
 			if missing[k] {
 				delete(missing, k)
 				continue
 			}
-			stale[k.dst] = r
+			stale[k.slot()] = r
 		}
 	}
+	return missing, stale, nil
+}
+
+// setRoutes makes the table hold the plan's routes and says whether it had to
+// change anything but a source address, which follows the main table. Routes
+// of others in it are left alone.
+func setRoutes(h *netlink.Handle, p *Plan, w *way) (changed bool, err error) {
+	want := wantRoutes(h, p, w)
+	missing, stale, err := compareRoutes(h, p, w, want)
+	if err != nil {
+		return false, err
+	}
+	hang := nexthops{link: w.link}
+	defer hang.close()
 	for _, k := range want {
 		if !missing[k] {
 			continue
 		}
-		set := h.RouteAdd
-		old, ours := stale[k.dst]
+		old, ours := stale[k.slot()]
 		if ours {
-			delete(stale, k.dst)
-			set = h.RouteReplace // without a moment in which there is none
+			delete(stale, k.slot())
 		}
 		was := keyOf(&old)
 		was.src = k.src
 		changed = changed || !ours || was != k
-		if err := set(k.route(p.Table)); err != nil {
+		if err := setRoute(h, p, k, ours, &hang); err != nil {
 			return changed, fmt.Errorf("add route %s to table %d: %w", k.dst, p.Table, err)
 		}
 	}
@@ -204,9 +281,31 @@ func setRoutes(h *netlink.Handle, p *Plan, link int, v6 bool) (changed bool, err
 	return changed, delRoutes(h, slices.Collect(maps.Values(stale)))
 }
 
+// setRoute adds a route, or replaces one of ours without a moment in which
+// there is none.
+func setRoute(h *netlink.Handle, p *Plan, k routeKey, replace bool, hang *nexthops) error {
+	flags, set := mdl.Excl, h.RouteAdd
+	if replace {
+		flags, set = mdl.Replace, h.RouteReplace
+	}
+	if k.kind == unix.RTN_THROW && !p.blocks() {
+		family := byte(unix.AF_INET6)
+		if k.dst.Addr().Is4() {
+			family = unix.AF_INET
+		}
+		if id := hang.id(family); id != 0 && hang.throw(k, p.Table, id, flags) == nil {
+			return nil
+		}
+	}
+	return set(k.route(p.Table))
+}
+
 func delRoutes(h *netlink.Handle, routes []netlink.Route) error {
 	var errs []error
 	for _, r := range routes {
+		if r.Type == unix.RTN_THROW {
+			r.LinkIndex = 0 // it is its nexthop's, and none to name here
+		}
 		if err := h.RouteDel(&r); err != nil && !errors.Is(err, unix.ESRCH) {
 			errs = append(errs, fmt.Errorf("delete route %s of table %d: %w", keyOf(&r).dst, r.Table, err))
 		}
@@ -227,29 +326,9 @@ func clearRoutes(h *netlink.Handle, table int) error {
 		routes, err := listRoutes(h, family, table)
 		errs = append(errs, err)
 		routes = slices.DeleteFunc(routes, func(r netlink.Route) bool { return r.Protocol != Protocol })
-		errs = append(errs, delRoutes(h, routes))
+		errs = append(errs, delRoutes(h, routes), delNexthops(byte(family), routes))
 	}
 	return errors.Join(errs...)
-}
-
-// setDevice prepares our own device: it joins the group, and its packets are
-// looked up with their mark where rp_filter asks for the way back. Both go
-// when the device goes.
-func setDevice(h *netlink.Handle, dev string) (link int, v6 bool, err error) {
-	l, err := h.LinkByName(dev)
-	if err != nil {
-		return 0, false, fmt.Errorf("find device %s: %w", dev, err)
-	}
-	if l.Attrs().Group != linkGroup {
-		if err := h.LinkSetGroup(l, linkGroup); err != nil {
-			return 0, false, fmt.Errorf("set group of device %s: %w", dev, err)
-		}
-	}
-	if err := sysctl("/proc/sys/net/ipv4/conf/"+dev+"/src_valid_mark", "1"); err != nil {
-		return 0, false, err
-	}
-	off, err := os.ReadFile("/proc/sys/net/ipv6/conf/" + dev + "/disable_ipv6")
-	return l.Attrs().Index, err == nil && strings.TrimSpace(string(off)) == "0", nil
 }
 
 func sysctl(path, value string) error {

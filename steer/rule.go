@@ -3,6 +3,7 @@ package steer
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/vishvananda/netlink"
@@ -20,17 +21,38 @@ func listRules(h *netlink.Handle, family int) ([]netlink.Rule, error) {
 	return rules, nil
 }
 
-// wantRule is the ip rule of a plan in one family.
-func wantRule(p *Plan, family int) *netlink.Rule {
+// wantRules are the ip rules of a plan in one family, in their order. What
+// comes out of our device for somebody behind an interface carries the mark,
+// for the sake of rp_filter, and goes by the main table.
+func wantRules(p *Plan, family int) []*netlink.Rule {
 	r := netlink.NewRule()
 	r.Family, r.Priority, r.Table, r.Protocol = family, p.Priority, p.Table, Protocol
 	r.Mark, r.Mask = p.Mark, &p.Mask
-	return r
+	if len(p.Interfaces) == 0 || !p.byTun() {
+		return []*netlink.Rule{r}
+	}
+	back := *r
+	back.Table, back.IifName = unix.RT_TABLE_MAIN, p.Device
+	return []*netlink.Rule{&back, r}
 }
 
 func sameRule(a, b *netlink.Rule) bool {
 	return a.Priority == b.Priority && a.Table == b.Table && a.Protocol == b.Protocol &&
-		a.Mark == b.Mark && maskOf(a) == maskOf(b) && !a.Invert
+		a.Mark == b.Mark && maskOf(a) == maskOf(b) && a.IifName == b.IifName && !a.Invert
+}
+
+// numberOf is the instance of one of our rules: its table, or that of the rule
+// that it stands beside.
+func numberOf(r *netlink.Rule, all []netlink.Rule) int {
+	if r.Table != unix.RT_TABLE_MAIN {
+		return r.Table
+	}
+	for _, o := range all {
+		if o.Protocol == Protocol && o.Table != unix.RT_TABLE_MAIN && o.Priority == r.Priority && o.Mark == r.Mark {
+			return o.Table
+		}
+	}
+	return r.Table
 }
 
 // maskOf is the mask of a rule's fwmark; 0 means that it has none.
@@ -47,31 +69,60 @@ func maskOf(r *netlink.Rule) uint32 {
 // setRules adds the plan's ip rules where they are missing and says whether
 // any was. stale are other ones of the instance, to be deleted when nothing
 // sets their mark any more.
-func setRules(h *netlink.Handle, p *Plan, v6 bool) (changed bool, stale []netlink.Rule, err error) {
+func setRules(h *netlink.Handle, p *Plan, w *way) (changed bool, stale []netlink.Rule, err error) {
 	for _, family := range families {
 		rules, err := listRules(h, family)
 		if err != nil {
 			return changed, nil, err
 		}
-		want, have := wantRule(p, family), false
+		var want []*netlink.Rule
+		if steers(p, w, family == unix.AF_INET6) {
+			want = wantRules(p, family)
+		}
+		var others []netlink.Rule
+		found := 0 // of want, in their order
 		for _, r := range rules {
 			switch {
-			case r.Protocol != Protocol || r.Table != p.Table:
-			case !have && sameRule(&r, want) && (v6 || family == unix.AF_INET):
-				have = true
+			case r.Protocol != Protocol || numberOf(&r, rules) != p.Table:
+			case found < len(want) && sameRule(&r, want[found]):
+				found++
 			default:
-				stale = append(stale, r)
+				others = append(others, r)
 			}
 		}
-		if have || family == unix.AF_INET6 && !v6 {
+		if found == len(want) {
+			stale = append(stale, others...)
 			continue
 		}
-		if err := h.RuleAdd(want); err != nil {
-			return changed, nil, fmt.Errorf("add ip rule %s: %w", ruleText(want), err)
-		}
 		changed = true
+		if err := addRules(h, want[found:], others); err != nil {
+			return changed, nil, err
+		}
+		stale = append(stale, slices.DeleteFunc(others, func(r netlink.Rule) bool { return isAny(&r, want[found:]) })...)
 	}
 	return changed, stale, nil
+}
+
+// addRules adds rules behind those of the same priority. One that is there,
+// but at the wrong place, is taken away first.
+func addRules(h *netlink.Handle, rules []*netlink.Rule, there []netlink.Rule) error {
+	for _, r := range there {
+		if isAny(&r, rules) {
+			if err := delRules(h, []netlink.Rule{r}); err != nil {
+				return err
+			}
+		}
+	}
+	for _, r := range rules {
+		if err := h.RuleAdd(r); err != nil {
+			return fmt.Errorf("add ip rule %s: %w", ruleText(r), err)
+		}
+	}
+	return nil
+}
+
+func isAny(r *netlink.Rule, of []*netlink.Rule) bool {
+	return slices.ContainsFunc(of, func(o *netlink.Rule) bool { return sameRule(r, o) })
 }
 
 func delRules(h *netlink.Handle, rules []netlink.Rule) error {
@@ -97,6 +148,9 @@ func ruleText(r *netlink.Rule) string {
 		if mask != ^uint32(0) {
 			fmt.Fprintf(&b, "/%#x", mask)
 		}
+	}
+	if r.IifName != "" {
+		fmt.Fprintf(&b, " iif %s", r.IifName)
 	}
 	if r.Table != 0 {
 		fmt.Fprintf(&b, " lookup %d", r.Table)

@@ -12,7 +12,7 @@ import (
 // The named counters of a table. They live as long as the table does.
 const (
 	countGuard = "guard" // marked packets that would have left another way
-	countSpoof = "spoof" // into the device with a source that is not of here
+	countSpoof = "spoof" // to be captured, with a source that is not of here
 	countStray = "stray" // out of the device to somewhere else than here
 )
 
@@ -27,6 +27,7 @@ type ruleset struct {
 	elems  map[*nftables.Set][]nftables.SetElement
 	chains []*nftables.Chain
 	rules  []*nftables.Rule
+	ifs    *nftables.Set // the plan's interfaces; nil: none
 }
 
 // tableOf names the table of an instance.
@@ -36,44 +37,143 @@ func tableOf(table int) *nftables.Table {
 
 const tablePrefix = "cgtun_"
 
+// homePrefix begins the name of an empty chain, by which a table in another
+// namespace says whose it is: the cookie of home follows.
+const homePrefix = "home_"
+
+func homeOf(cookie uint64) string { return fmt.Sprintf("%s%d", homePrefix, cookie) }
+
+// place is where a table is.
+type place struct {
+	away bool   // in another namespace than home
+	home uint64 // the cookie of home, for tables that are away
+}
+
+// guards says whether the table has the guard. Away it is plain and outlives
+// us, and what guards there is a program that does not.
+func (at place) guards(p *Plan) bool { return !at.away || p.Closed }
+
 // newRuleset writes a plan down as an nft table. The package comment says why
 // the rules are what they are.
-func newRuleset(p *Plan) *ruleset {
+func newRuleset(p *Plan, w *way, at place) *ruleset {
 	r := &ruleset{table: tableOf(p.Table), elems: map[*nftables.Set][]nftables.SetElement{}}
-	r.edges(p)
-	r.out(p)
+	if at.away {
+		r.chain(homeOf(at.home))
+	}
+	bypass := r.bypass(p)
+	if len(p.Interfaces) > 0 {
+		r.interfaces(p)
+	}
+	if w.ours {
+		r.tun(p, w.dev)
+	}
+	r.enter(p, w, bypass)
+	in := r.hook("in", nftables.ChainHookInput, nftables.ChainPriorityMangle)
+	if w.ours {
+		r.add(in, iif(w.dev), setCtMark(p.ctMask(), p.ctMark()))
+	}
+	r.add(in, iifNot("lo"), iifGroupNot(linkGroup), original(), setCtMark(cameIn, cameIn))
+	r.post(p, w, at)
+	r.out(p, bypass)
 	return r
 }
 
-// edges are the chains around the device: what comes out of it, what goes
-// into it, and what came in elsewhere.
-func (r *ruleset) edges(p *Plan) {
-	dev := p.Device
+// tun is what comes out of our device: it is for sockets of this namespace and
+// for those behind the interfaces, and goes nowhere else.
+func (r *ruleset) tun(p *Plan, dev string) {
 	pre := r.hook("pre", nftables.ChainHookPrerouting, nftables.ChainPriorityRaw)
 	// Before routing: that would answer what goes nowhere with an ICMP redirect.
-	r.add(pre, iif(dev), daddrType(differs, unix.RTN_LOCAL), count(countStray), drop())
+	stray := join(iif(dev), daddrType(differs, unix.RTN_LOCAL))
+	if r.ifs != nil {
+		stray = append(stray, notBehind(daddrLeaves(), r.ifs)...)
+	}
+	r.add(pre, stray, count(countStray), drop())
 	r.add(pre, iif(dev), setMark(p.Mask, p.Mark))
 
-	in := r.hook("in", nftables.ChainHookInput, nftables.ChainPriorityMangle)
-	r.add(in, iif(dev), setCtMark(p.ctMask(), p.ctMark()))
-	r.add(in, iifNot("lo"), iifGroupNot(linkGroup), original(), setCtMark(cameIn, cameIn))
-
-	// What a nat chain has given another destination since.
 	forward := r.hook("forward", nftables.ChainHookForward, nftables.ChainPriorityFilter)
+	if r.ifs != nil {
+		there := join(iif(dev), oifIn(r.ifs))
+		r.add(forward, there, setCtMark(p.ctMask(), p.ctMark()))
+		r.add(forward, there, setMark(p.Mask, 0), leave())
+		// Who sent it is known by his address: before others masquerade it.
+		keep := r.hook("keep", nftables.ChainHookPostrouting, nftables.ChainPriorityRef(*nftables.ChainPriorityNATSource-1))
+		keep.Type = nftables.ChainTypeNAT
+		r.add(keep, iifIn(r.ifs), oif(dev), sourceAsIs(unix.NFPROTO_IPV4))
+		r.add(keep, iifIn(r.ifs), oif(dev), sourceAsIs(unix.NFPROTO_IPV6))
+	}
+	// What a nat chain has given another destination since.
 	r.add(forward, iif(dev), count(countStray), drop())
+}
 
+// enter is for what comes in: through the interfaces, to be captured as if a
+// program here had sent it, and for the transparent proxy.
+func (r *ruleset) enter(p *Plan, w *way, bypass []*nftables.Set) {
+	if r.ifs == nil && !w.tproxy.IsValid() {
+		return
+	}
+	enter := r.hook("enter", nftables.ChainHookPrerouting, nftables.ChainPriorityMangle)
+	if r.ifs != nil {
+		r.add(enter, iifIn(r.ifs), jump(r.through(p, bypass).Name))
+	}
+	if !w.tproxy.IsValid() {
+		return
+	}
+	r.add(enter, markIs(p.Mask, p.Mark), tcp(), tproxyTo(w.tproxy))
+	r.add(enter, markIs(p.Mask, p.Mark), udp(), tproxyTo(w.tproxy))
+	// All addresses are local on this way: nobody else may answer for them.
+	r.add(enter, markIs(p.Mask, p.Mark), reject())
+}
+
+// through decides on what was forwarded in. Answers to what others began go
+// the way they came.
+func (r *ruleset) through(p *Plan, bypass []*nftables.Set) *nftables.Chain {
+	captured := ctMarkIs(p.ctMask(), p.ctMark())
+	c := r.chain("through")
+	r.add(c, reply(), captured, setMark(p.Mask, p.Mark), leave())
+	r.add(c, reply(), leave())
+	r.add(c, daddrType(equal, unix.RTN_LOCAL), leave())
+	for _, set := range bypass {
+		r.add(c, daddrIn(set), leave())
+	}
+	for _, is6 := range []bool{false, true} {
+		if p.skips(is6) {
+			r.add(c, family(is6), leave())
+		}
+	}
+	r.add(c, syn(), captured, setCtMark(p.ctMask(), 0))
+	r.add(c, syn(), fresh(), setCtMark(p.ctMask(), p.ctMark()))
+	r.add(c, tcp(), captured, setMark(p.Mask, p.Mark))
+	r.add(c, notTCP(), setMark(p.Mask, p.Mark))
+	spoof := join(markIs(p.Mask, p.Mark), notBehind(saddrLeaves(), r.ifs))
+	r.add(c, spoof, count(countSpoof), drop())
+	return c
+}
+
+// post is the guard, and what enters the device.
+func (r *ruleset) post(p *Plan, w *way, at place) {
 	post := r.hook("post", nftables.ChainHookPostrouting, nftables.ChainPriorityFilter)
-	r.add(post, markIs(p.Mask, p.Mark), oifNot(dev), oifNot("lo"), count(countGuard), drop())
+	if at.guards(p) {
+		guard := markIs(p.Mask, p.Mark)
+		if w.dev != "" && w.dev != "lo" {
+			guard = append(guard, oifNot(w.dev)...)
+		}
+		r.add(post, guard, oifNot("lo"), count(countGuard), drop())
+	}
+	if !w.ours {
+		return
+	}
 	// The kernel's own group reports on the device are no flows of anybody.
-	r.add(post, oif(dev), daddrType(equal, unix.RTN_MULTICAST), drop())
-	r.add(post, oif(dev), saddrType(differs, unix.RTN_LOCAL), count(countSpoof), drop())
+	r.add(post, oif(w.dev), daddrType(equal, unix.RTN_MULTICAST), drop())
+	if r.ifs != nil {
+		r.add(post, oif(w.dev), iifIn(r.ifs), leave())
+	}
+	r.add(post, oif(w.dev), saddrType(differs, unix.RTN_LOCAL), count(countSpoof), drop())
 }
 
 // out is the chain that decides. Its type is route: a changed mark makes the
 // kernel look the route up again.
-func (r *ruleset) out(p *Plan) {
-	unmark := &nftables.Chain{Name: "unmark", Table: r.table}
-	r.chains = append(r.chains, unmark)
+func (r *ruleset) out(p *Plan, bypass []*nftables.Set) {
+	unmark := r.chain("unmark")
 	r.add(unmark, markIs(p.Mask, p.Mark), setMark(p.Mask, 0))
 
 	out := r.hook("out", nftables.ChainHookOutput, nftables.ChainPriorityMangle)
@@ -82,8 +182,13 @@ func (r *ruleset) out(p *Plan) {
 		r.add(out, cgroupIs(p.Self), leave())
 	}
 	r.add(out, reply(), ctMarkIs(cameIn, cameIn), goTo(unmark.Name))
-	for _, set := range r.bypass(p) {
+	for _, set := range bypass {
 		r.add(out, daddrIn(set), goTo(unmark.Name))
+	}
+	for _, is6 := range []bool{false, true} {
+		if p.skips(is6) {
+			r.add(out, family(is6), goTo(unmark.Name))
+		}
 	}
 
 	captured := ctMarkIs(p.ctMask(), p.ctMark())
@@ -94,16 +199,29 @@ func (r *ruleset) out(p *Plan) {
 	for i, set := range sets {
 		r.add(out, syn(), fresh(), cgroupIn(levels[i], set), setCtMark(p.ctMask(), p.ctMark()))
 	}
+	if p.All {
+		r.add(out, syn(), fresh(), setCtMark(p.ctMask(), p.ctMark()))
+	}
 	r.add(out, syn(), fresh(), markIs(p.Mask, p.Mark), setCtMark(p.ctMask(), p.ctMark()))
 	r.add(out, tcp(), captured, setMark(p.Mask, p.Mark))
 	for i, set := range sets {
 		r.add(out, notTCP(), cgroupIn(levels[i], set), setMark(p.Mask, p.Mark))
 	}
+	if p.All {
+		// Errors that the kernel reports as a router are nobody's.
+		r.add(out, notTCP(), hasSocket(), setMark(p.Mask, p.Mark))
+	}
+}
+
+func (r *ruleset) chain(name string) *nftables.Chain {
+	c := &nftables.Chain{Name: name, Table: r.table}
+	r.chains = append(r.chains, c)
+	return c
 }
 
 func (r *ruleset) hook(name string, hook *nftables.ChainHook, priority *nftables.ChainPriority) *nftables.Chain {
-	c := &nftables.Chain{Name: name, Table: r.table, Type: nftables.ChainTypeFilter, Hooknum: hook, Priority: priority}
-	r.chains = append(r.chains, c)
+	c := r.chain(name)
+	c.Type, c.Hooknum, c.Priority = nftables.ChainTypeFilter, hook, priority
 	return c
 }
 
@@ -126,6 +244,15 @@ func (r *ruleset) bypass(p *Plan) []*nftables.Set {
 		r.set(&nftables.Set{Name: "by4", KeyType: nftables.TypeIPAddr, Interval: true}, intervals(v4)),
 		r.set(&nftables.Set{Name: "by6", KeyType: nftables.TypeIP6Addr, Interval: true}, intervals(v6)),
 	}
+}
+
+// interfaces makes the set of their names.
+func (r *ruleset) interfaces(p *Plan) {
+	var elems []nftables.SetElement
+	for _, dev := range slices.Compact(slices.Sorted(slices.Values(p.Interfaces))) {
+		elems = append(elems, nftables.SetElement{Key: name(dev)})
+	}
+	r.ifs = r.set(&nftables.Set{Name: "interfaces", KeyType: nftables.TypeIFName}, elems)
 }
 
 // cgroups returns one set a level, by level, for the level is part of the
@@ -152,12 +279,20 @@ func (r *ruleset) cgroups(p *Plan) (levels []int, sets []*nftables.Set) {
 	return levels, sets
 }
 
-// send queues the table on conn, in place of the sets named old and of all
-// rules. Flush makes it one transaction: no packet sees half of it.
-func (r *ruleset) send(conn *nftables.Conn, old []string) error {
-	conn.FlushTable(r.table)
-	for _, name := range old {
-		conn.DelSet(&nftables.Set{Table: r.table, Name: name})
+// send queues the table on conn, in place of all rules of old and of its sets
+// and chains; nil stands for an empty table. Flush makes it one transaction: no
+// packet sees half of it.
+func (r *ruleset) send(conn *nftables.Conn, old *ruleset) error {
+	if old != nil {
+		conn.FlushTable(r.table)
+		for _, set := range old.sets {
+			conn.DelSet(&nftables.Set{Table: r.table, Name: set.Name})
+		}
+		for _, c := range old.chains {
+			if !slices.ContainsFunc(r.chains, func(o *nftables.Chain) bool { return o.Name == c.Name }) {
+				conn.DelChain(&nftables.Chain{Table: r.table, Name: c.Name})
+			}
+		}
 	}
 	for _, name := range []string{countGuard, countSpoof, countStray} {
 		conn.AddObj(&nftables.CounterObj{Table: r.table, Name: name})
@@ -179,13 +314,4 @@ func (r *ruleset) send(conn *nftables.Conn, old []string) error {
 		conn.AddRule(rule)
 	}
 	return nil
-}
-
-// setNames are the sets that the next ruleset has to replace.
-func (r *ruleset) setNames() []string {
-	var names []string
-	for _, s := range r.sets {
-		names = append(names, s.Name)
-	}
-	return names
 }

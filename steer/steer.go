@@ -4,8 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"strconv"
 	"sync"
+	"time"
 
 	"github.com/vishvananda/netlink"
 
@@ -15,37 +17,42 @@ import (
 // Steering is one instance's steering in one namespace. Safe for concurrent
 // use. Who opened it closes it.
 //
-// It holds a netlink socket of the namespace, which owns the nft table and
-// would keep the namespace alive: so it is for home.
+// In home it holds a netlink socket, which owns the nft table. In another
+// namespace it holds nothing, for that would keep the namespace alive.
 type Steering struct {
 	ns     netns.Ref
 	number int
 	owner  bool // ask for an owned table
 
-	mu     sync.Mutex
-	table  *table // nil when closed
-	plan   *Plan  // in force; nil before the first Apply
-	v6     bool
-	plain  error // why the table has no owner
-	opened bool  // the table is in the kernel
+	mu    sync.Mutex
+	table *table // nil when closed
+	plan  *Plan  // in force; nil before the first Apply
+	way   *way   // as it was found last
+	dead  map[netip.Addr]bool
+	plain error // why the table is less than was asked for
+	made  bool  // something of ours may be in the kernel
 }
 
 // Open prepares the steering of the instance, which is the number of its
 // table, and removes what dead instances left in this namespace, of whatever
-// number. It makes nothing yet.
+// number; what blocks for them stays. It makes nothing yet.
 func Open(ns netns.Ref, instance string) (*Steering, error) {
 	number, err := strconv.Atoi(instance)
 	if err != nil || number <= 0 {
 		return nil, fmt.Errorf("open steering of instance %q: not the number of a table", instance)
 	}
+	return open(ns, number, ns.IsHome())
+}
+
+func open(ns netns.Ref, number int, home bool) (*Steering, error) {
 	if err := removeDead(ns); err != nil {
 		return nil, fmt.Errorf("remove what dead instances left in %s: %w", ns, err)
 	}
-	t, err := openTable(ns, number)
+	t, err := openTable(ns, number, home)
 	if err != nil {
 		return nil, err
 	}
-	return &Steering{ns: ns, number: number, owner: true, table: t}, nil
+	return &Steering{ns: ns, number: number, owner: true, table: t, dead: map[netip.Addr]bool{}}, nil
 }
 
 // Check says, as a *TakenError, whether something that the plan needs is in
@@ -54,7 +61,7 @@ func Open(ns netns.Ref, instance string) (*Steering, error) {
 func (s *Steering) Check(p Plan) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if err := s.valid(&p); err != nil || s.opened {
+	if err := s.valid(&p); err != nil || s.made {
 		return err
 	}
 	return s.free(&p, true)
@@ -70,20 +77,29 @@ func (s *Steering) valid(p *Plan) error {
 	if err := p.validate(); err != nil {
 		return fmt.Errorf("steer table %d: %w", s.number, err)
 	}
+	if s.table.at.away && !p.byTun() {
+		return fmt.Errorf("steer table %d in %s: the way %q is served in home only", s.number, s.ns, p.Via)
+	}
 	return nil
 }
 
+// free says whether the plan's numbers are free, and those of the device too
+// if it is asked for. What a dead run of this instance left is no obstacle.
 func (s *Steering) free(p *Plan, device bool) error {
-	tables, err := ourTables(s.ns)
+	mine := false
+	objects, err := Find(s.ns)
 	if err != nil {
 		return err
 	}
-	for _, t := range tables {
-		if t.Name == s.table.ref.Name {
+	for _, o := range objects {
+		if o.Instance != strconv.Itoa(s.number) {
+			continue
+		}
+		if mine = !o.Alive && o.Home == s.table.at.home; !mine {
 			return s.tableTaken()
 		}
 	}
-	return withRoutes(s.ns, func(h *netlink.Handle) error { return taken(h, p, device) })
+	return withRoutes(s.ns, func(h *netlink.Handle) error { return taken(h, p, device, mine) })
 }
 
 func (s *Steering) tableTaken() error {
@@ -95,8 +111,8 @@ func (s *Steering) tableTaken() error {
 
 // Apply makes the namespace be as the plan says, whatever it was before: the
 // same call serves the start, a reload, changed addresses and cgroups that
-// were made again. The device must exist. Packets see the nft table of before
-// or that of after, nothing between.
+// were made again. Our own device must exist; another way may come later, see
+// Down. Packets see the nft table of before or that of after, nothing between.
 //
 // The first Apply returns a *TakenError, and has changed nothing, if something
 // is in use. On another error what the last good Apply made is in force again,
@@ -107,8 +123,8 @@ func (s *Steering) Apply(p Plan) error {
 	if err := s.valid(&p); err != nil {
 		return err
 	}
-	if !s.opened {
-		if err := s.create(&p); err != nil {
+	if !s.made {
+		if err := s.claim(&p); err != nil {
 			return err
 		}
 	}
@@ -123,12 +139,22 @@ func (s *Steering) Apply(p Plan) error {
 	return errors.Join(err, s.apply(s.plan))
 }
 
-// create makes the empty table, and so takes the number.
-func (s *Steering) create(p *Plan) error {
+// claim takes the number: in home by making the empty table.
+func (s *Steering) claim(p *Plan) error {
 	if err := s.free(p, false); err != nil {
 		return err
 	}
-	err := s.table.create(s.owner)
+	if !s.table.at.away {
+		if err := s.create(p); err != nil {
+			return err
+		}
+	}
+	s.made = true
+	return nil
+}
+
+func (s *Steering) create(p *Plan) error {
+	err := s.table.create(s.owner, p.Closed)
 	var feature *FeatureError
 	switch {
 	case errors.Is(err, fs.ErrExist):
@@ -138,7 +164,6 @@ func (s *Steering) create(p *Plan) error {
 	case err != nil:
 		return err
 	}
-	s.opened = true
 	return nil
 }
 
@@ -147,31 +172,48 @@ func (s *Steering) create(p *Plan) error {
 // rule last.
 func (s *Steering) apply(p *Plan) error {
 	return withRoutes(s.ns, func(h *netlink.Handle) error {
-		link, v6, err := setDevice(h, p.Device)
+		w, err := s.findWay(h, p)
 		if err != nil {
 			return err
 		}
-		s.v6 = v6
-		if _, err := setRoutes(h, p, link, v6); err != nil {
+		if _, err := setRoutes(h, p, w); err != nil {
 			return err
 		}
-		_, stale, err := setRules(h, p, v6)
+		_, stale, err := setRules(h, p, w)
 		if err != nil {
 			return err
 		}
-		if err := s.table.apply(newRuleset(p)); err != nil {
+		if s.plan != nil && s.plan.Closed != p.Closed && !s.table.at.away {
+			// A table is for life what it was made as.
+			if err := errors.Join(s.table.remove(), s.create(p)); err != nil {
+				return err
+			}
+		}
+		if err := s.table.apply(newRuleset(p, w, s.table.at)); err != nil {
 			return err
 		}
+		s.way = w
 		return delRules(h, stale)
 	})
 }
 
-// V6 says whether IPv6 is steered: not where our device has none. Marked v6
-// packets are dropped by the guard then.
+// V6 says whether IPv6 goes the plan's way now: not where our device has none.
+// Marked v6 packets are dropped by the guard then.
 func (s *Steering) V6() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.v6
+	return s.plan != nil && !s.plan.No6 && s.way.carries(true)
+}
+
+// Down says why nothing goes the plan's way now: its device or gateway is not
+// there. Run puts it in force when it comes. It is nil for our own device.
+func (s *Steering) Down() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.way == nil {
+		return nil
+	}
+	return s.way.down
 }
 
 // Missing returns a *FeatureError if the kernel refused an owned table: Run
@@ -185,42 +227,108 @@ func (s *Steering) Missing() error {
 // Counters are packets that the nft table dropped since the first Apply.
 type Counters struct {
 	Guard uint64 // marked, and about to leave by another device than ours
-	Spoof uint64 // into our device with a source that is not of this namespace
-	Stray uint64 // out of our device to somebody else than this namespace's sockets
+	Spoof uint64 // to be captured, with a source that is not of here
+	Stray uint64 // out of our device to somebody whom it is not for
 }
 
 // Counters reads them.
 func (s *Steering) Counters() (Counters, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.table == nil || !s.opened {
+	if s.table == nil || s.plan == nil {
 		return Counters{}, nil
 	}
 	packets, err := s.table.counters()
 	return Counters{Guard: packets[countGuard], Spoof: packets[countSpoof], Stray: packets[countStray]}, err
 }
 
-// undo takes everything away, the nearest first.
+// undoTries is how often Close tries to undo what the kernel refuses to let
+// go, and undoPause the time between.
+const (
+	undoTries = 3
+	undoPause = 50 * time.Millisecond
+)
+
+// undo takes everything away, the nearest first. What a failure leaves is what
+// the next call takes.
 func (s *Steering) undo() error {
-	var errs []error
-	if s.opened {
-		errs = append(errs, s.table.remove())
-		errs = append(errs, withRoutes(s.ns, func(h *netlink.Handle) error { return clearRoutes(h, s.number) }))
+	if !s.made {
+		return nil
 	}
-	s.opened, s.plan = false, nil
-	return errors.Join(errs...)
+	s.plan, s.way = nil, nil
+	err := errors.Join(
+		s.table.remove(),
+		withRoutes(s.ns, func(h *netlink.Handle) error { return clearRoutes(h, s.number) }),
+	)
+	if errors.Is(err, netns.ErrGone) {
+		err = nil // and all with it
+	}
+	s.made = err != nil
+	return err
+}
+
+// block leaves nothing but what blocks: marked packets, and no way for them.
+func (s *Steering) block() error {
+	err := withRoutes(s.ns, func(h *netlink.Handle) error {
+		w := &way{down: errors.New("cgtun does not run")}
+		if err := s.table.apply(newRuleset(s.plan, w, s.table.at)); err != nil {
+			return err
+		}
+		_, err := setRoutes(h, s.plan, w)
+		return err
+	})
+	if errors.Is(err, netns.ErrGone) {
+		return nil
+	}
+	return err
+}
+
+// Undo takes away what Apply made, a closed block too: it is for a namespace
+// that lives on and has nobody selected any more. The Steering can be used
+// again.
+func (s *Steering) Undo() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.table == nil {
+		return nil
+	}
+	return s.undoAll()
+}
+
+func (s *Steering) undoAll() (err error) {
+	for try := range undoTries {
+		if try > 0 {
+			time.Sleep(undoPause)
+		}
+		if err = s.undo(); err == nil {
+			return nil
+		}
+	}
+	return fmt.Errorf("take steering of table %d out of %s (\"cgtun cleanup\" removes what is left): %w", s.number, s.ns, err)
 }
 
 // Close undoes what Apply made and closes the socket. Packets that are on
-// their way lose their mark; nothing foreign is touched. A second Close does
-// nothing.
+// their way lose their mark; nothing foreign is touched. Of a closed plan it
+// leaves what blocks. A second Close does nothing, or tries again what the
+// first one could not.
 func (s *Steering) Close() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.table == nil {
 		return nil
 	}
-	err := errors.Join(s.undo(), s.table.close())
+	if s.plan != nil && s.plan.Closed {
+		err := errors.Join(s.block(), s.table.close())
+		s.table = nil
+		return err
+	}
+	err := s.undoAll()
+	err = errors.Join(err, s.table.close())
+	if s.made {
+		// An owned table is gone with the socket; what is left needs none.
+		s.table.hold = nil
+		return err
+	}
 	s.table = nil
 	return err
 }

@@ -3,19 +3,24 @@ package steer
 import (
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 )
 
 // taken looks for others' ip rules and routes in the way of a plan. device
-// asks for the device's name, too.
-func taken(h *netlink.Handle, p *Plan, device bool) error {
+// asks for the device's name, too. mine says that what this instance has there
+// is from a dead run of it.
+func taken(h *netlink.Handle, p *Plan, device, mine bool) error {
 	for _, family := range families {
 		rules, err := listRules(h, family)
 		if err != nil {
 			return err
 		}
 		for _, r := range rules {
+			if mine && r.Protocol == Protocol && numberOf(&r, rules) == p.Table {
+				continue
+			}
 			if err := ruleInTheWay(p, &r); err != nil {
 				return err
 			}
@@ -24,11 +29,14 @@ func taken(h *netlink.Handle, p *Plan, device bool) error {
 		if err != nil {
 			return err
 		}
+		if mine {
+			routes = slices.DeleteFunc(routes, func(r netlink.Route) bool { return r.Protocol == Protocol })
+		}
 		if len(routes) > 0 {
 			return &TakenError{What: fmt.Sprintf("table %d", p.Table), Holder: tableHolder(h, routes)}
 		}
 	}
-	if !device {
+	if !device || !p.byTun() {
 		return nil
 	}
 	l, err := h.LinkByName(p.Device)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"strings"
 	"sync"
 	"time"
@@ -11,11 +12,16 @@ import (
 	mdl "github.com/mdlayher/netlink"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"cgtun/internal/netns"
 )
 
 // settle is how long Run waits after a sign of change before it looks: a tool
 // that flushes and loads anew makes many signs at once.
 const settle = 50 * time.Millisecond
+
+// probeEvery is how often gateways that stand for each other are asked for.
+const probeEvery = 5 * time.Second
 
 // Run puts back what others take away — ip rules, which network managers clear,
 // routes, which go when our device is set down, and an nft table that has no
@@ -35,11 +41,17 @@ func (s *Steering) Run(ctx context.Context, repaired func(what string, err error
 	defer wg.Wait()
 	defer closeAll(conns)
 
+	probes := time.NewTicker(probeEvery)
+	defer probes.Stop()
 	last := ""
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
+		case <-probes.C:
+			// What it finds comes as an event; there is none where it fails.
+			_ = s.probeGateways()
+			continue
 		case <-again:
 		}
 		select {
@@ -47,7 +59,7 @@ func (s *Steering) Run(ctx context.Context, repaired func(what string, err error
 			return nil
 		case <-time.After(settle):
 		}
-		what, err := s.repair()
+		what, err := s.Repair()
 		switch {
 		case err != nil && err.Error() != last:
 			last = err.Error()
@@ -67,8 +79,12 @@ func (s *Steering) listen() ([]*mdl.Conn, error) {
 		unix.NETLINK_ROUTE: {
 			unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV4_IFADDR,
 			unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV6_RULE, unix.RTNLGRP_IPV6_IFADDR,
+			unix.RTNLGRP_LINK,
 		},
 		unix.NETLINK_NETFILTER: {unix.NFNLGRP_NFTABLES},
+	}
+	if s.chooses() {
+		groups[unix.NETLINK_ROUTE] = append(groups[unix.NETLINK_ROUTE], unix.RTNLGRP_NEIGH)
 	}
 	var conns []*mdl.Conn
 	err := s.ns.Do(func() error {
@@ -114,9 +130,11 @@ func signs(c *mdl.Conn, again chan<- struct{}) {
 	}
 }
 
-// repair compares the namespace with the plan in force, and says what it had
-// to put back.
-func (s *Steering) repair() (string, error) {
+// Repair compares the namespace with the plan in force, and says what it had
+// to put back; "" is nothing. It is for namespaces in which no Run may hold
+// sockets, and for a caller who asks about once a second. The error wraps
+// netns.ErrGone if the namespace has ended.
+func (s *Steering) Repair() (string, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.table == nil || s.plan == nil {
@@ -124,30 +142,68 @@ func (s *Steering) repair() (string, error) {
 	}
 	var what []string
 	err := withRoutes(s.ns, func(h *netlink.Handle) error {
-		link, v6, err := setDevice(h, s.plan.Device)
+		w, err := s.findWay(h, s.plan)
 		if err != nil {
 			return err
 		}
-		s.v6 = v6
-		changed, err := setRoutes(h, s.plan, link, v6)
-		if changed {
+		moved := s.moved(w)
+		changed, err := setRoutes(h, s.plan, w)
+		if changed && !moved {
 			what = append(what, "routes")
 		}
 		if err != nil {
 			return err
 		}
-		changed, stale, err := setRules(h, s.plan, v6)
-		if changed {
+		changed, stale, err := setRules(h, s.plan, w)
+		if changed && !moved {
 			what = append(what, "ip rules")
 		}
 		if err != nil {
 			return err
 		}
+		if moved {
+			if err := s.table.apply(newRuleset(s.plan, w, s.table.at)); err != nil {
+				return err
+			}
+		}
+		s.way = w
 		return delRules(h, stale)
 	})
+	if errors.Is(err, netns.ErrGone) {
+		return "", err
+	}
 	changed, tableErr := s.table.restore()
 	if changed {
 		what = append(what, "nft table")
 	}
 	return strings.Join(what, ", "), errors.Join(err, tableErr)
+}
+
+// moved says whether a way by the kernel is another one than before: routes
+// that follow it were not taken away by anybody.
+func (s *Steering) moved(w *way) bool {
+	if w.ours {
+		return false
+	}
+	return w.dev != s.way.dev || w.link != s.way.link || !maps.Equal(w.gw, s.way.gw) || (w.down == nil) != (s.way.down == nil)
+}
+
+// chooses says whether the plan has gateways that stand for each other.
+func (s *Steering) chooses() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.plan != nil && (len(s.plan.Via.Gateway) > 1 || len(s.plan.Via.Gateway6) > 1)
+}
+
+// probeGateways keeps what the kernel knows of several gateways new.
+func (s *Steering) probeGateways() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.plan == nil || s.way == nil || s.way.ours || s.way.link == 0 {
+		return nil
+	}
+	return withRoutes(s.ns, func(h *netlink.Handle) error {
+		probe(h, &s.plan.Via, s.way.link)
+		return nil
+	})
 }

@@ -3,7 +3,6 @@ package steer_test
 import (
 	"context"
 	"encoding/binary"
-	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -55,18 +54,24 @@ func newWorld(t *testing.T) *world {
 	w.far.Run("ip", "route", "add", "default", "via", "10.8.0.1")
 	w.far.Run("ip", "route", "add", "default", "via", "fd08::1")
 	w.pipe = w.tun("tun0", "198.18.0.1", "fd00:101::1", w.beyond, "tun0")
-	for h, name := range map[*labtest.Host]string{w.far: "uplink", w.beyond: "beyond"} {
-		h.Run("ip", "addr", "add", server4+"/32", "dev", "lo")
-		h.Run("ip", "addr", "add", server6+"/128", "dev", "lo", "nodad")
-		serveName(h, name)
-	}
+	serveName(w.far, "uplink")
+	serveName(w.beyond, "beyond")
 	w.selected = lab.Cgroup("selected")
 	w.leaks = w.router.Meter([]string{"0.0.0.0/0", "::/0"}, []string{server4, server6, "10.8.0.0/16", "fd08::/64"})
 	return w
 }
 
-// serveName answers each line with the name.
+// revive makes the tun anew, after the end of the first.
+func (w *world) revive() {
+	w.beyond = w.lab.Host("beyond2")
+	w.pipe = w.tun("tun0", "198.18.0.1", "fd00:101::1", w.beyond, "tun0")
+	serveName(w.beyond, "beyond")
+}
+
+// serveName answers each line with the name, at the served addresses.
 func serveName(h *labtest.Host, name string) {
+	h.Run("ip", "addr", "add", server4+"/32", "dev", "lo")
+	h.Run("ip", "addr", "add", server6+"/128", "dev", "lo", "nodad")
 	h.Serve(":7000", func(c *net.TCPConn) error {
 		_, err := c.Write([]byte(name + "\n"))
 		c.Read(make([]byte, 10))
@@ -102,7 +107,7 @@ func cgroupOf(c *labtest.Cgroup) steer.Cgroup {
 // steer applies a plan until the test ends.
 func (w *world) steer(p steer.Plan) *steer.Steering {
 	w.t.Helper()
-	s, err := steer.Open(refOf(w.t, w.home), fmt.Sprint(p.Table))
+	s, err := steer.OpenHome(refOf(w.t, w.home), p.Table)
 	if err != nil {
 		w.t.Fatal(err)
 	}
