@@ -12,8 +12,6 @@ import (
 	mdl "github.com/mdlayher/netlink"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
-
-	"cgtun/internal/netns"
 )
 
 // settle is how long Run waits after a sign of change before it looks: a tool
@@ -134,49 +132,53 @@ func signs(c *mdl.Conn, again chan<- struct{}) {
 // to put back; "" is nothing. It is for namespaces in which no Run may hold
 // sockets, and for a caller who asks about once a second. The error wraps
 // netns.ErrGone if the namespace has ended.
-func (s *Steering) Repair() (string, error) {
+func (s *Steering) Repair() (what string, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.table == nil || s.plan == nil {
 		return "", nil
 	}
-	var what []string
-	err := withRoutes(s.ns, func(h *netlink.Handle) error {
-		w, err := s.findWay(h, s.plan)
-		if err != nil {
-			return err
+	var tableErr error
+	err = withRoutes(s.ns, func(h *netlink.Handle) error {
+		found, err := s.repair(h)
+		changed, restoreErr := s.table.restore()
+		if changed {
+			found = append(found, "nft table")
 		}
-		moved := s.moved(w)
-		changed, err := setRoutes(h, s.plan, w)
-		if changed && !moved {
-			what = append(what, "routes")
-		}
-		if err != nil {
-			return err
-		}
-		changed, stale, err := setRules(h, s.plan, w)
-		if changed && !moved {
-			what = append(what, "ip rules")
-		}
-		if err != nil {
-			return err
-		}
-		if moved {
-			if err := s.table.apply(newRuleset(s.plan, w, s.table.at)); err != nil {
-				return err
-			}
-		}
-		s.way = w
-		return delRules(h, stale)
+		what, tableErr = strings.Join(found, ", "), restoreErr
+		return err
 	})
-	if errors.Is(err, netns.ErrGone) {
-		return "", err
+	return what, errors.Join(err, tableErr)
+}
+
+// repair is Repair of all but the nft table.
+func (s *Steering) repair(h *netlink.Handle) (what []string, err error) {
+	w, err := s.findWay(h, s.plan)
+	if err != nil {
+		return nil, err
 	}
-	changed, tableErr := s.table.restore()
-	if changed {
-		what = append(what, "nft table")
+	moved := s.moved(w)
+	changed, err := setRoutes(h, s.plan, w)
+	if changed && !moved {
+		what = append(what, "routes")
 	}
-	return strings.Join(what, ", "), errors.Join(err, tableErr)
+	if err != nil {
+		return what, err
+	}
+	changed, stale, err := setRules(h, s.plan, w)
+	if changed && !moved {
+		what = append(what, "ip rules")
+	}
+	if err != nil {
+		return what, err
+	}
+	if moved {
+		if err := s.table.apply(newRuleset(s.plan, w, s.table.at)); err != nil {
+			return what, err
+		}
+	}
+	s.way = w
+	return what, delRules(h, stale)
 }
 
 // moved says whether a way by the kernel is another one than before: routes
