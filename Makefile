@@ -1,6 +1,7 @@
 # make            builds ./cgtun
 # sudo make demo  shows what it does, on this machine, and leaves nothing
 # sudo make test  runs all tests
+# sudo make install  puts program, unit and group where they belong
 # CONTRIBUTING.md says when to use the others.
 
 PREFIX  ?= /usr/local
@@ -53,8 +54,19 @@ lint:
 docs:
 	go test -count=1 ./config ./cmd/cgtun ./internal/arch
 
+# A configuration that is there stays; the service is not enabled. With DESTDIR,
+# which is for packagers, nothing of this machine is changed.
 install: build
 	install -D -m 755 cgtun $(DESTDIR)$(PREFIX)/sbin/cgtun
+	install -d -m 755 $(DESTDIR)$(PREFIX)/lib/systemd/system
+	sed 's|/usr/local/sbin|$(PREFIX)/sbin|' init/cgtun.service >$(DESTDIR)$(PREFIX)/lib/systemd/system/cgtun.service
+ifeq ($(DESTDIR),)
+	getent group cgtun >/dev/null || groupadd --system cgtun
+	test -e /etc/cgtun/config.toml || $(PREFIX)/sbin/cgtun init
+	test ! -d /run/systemd/system || systemctl daemon-reload
+else
+	install -D -m 644 config.toml.example $(DESTDIR)/etc/cgtun/config.toml
+endif
 
 clean:
 	rm -f cgtun

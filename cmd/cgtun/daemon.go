@@ -112,6 +112,7 @@ func (in *instance) run(ctx context.Context, server *control.Server) error {
 	work, ctx := errgroup.WithContext(ctx)
 	work.Go(func() error { return notCanceled(in.selector.Run(ctx, in.manager.Reconcile)) })
 	work.Go(func() error { return in.onHangup(ctx) })
+	work.Go(func() error { return in.watchdog(ctx) })
 	work.Go(func() error { return in.router.Run(ctx) })
 	work.Go(func() error { return in.manager.Run(ctx, in.ready) })
 	work.Go(func() error {

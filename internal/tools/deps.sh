@@ -15,6 +15,8 @@ while read -r tool package rest; do
 done <"$list"
 # The race detector is C: the compiler alone does not do.
 [ -e /usr/include/stdlib.h ] || missing="$missing libc6-dev"
+# nft prints protocols by the names that are in there.
+[ -e /etc/protocols ] || missing="$missing netbase"
 [ -n "$missing" ] || exit 0
 
 missing=$(printf '%s\n' $missing | sort -u | tr '\n' ' ')
