@@ -89,7 +89,10 @@ type Options struct {
 	Serve func(context.Context, *Attachment) error
 	// CgroupPath finds the path of a cgroup by its id; nil: none is known.
 	CgroupPath func(id uint64) (string, bool)
-	Logger     *slog.Logger
+	// Process finds the process of a socket by its cookie, and its program;
+	// nil: none is known.
+	Process func(cookie uint64) (pid int, program string, ok bool)
+	Logger  *slog.Logger
 }
 
 // State is an attachment as status shows it.

@@ -20,6 +20,7 @@ const (
 	inetDiagCgroupID = 21
 	inetDiagMsgLen   = 72 // struct inet_diag_msg
 	remotePortOffset = 6
+	cookieOffset     = 44
 	uidOffset        = 64
 	inodeOffset      = 68
 	anyState         = 0xffffffff
@@ -75,6 +76,7 @@ func (r *diagRequest) Serialize() []byte {
 // socket is what sock_diag says of a client's socket.
 type socket struct {
 	uid      uint32
+	cookie   uint64
 	cgroupID uint64
 }
 
@@ -114,7 +116,7 @@ func (a *asker) find(f *flow.Flow, device int) (*socket, error) {
 }
 
 func parseSocket(msg []byte, f *flow.Flow) (*socket, error) {
-	s := &socket{uid: binary.NativeEndian.Uint32(msg[uidOffset:])}
+	s := &socket{uid: binary.NativeEndian.Uint32(msg[uidOffset:]), cookie: binary.NativeEndian.Uint64(msg[cookieOffset:])}
 	attrs, err := nl.ParseRouteAttr(msg[inetDiagMsgLen:])
 	if err != nil {
 		return nil, fmt.Errorf("read sock_diag's answer for %s: %w", f.Src, err)
@@ -145,6 +147,9 @@ func (m *Manager) Owner(_ context.Context, f *flow.Flow) (*flow.Owner, error) {
 	owner := &flow.Owner{CgroupID: s.cgroupID, UID: s.uid}
 	if m.opts.CgroupPath != nil {
 		owner.Cgroup, _ = m.opts.CgroupPath(s.cgroupID)
+	}
+	if m.opts.Process != nil {
+		owner.PID, owner.Process, _ = m.opts.Process(s.cookie)
 	}
 	return owner, nil
 }

@@ -152,7 +152,9 @@ func (s *Selector) useEach() {
 	}
 	err := s.allowed(FeaturePerCgroup)
 	if err == nil && s.maps == nil {
-		s.maps, err = newMaps(1)
+		if s.maps, err = newMaps(1); err == nil {
+			s.note(FeatureProcess, s.tryRemember())
+		}
 	}
 	if err == nil {
 		s.each = &each{on: make(map[string]armed)}

@@ -44,3 +44,8 @@ func Picked(o Options, cgroup string) (selection int, top string, err error) {
 	at := p.find(cgroup)
 	return at.selection, at.top, nil
 }
+
+// SetSender writes who has a socket, as the programs do.
+func (s *Selector) SetSender(cookie uint64, pid int, boot uint64) {
+	_ = s.maps.senders.Put(cookie, sender{Boot: boot, PID: uint64(pid)})
+}

@@ -13,6 +13,7 @@ const (
 	FeatureRoot      = "socket programs at the root of cgroup2"
 	FeaturePerCgroup = "socket programs on each selected cgroup"
 	FeatureInotify   = "inotify on cgroups"
+	FeatureProcess   = "the process in socket programs"
 )
 
 // facts is what a user is told about a feature that is missing.
@@ -21,6 +22,7 @@ var facts = map[string]struct{ kernel, lost string }{
 	FeatureRoot:      {"5.8", "a selected cgroup that is made again is found by inotify: its first packets can pass uncaptured"},
 	FeaturePerCgroup: {"5.8", "the firewall alone marks: capture needs a default route, MPTCP subflows and sockets older than their process's move are missed"},
 	FeatureInotify:   {"5.15", "a selected cgroup that is made again is looked for every two seconds"},
+	FeatureProcess:   {"6.10", "flows do not tell their process, and rules with `process` do not match"},
 }
 
 // errSwitchedOff is why a feature in Options.Without is not used.

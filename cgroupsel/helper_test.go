@@ -30,6 +30,8 @@ func TestMain(m *testing.M) {
 		err = helperSend()
 	case "select":
 		err = helperSelect()
+	case "cookies":
+		err = helperCookies()
 	case "checks":
 		err = helperChecks()
 	}

@@ -19,6 +19,7 @@ type maps struct {
 	start   int32     // its first row
 	marks   *ebpf.Map // selection → value, of what the automaton matches
 	news    *ebpf.Map // ring of ids of cgroups that were selected or forgotten
+	senders *ebpf.Map // socket cookie → sender; nil: this kernel does not tell
 	scratch *ebpf.Map // per CPU: the trie key being made, too large for the stack
 	count   *ebpf.Map // counters
 }
@@ -35,6 +36,7 @@ func newMaps(cgroups int) (*maps, error) {
 		{&m.paths, ebpf.MapSpec{Name: pathsMap, Type: ebpf.LPMTrie, KeySize: 4 + pathBytes, ValueSize: pathValueBytes, MaxEntries: maxPaths, Flags: noPrealloc}},
 		{&m.marks, ebpf.MapSpec{Name: "cgtun_marks", Type: ebpf.Array, KeySize: 4, ValueSize: valueBytes, MaxEntries: maxSelections}},
 		{&m.news, ebpf.MapSpec{Name: "cgtun_news", Type: ebpf.RingBuf, MaxEntries: newsBytes}},
+		{&m.senders, ebpf.MapSpec{Name: "cgtun_senders", Type: ebpf.LRUHash, KeySize: 8, ValueSize: senderBytes, MaxEntries: maxSenders}},
 		{&m.scratch, ebpf.MapSpec{Name: "cgtun_scratch", Type: ebpf.PerCPUArray, KeySize: 4, ValueSize: 8 + pathBytes, MaxEntries: 1}},
 		{&m.count, ebpf.MapSpec{Name: "cgtun_count", Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: countEntries}},
 	} {
@@ -69,7 +71,7 @@ func (m *maps) setGlobs(a *automaton) error {
 
 func (m *maps) Close() error {
 	var errs []error
-	for _, one := range []*ebpf.Map{m.sel, m.paths, m.globs, m.marks, m.news, m.scratch, m.count} {
+	for _, one := range []*ebpf.Map{m.sel, m.paths, m.globs, m.marks, m.news, m.senders, m.scratch, m.count} {
 		if one != nil {
 			errs = append(errs, one.Close())
 		}
@@ -113,7 +115,7 @@ func attachTracepoints(m *maps, l *layout) (hooks, error) {
 // socketPrograms are what marks the sockets of those whom choose lets through.
 func socketPrograms(m *maps, choose chooser) []*ebpf.ProgramSpec {
 	return []*ebpf.ProgramSpec{
-		createProgram(choose),
+		createProgram(m, choose),
 		connectProgram("cgtun_connect4", ebpf.AttachCGroupInet4Connect, m, choose),
 		connectProgram("cgtun_connect6", ebpf.AttachCGroupInet6Connect, m, choose),
 	}

@@ -62,6 +62,8 @@ const (
 	slotIndex  = -48 // u32 key of an array map
 	slotMark   = -56
 	slotLength = -64 // of a path
+	slotCookie = -72
+	slotSender = -104
 )
 
 // readKernel loads size bytes of kernel memory at src+off into slotRead, and
@@ -173,8 +175,9 @@ func merge() asm.Instructions {
 }
 
 // createProgram marks a socket when it is made, before any route lookup.
-func createProgram(choose chooser) *ebpf.ProgramSpec {
+func createProgram(m *maps, choose chooser) *ebpf.ProgramSpec {
 	ins := append(asm.Instructions{asm.Mov.Reg(asm.R6, asm.R1)}, choose...)
+	ins = append(ins, remember(m)...)
 	ins = append(ins, asm.LoadMem(asm.R3, asm.R6, sockMark, asm.Word))
 	ins = append(ins, merge()...)
 	ins = append(ins, asm.StoreMem(asm.R6, sockMark, asm.R3, asm.Word))
@@ -185,6 +188,7 @@ func createProgram(choose chooser) *ebpf.ProgramSpec {
 // its process's move into the cgroup, or whose mark the process took off.
 func connectProgram(name string, at ebpf.AttachType, m *maps, choose chooser) *ebpf.ProgramSpec {
 	ins := append(asm.Instructions{asm.Mov.Reg(asm.R6, asm.R1)}, choose...)
+	ins = append(ins, remember(m)...)
 	ins = append(ins,
 		asm.LoadMem(asm.R4, asm.R6, sockAddrSock, asm.DWord),
 		asm.JEq.Imm(asm.R4, 0, "out"),

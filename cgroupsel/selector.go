@@ -159,6 +159,9 @@ func (s *Selector) begin() error {
 	if err := s.stepOut(); err != nil {
 		return err
 	}
+	if s.maps != nil {
+		s.note(FeatureProcess, s.tryRemember())
+	}
 	if traced && s.note(FeatureRoot, s.armRoot()) {
 		s.held = true
 	} else {

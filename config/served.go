@@ -46,8 +46,6 @@ var notServed = []notYet{
 	{"rule[].domain_keyword", filled, ruleKeys},
 	{"rule[].domain_regex", filled, ruleKeys},
 	{"rule[].domain_file", filled, ruleKeys},
-	{"rule[].process", filled, ruleKeys},
-	{"rule[].user", filled, ruleKeys},
 	{"policy.allow", filled, "[]"},
 	{"control.metrics", filled, `""`},
 }
@@ -55,7 +53,7 @@ var notServed = []notYet{
 // maxRoutes is how many [[route]] this version serves.
 const maxRoutes = 1
 
-const ruleKeys = "cidr, cidr_file, src, port, proto, cgroup, netns"
+const ruleKeys = "cidr, cidr_file, src, port, proto, cgroup, process, user, netns"
 
 // standIns are the defaults among the values that are not served: what acts in
 // their place, and what is said of it.

@@ -55,7 +55,9 @@ func New(p Proto, src, dst netip.AddrPort, attachment string) *Flow {
 }
 
 // Owner is the process behind a flow, as far as it is known. PID 0 and an
-// empty Process mean unknown.
+// empty Process mean unknown. Process is the path of its program or, where
+// that cannot be read, the name that it has given itself: text of a program
+// that may be hostile, which grants nothing.
 type Owner struct {
 	Cgroup   string // path from the root of cgroup2, "/a/b"
 	CgroupID uint64

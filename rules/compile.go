@@ -62,22 +62,6 @@ func Empty() *Set {
 	return s
 }
 
-// ownerOf returns what a rule wants of the process, nil if nothing.
-func ownerOf(c *Config) (*ownerCond, error) {
-	if len(c.Cgroup) == 0 {
-		return nil, nil
-	}
-	o := &ownerCond{cgroups: make([]glob, len(c.Cgroup))}
-	for i, pattern := range c.Cgroup {
-		g, err := newGlob(pattern)
-		if err != nil {
-			return nil, err
-		}
-		o.cgroups[i] = g
-	}
-	return o, nil
-}
-
 // protosOf turns names into numbers; it passes on an error from before.
 func protosOf(names []string, before error) ([]flow.Proto, error) {
 	known := map[string]flow.Proto{"tcp": flow.TCP, "udp": flow.UDP, "icmp": flow.ICMP}
@@ -99,7 +83,7 @@ func unserved(c *Config) error {
 		values []string
 	}{
 		{"domain", c.Domain}, {"domain_suffix", c.DomainSuffix}, {"domain_keyword", c.DomainKeyword},
-		{"domain_regex", c.DomainRegex}, {"domain_file", c.DomainFile}, {"process", c.Process}, {"user", c.User},
+		{"domain_regex", c.DomainRegex}, {"domain_file", c.DomainFile},
 	} {
 		if len(key.values) > 0 {
 			bad = append(bad, fmt.Errorf("%s is not in this version", key.name))

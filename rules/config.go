@@ -115,7 +115,7 @@ func (c *Config) Validate(bad func(key, what string)) {
 		}
 	}
 	for i, process := range c.Process {
-		if strings.Contains(process, "/") && !path.IsAbs(process) {
+		if !isProcess(process) {
 			bad(index("process", i), fmt.Sprintf(`%q is neither; allowed: a name such as "apt" or an absolute path`, process))
 		}
 	}

@@ -2,8 +2,8 @@
 //
 // A Set is compiled once from the [[rule]] tables and is immutable; Match is a
 // pure function of it and of the facts, allocates nothing and is safe for
-// concurrent use. The package reads no kernel state, resolves no names and
-// knows no outbound but by its name; router calls it, and explain through it.
+// concurrent use. The package reads no kernel state, resolves no names but
+// those of users and knows no outbound but by its name; router calls it, and explain through it.
 //
 // How the first match is found. Rules are bits of a bitmap. For each condition
 // that the flow itself answers (destination, source, port, protocol,
@@ -23,8 +23,12 @@ import (
 // Fact is a set of facts that have to be looked up for a flow.
 type Fact uint8
 
-// FactOwner is the process behind the flow: Facts.Owner.
-const FactOwner Fact = 1 << iota
+const (
+	// FactOwner is the process behind the flow: Facts.Owner.
+	FactOwner Fact = 1 << iota
+	// FactCgroup is its cgroup, where no more of Facts.Owner is known.
+	FactCgroup
+)
 
 // Facts is what is known of a flow.
 type Facts struct {
@@ -56,10 +60,11 @@ func (s *Set) Match(f *Facts) (v Verdict, missing Fact) {
 			if r.owner == nil {
 				return r.verdict, 0
 			}
-			if f.Known&FactOwner == 0 {
-				return Verdict{}, FactOwner
+			yes, missing := r.owner.ask(f)
+			if missing != 0 {
+				return Verdict{}, missing
 			}
-			if r.owner.match(f.Owner) {
+			if yes {
 				return r.verdict, 0
 			}
 		}
@@ -84,21 +89,4 @@ func (s *Set) Len() int { return len(s.rules) }
 type compiled struct {
 	owner   *ownerCond // nil: any owner, and none
 	verdict Verdict
-}
-
-// ownerCond is what a rule wants of the process behind a flow.
-type ownerCond struct {
-	cgroups []glob // one of them
-}
-
-func (c *ownerCond) match(o *flow.Owner) bool {
-	if o == nil || o.Cgroup == "" {
-		return false
-	}
-	for i := range c.cgroups {
-		if c.cgroups[i].match(o.Cgroup) {
-			return true
-		}
-	}
-	return false
 }

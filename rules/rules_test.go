@@ -159,6 +159,64 @@ func TestOwnerIsAskedForOnlyIfItDecides(t *testing.T) {
 	}
 }
 
+func TestOwnerIsMatchedByProcessAndUser(t *testing.T) {
+	apt := &flow.Owner{Cgroup: "/a/b", Process: "/usr/bin/apt", PID: 7, UID: 0}
+	named := &flow.Owner{Cgroup: "/a/b", Process: "apt", PID: 7, UID: 1000}
+	for _, tt := range []struct {
+		name  string
+		rule  rules.Config
+		owner *flow.Owner
+		want  bool
+	}{
+		{"by name", rules.Config{Process: []string{"git", "apt"}}, apt, true},
+		{"by path", rules.Config{Process: []string{"/usr/bin/apt"}}, apt, true},
+		{"by another path", rules.Config{Process: []string{"/bin/apt"}}, apt, false},
+		{"by part of a name", rules.Config{Process: []string{"ap", "bin"}}, apt, false},
+		{"the name that it gave itself", rules.Config{Process: []string{"apt"}}, named, true},
+		{"a path where only that is known", rules.Config{Process: []string{"/usr/bin/apt"}}, named, false},
+		{"user by name", rules.Config{User: []string{"root"}}, apt, true},
+		{"user by number", rules.Config{User: []string{"5", "1000"}}, named, true},
+		{"another user", rules.Config{User: []string{"root"}}, named, false},
+		{"a user that this machine does not have", rules.Config{User: []string{"no-such-user"}}, apt, false},
+		{"all keys", rules.Config{Process: []string{"apt"}, User: []string{"0"}, Cgroup: []string{"/a/*"}}, apt, true},
+		{"all keys but the user", rules.Config{Process: []string{"apt"}, User: []string{"0"}, Cgroup: []string{"/a/*"}}, named, false},
+		{"all keys but the process", rules.Config{Process: []string{"git"}, User: []string{"0"}, Cgroup: []string{"/a/*"}}, apt, false},
+		{"all keys but the cgroup", rules.Config{Process: []string{"apt"}, User: []string{"0"}, Cgroup: []string{"/b"}}, apt, false},
+		{"nobody knows the owner", rules.Config{User: []string{"root"}}, nil, false},
+		{"the process is not known", rules.Config{Process: []string{"apt"}}, &flow.Owner{}, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			tt.rule.Use = "yes"
+			s := compile(t, tt.rule)
+			if !s.NeedsOwner() {
+				t.Error("it does not need the owner")
+			}
+			v, _ := s.Match(&rules.Facts{Flow: tcp("10.0.0.1:1"), Owner: tt.owner, Known: rules.FactOwner})
+			if (v.Use == "yes") != tt.want {
+				t.Errorf("match: %v, want %v", !tt.want, tt.want)
+			}
+		})
+	}
+}
+
+// What is known of the cgroup alone decides as far as it goes.
+func TestCgroupAloneDecidesWhatHangsOnIt(t *testing.T) {
+	s := compile(t,
+		rules.Config{Cgroup: []string{"/other"}, User: []string{"root"}, Use: "a"},
+		rules.Config{Cgroup: []string{"/both"}, Process: []string{"apt"}, Use: "b"},
+		rules.Config{Cgroup: []string{"/both", "/one"}, Use: "c"},
+	)
+	for cgroup, want := range map[string]struct {
+		use     string
+		missing rules.Fact
+	}{"/one": {"c", 0}, "/both": {"", rules.FactOwner}, "/none": {"direct", 0}} {
+		v, missing := s.Match(&rules.Facts{Flow: tcp("10.0.0.1:1"), Owner: &flow.Owner{Cgroup: cgroup}, Known: rules.FactCgroup})
+		if v.Use != want.use || missing != want.missing {
+			t.Errorf("%s: %q, missing %d, want %+v", cgroup, v.Use, missing, want)
+		}
+	}
+}
+
 func TestCgroupGlobs(t *testing.T) {
 	tests := []struct {
 		pattern string
@@ -262,14 +320,14 @@ func search(list []rules.Config, f *flow.Flow) rules.Verdict {
 
 func TestCompileRefusesWhatItDoesNotServe(t *testing.T) {
 	_, err := rules.Compile([]rules.Config{
-		{Domain: []string{"a.example"}, User: []string{"root"}, Use: "direct"},
+		{Domain: []string{"a.example"}, DomainFile: []string{"f"}, Use: "direct"},
 		{Cgroup: []string{"docker"}, Use: "direct"},
 		{Proto: []string{"sctp"}, Use: "direct"},
 	})
 	if err == nil {
 		t.Fatal("want an error: a condition left out would widen the rule")
 	}
-	for _, want := range []string{"rule 1: ", "domain is not in this version", "user is not in this version", `rule 2: cgroup "docker"`, `rule 3: proto "sctp"`} {
+	for _, want := range []string{"rule 1: ", "domain is not in this version", "domain_file is not in this version", `rule 2: cgroup "docker"`, `rule 3: proto "sctp"`} {
 		if !strings.Contains(err.Error(), want) {
 			t.Errorf("%q is not in: %v", want, err)
 		}

@@ -113,6 +113,13 @@ cidr = ["203.0.113.201/32"]
 use = "drop"
 
 [[rule]]
+process = "no-such-program"
+user = "0"
+use = "drop"
+
+[[rule]]
+process = "cgtun.test"
+user = "root"
 use = "second"
 `)
 	w.start(text)
@@ -137,12 +144,17 @@ use = "second"
 	}
 	flows, _, _ := w.cgtun("flows", "--json")
 	hasShape(t, flows, `{"flows":[`+shapeFlow+`]}`)
+	exe, err := os.Readlink("/proc/self/exe")
+	if err != nil {
+		t.Fatal(err)
+	}
 	live := 0
 	for _, f := range w.flows() {
 		if f.Proto == "tcp" && f.State == "open" {
 			live++
 			if f.Dst.String() != port(far4, 7000) || f.UpBytes != 5 || f.DownBytes != 5 || f.Cgroup == nil || *f.Cgroup != w.sel.Path || f.UID == nil || *f.UID != 0 ||
-				!slices.Equal(f.Path, []string{"second"}) || f.Rule == nil || *f.Rule != 3 || *f.Use != "second" || f.Reason != nil {
+				f.PID == nil || *f.PID != p.Pid || f.Process == nil || *f.Process != exe ||
+				!slices.Equal(f.Path, []string{"second"}) || f.Rule == nil || *f.Rule != 4 || *f.Use != "second" || f.Reason != nil {
 				t.Errorf("the flow that lives: %s", flows)
 			}
 		}

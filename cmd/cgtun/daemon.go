@@ -243,7 +243,7 @@ func (in *instance) setManager() {
 			Name: in.route.Tun.Name, Table: uint32(in.route.Table), Addresses: in.route.Tun.Address,
 			MTU: in.route.Tun.MTU, Queues: in.route.Tun.Queues,
 		},
-		Plan: plan, Serve: in.serve, CgroupPath: in.selector.PathByID, Logger: in.log,
+		Plan: plan, Serve: in.serve, CgroupPath: in.selector.PathByID, Process: in.selector.PID, Logger: in.log,
 	})
 	in.manager.Reconcile(in.selector.Snapshot())
 }

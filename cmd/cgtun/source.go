@@ -276,7 +276,7 @@ func (in *instance) Explain(ctx context.Context, q control.ExplainRequest) (cont
 func (in *instance) explainRule(e *control.Explain, proto flow.Proto, dst netip.AddrPort) {
 	facts := &rules.Facts{
 		Flow:  &flow.Flow{Proto: proto, Src: in.sourceTo(dst.Addr()), Dst: dst, Attachment: attach.Home},
-		Owner: &flow.Owner{Cgroup: string(e.Cgroup)}, Known: rules.FactOwner,
+		Owner: &flow.Owner{Cgroup: string(e.Cgroup)}, Known: rules.FactCgroup,
 	}
 	verdict, missing, path := in.router.Explain(facts)
 	if missing != 0 {
