@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -202,6 +201,10 @@ func (p *patient) leftovers(context.Context) []doctor.Result {
 	}
 	var results []doctor.Result
 	for _, d := range dead {
+		if d.closed {
+			results = append(results, one(name, doctor.Error, d.block(), openBlock)...)
+			continue
+		}
 		results = append(results, one(name, doctor.Warn, fmt.Sprintf("instance %s is dead and left %s", d.instance, strings.Join(d.objects, ", ")), "cgtun cleanup")...)
 	}
 	if len(results) == 0 {
@@ -216,30 +219,4 @@ func (p *patient) instance() string {
 		return ""
 	}
 	return strconv.Itoa(p.status.Instance)
-}
-
-// dead is an instance that runs no more and what it left in home.
-type dead struct {
-	instance string
-	objects  []string
-}
-
-// deadInstances looks for them; alive names one that is known to live, or none.
-func deadInstances(home netns.Ref, alive string) ([]dead, error) {
-	objects, err := steer.Find(home)
-	if err != nil {
-		return nil, fmt.Errorf("look for what dead instances left: %w", err)
-	}
-	var found []dead
-	for _, o := range objects {
-		if o.Alive || o.Instance == alive {
-			continue
-		}
-		i := slices.IndexFunc(found, func(d dead) bool { return d.instance == o.Instance })
-		if i < 0 {
-			i, found = len(found), append(found, dead{instance: o.Instance})
-		}
-		found[i].objects = append(found[i].objects, o.Kind+" "+o.Text)
-	}
-	return found, nil
 }

@@ -3,12 +3,15 @@ package main_test
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"strings"
 	"testing"
 
 	"cgtun/doctor"
 	"cgtun/internal/labtest"
+	"cgtun/internal/netns"
+	"cgtun/steer"
 )
 
 const shapeDoctor = `{"checks":[{"name":"s","state":"s","what":"s","fix":"s"}]}`
@@ -78,6 +81,43 @@ func TestDoctorThroughTheLifeOfADaemon(t *testing.T) {
 	is(t, found, "leftovers", doctor.Warn, "cgtun cleanup")
 	w.cgtun("cleanup")
 	is(t, w.doctorOf(0, nil, "-c", file), "leftovers", doctor.OK, "")
+}
+
+// What a dead instance blocks on purpose is said, and how to open it.
+func TestClosedBlockIsSaid(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	ns, err := netns.Named(w.machine.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := steer.Open(ns, fmt.Sprint(w.number))
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.machine.Run("ip", "link", "add", "gone", "type", "veth", "peer", "name", "far")
+	w.machine.Run("ip", "link", "set", "gone", "up")
+	plan := steer.Plan{Mark: uint32(w.number), Mask: ^uint32(0), Table: w.number, Priority: 10001, Device: "gone", Closed: true}
+	if err := errors.Join(s.Apply(plan), s.Close()); err != nil {
+		t.Fatal(err)
+	}
+	block := fmt.Sprintf(`instance %d does not run, and as its on_exit is "closed" what it selected reaches nothing`, w.number)
+	for _, args := range [][]string{{"status"}, {"flows"}, {"status", "--json", "1"}} {
+		if _, errs, code := w.cgtun(args...); code != 1 || !strings.Contains(errs, "no daemon answers") || !strings.Contains(errs, block) || !strings.Contains(errs, "cgtun cleanup") {
+			t.Errorf("%v: %d %q", args, code, errs)
+		}
+	}
+	found := w.doctorOf(1, nil)
+	is(t, found, "leftovers", doctor.Error, "cgtun cleanup")
+	if r := found["leftovers"]; r.What != block {
+		t.Errorf("leftovers: %+v", r)
+	}
+	w.machine.Run("ip", "link", "del", "gone")
+	w.cgtun("cleanup")
+	is(t, w.doctorOf(0, nil), "leftovers", doctor.OK, "")
+	if _, errs, _ := w.cgtun("status"); strings.Contains(errs, "closed") {
+		t.Errorf("after cleanup: %s", errs)
+	}
 }
 
 // Questions about what is not there, or is cgtun itself, have answers.

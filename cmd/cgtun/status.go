@@ -50,9 +50,12 @@ func notServed(_ context.Context, c *call) error {
 	return fmt.Errorf("%s: not in this version", c.command.name)
 }
 
-// askError adds what to do when nobody answers.
+// askError adds what to do when nobody answers, and what holds meanwhile.
 func askError(err error) error {
 	if errors.Is(err, control.ErrNotRunning) {
+		if text := blocks(); text != "" {
+			return fmt.Errorf("%w%s: %s", err, text, openBlock)
+		}
 		return fmt.Errorf("%w: start one with cgtun -c %s, or name its socket with -s", err, config.DefaultPath)
 	}
 	return err
