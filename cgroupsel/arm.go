@@ -43,7 +43,7 @@ func (s *Selector) trace() error {
 		}
 		key := newTrieKey(real)
 		v := pathValue{Value: s.opts.value(e.selection), Bits: key.Bits}
-		v.Value.Flags = flagPlain
+		v.Value.Flags |= flagPlain
 		copy(v.Instance[:], s.opts.Instance)
 		if err := s.maps.paths.Put(key, v); err != nil {
 			return fmt.Errorf("select %s: %w", e.path, err)

@@ -86,7 +86,7 @@ func inherit(m *maps) asm.Instructions {
 	ins = append(ins, copyValue()...)
 	return append(ins,
 		asm.LoadMem(asm.R1, asm.RFP, slotValue+valueFlags, asm.Word),
-		asm.And.Imm(asm.R1, flagPlain),
+		asm.And.Imm(asm.R1, ^int32(flagTop|flagRival)),
 		asm.StoreMem(asm.RFP, slotValue+valueFlags, asm.R1, asm.Word),
 	)
 }
@@ -181,8 +181,10 @@ func prefer(m *maps) asm.Instructions {
 	ins = append(ins, asm.JEq.Imm(asm.R0, 0, "plain"))
 	ins = append(ins, copyValue()...)
 	return append(ins,
-		asm.Or.Imm(asm.R7, flagTop),
-		asm.StoreMem(asm.RFP, slotValue+valueFlags, asm.R7, asm.Word),
+		asm.LoadMem(asm.R1, asm.RFP, slotValue+valueFlags, asm.Word),
+		asm.Or.Reg(asm.R1, asm.R7),
+		asm.Or.Imm(asm.R1, flagTop),
+		asm.StoreMem(asm.RFP, slotValue+valueFlags, asm.R1, asm.Word),
 	)
 }
 
@@ -217,7 +219,8 @@ func lookupPath(m *maps) asm.Instructions {
 	exact[0] = exact[0].WithSymbol("exact")
 	ins = append(ins, exact...)
 	return append(ins,
-		asm.Mov.Imm(asm.R1, flagTop|flagPlain),
+		asm.LoadMem(asm.R1, asm.RFP, slotValue+valueFlags, asm.Word),
+		asm.Or.Imm(asm.R1, flagTop),
 		asm.StoreMem(asm.RFP, slotValue+valueFlags, asm.R1, asm.Word),
 	)
 }

@@ -37,7 +37,8 @@ type value struct {
 	Flags      uint32
 }
 
-// The flags of a value.
+// The flags of a value. All but the first two are inherited by what is made
+// below.
 const (
 	flagTop   = 1 << iota // selected by a path or pattern of its own, not as a child
 	flagRival             // a pattern of another selection matches too, and lost
