@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"cgtun/internal/netns"
@@ -93,8 +94,8 @@ type Selector struct {
 	traces hooks // the tracepoints
 	root   hooks // the socket programs at the root
 	held   bool
-	each   *each  // nil: not used
-	full   uint64 // Counters.Full, as Run last saw it
+	each   *each         // nil: not used
+	full   atomic.Uint64 // Counters.Full, as Run last saw it
 	rivals map[[2]int]bool
 	every  time.Duration
 
@@ -241,7 +242,7 @@ func (s *Selector) Counters() Counters {
 }
 
 // isHeld tells whether the kernel itself selects every cgroup that is made.
-func (s *Selector) isHeld() bool { return s.held && s.Counters().Full == 0 }
+func (s *Selector) isHeld() bool { return s.held && s.full.Load() == 0 }
 
 // Run watches until ctx ends, and calls changed with the first picture and
 // with each new one. It calls it from its own goroutine; while changed runs
@@ -270,10 +271,10 @@ func (s *Selector) Run(ctx context.Context, changed func(Snapshot)) error {
 // look brings watches, programs and picture up to date. The watches come
 // first: what happens after them wakes Run again.
 func (s *Selector) look(w *watcher) bool {
-	if full := s.Counters().Full; full > s.full {
+	if full := s.Counters().Full; full > s.full.Load() {
 		s.log.Warn("too many selected cgroups for the map", "limit", s.opts.MaxCgroups, "missed", full)
-		s.full = full
 		s.useEach() // needs no entry in the map
+		s.full.Store(full)
 	}
 	return s.resolve(w)
 }
