@@ -29,6 +29,10 @@
 //	programs on each selected cgroup       attached again when inotify tells of a new one
 //	none                                   only what steer does with the ids of a Snapshot
 //
+// Selected tasks live in other network namespaces, too. How those are found, and
+// why no packet leaves one of them before it is attached, is told in gate.go
+// and hold.go: first, hold, gate.
+//
 // Cgroups and parents that were made here carry the xattr user.cgtun with the
 // instance, which is how they are known again: in Close, and by Find and Remove
 // after a kill. There is no state file.

@@ -1,6 +1,10 @@
 package cgroupsel
 
-import "time"
+import (
+	"time"
+
+	"github.com/cilium/ebpf"
+)
 
 // SelectedIDs lists the ids in the map, with those that are there as "not
 // selected".
@@ -21,6 +25,28 @@ func (s *Selector) SelectedBy(id uint64) (selection int, ok bool) {
 		return none, false
 	}
 	return int(v.Selection), true
+}
+
+// FeatureLetGo can be in Options.Without.
+const FeatureLetGo = featureLetGo
+
+// Stall makes everything wait that takes the lock of the namespaces, until the
+// function that it returns is called.
+func (s *Selector) Stall() (goOn func()) {
+	s.spaces.mu.Lock()
+	return s.spaces.mu.Unlock
+}
+
+// Entries counts what is in the maps of namespaces.
+func (s *Selector) Entries() (known, guards, held int) {
+	count := func(m *ebpf.Map) (n int) {
+		var key, value []byte
+		for it := m.Iterate(); it.Next(&key, &value); {
+			n++
+		}
+		return n
+	}
+	return count(s.spaces.m.known), count(s.spaces.m.guard), count(s.spaces.m.held)
 }
 
 // ParseMounts and Within are tested on their own.

@@ -14,6 +14,12 @@ const (
 	FeaturePerCgroup = "socket programs on each selected cgroup"
 	FeatureInotify   = "inotify on cgroups"
 	FeatureProcess   = "the process in socket programs"
+	FeatureTasks     = "records of new tasks"
+	FeatureHold      = "stopping a task in the kernel"
+	FeatureGate      = "egress gate at the root of cgroup2"
+	// Without this one (6.13), who is held when cgtun is killed waits for its
+	// next start. It is too rare to be told of.
+	featureLetGo = "letting go in the kernel"
 )
 
 // facts is what a user is told about a feature that is missing.
@@ -23,6 +29,9 @@ var facts = map[string]struct{ kernel, lost string }{
 	FeaturePerCgroup: {"5.8", "the firewall alone marks: capture needs a default route, MPTCP subflows and sockets older than their process's move are missed"},
 	FeatureInotify:   {"5.15", "a selected cgroup that is made again is looked for every two seconds"},
 	FeatureProcess:   {"6.10", "flows do not tell their process, and rules with `process` do not match"},
+	FeatureTasks:     {"5.15", "selected processes in other network namespaces than home and select.netns are not found: what they send is not captured"},
+	FeatureHold:      {"5.15", "a selected process can be earlier than the attachment of its network namespace: its first packets are dropped by the gate"},
+	FeatureGate:      {"6.15", "what a selected process sends from a network namespace that is not attached is not dropped"},
 }
 
 // errSwitchedOff is why a feature in Options.Without is not used.

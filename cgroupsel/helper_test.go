@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"os/exec"
 	"strings"
 	"syscall"
 	"testing"
@@ -28,6 +29,12 @@ func TestMain(m *testing.M) {
 		return
 	case "send":
 		err = helperSend()
+	case "first":
+		err = helperFirst()
+	case "stay":
+		err = helperStay()
+	case "hold":
+		err = helperHold()
 	case "select":
 		err = helperSelect()
 	case "cookies":
@@ -205,13 +212,14 @@ func startHelper(t *testing.T, lab *labtest.Lab, h *labtest.Host, c *labtest.Cgr
 
 func startBehind(t *testing.T, lab *labtest.Lab, h *labtest.Host, c *labtest.Cgroup, before []string, role string, args ...string) *helper {
 	t.Helper()
-	words := append(append(append([]string{}, before...), "/proc/self/exe"), args...)
-	exe, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	words[len(before)] = exe
-	cmd := h.Command(t.Context(), words[0], words[1:]...)
+	words := append(append(append([]string{}, before...), self(t)), args...)
+	return startCommand(t, lab, h.Command(t.Context(), words[0], words[1:]...), c, role)
+}
+
+// startCommand runs a command that becomes a role, in the cgroup c if that is
+// not nil.
+func startCommand(t *testing.T, lab *labtest.Lab, cmd *exec.Cmd, c *labtest.Cgroup, role string) *helper {
+	t.Helper()
 	cmd.Env = helperEnviron(role)
 	inR, inW, err := os.Pipe()
 	if err != nil {

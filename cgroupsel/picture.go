@@ -19,7 +19,7 @@ func (s *Selector) resolve(w *watcher) bool {
 	next := Snapshot{Cgroups: s.withPlain(tops)}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	changed := !slices.Equal(s.snapshot.Cgroups, next.Cgroups) || !slices.Equal(s.snapshot.Namespaces, next.Namespaces)
+	changed := !slices.Equal(s.snapshot.Cgroups, next.Cgroups)
 	s.snapshot = next
 	return changed
 }

@@ -85,7 +85,9 @@ func TestCgroupMadeAgainIsSelectedFromTheFirstPacket(t *testing.T) {
 		removeDir(t, dir)
 	}
 	m.want(n, true, "made again")
-	if got := s.Counters(); got != (cgroupsel.Counters{}) {
+	got := s.Counters()
+	got.Lost = 0 // without Run nobody reads the records
+	if got != (cgroupsel.Counters{}) {
 		t.Errorf("counters: %+v", got)
 	}
 	// An entry goes with the last reference to its cgroup, in the background.

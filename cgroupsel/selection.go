@@ -14,12 +14,24 @@ type Selection struct {
 	Netns      []string // names in /run/netns, or absolute paths
 	Create     bool     // make those of Cgroups that are plain and missing
 	Mark, Mask uint32   // fwmark of what is sent; Mask 0 is all bits
+	Closed     bool     // the gate stays shut for it in namespaces that were not attached in time
 }
 
 // value is what the maps hold for the selection with this index.
 func (o Options) value(selection int) value {
 	one := o.Selections[selection]
 	return value{Mark: one.Mark & one.Mask, Mask: one.Mask, Selection: uint32(selection)}
+}
+
+// closed lists the selections with Closed.
+func (o Options) closed() []int32 {
+	var all []int32
+	for i, one := range o.Selections {
+		if one.Closed {
+			all = append(all, int32(i))
+		}
+	}
+	return all
 }
 
 // entry is a plain path of Selection.Cgroups.

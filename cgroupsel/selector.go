@@ -28,16 +28,24 @@ const (
 	maxInstance = 32
 	// defaultCgroups is the default of Options.MaxCgroups: 1.2 MB of kernel memory.
 	defaultCgroups = 16384
+	// defaultNamespaces and defaultPerCgroup are those of Options.MaxNamespaces
+	// and MaxPerCgroup.
+	defaultNamespaces = 1024
+	defaultPerCgroup  = 256
 	// lookAgain is how often Run looks without having been told to.
 	lookAgain = 2 * time.Second
 )
 
 // Options say what to select. Selections and Instance are needed.
 type Options struct {
-	Selections []Selection  // one of each route, in the order of the routes
-	Instance   string       // who we are: the table's number as text
-	MaxCgroups int          // selected cgroups with all below, 0 is 16,384; those beyond are in Counters.Full
-	Logger     *slog.Logger // nil: silent
+	Selections []Selection // one of each route, in the order of the routes
+	Instance   string      // who we are: the table's number as text
+	MaxCgroups int         // selected cgroups with all below, 0 is 16,384; those beyond are in Counters.Full
+	// MaxNamespaces bounds the namespaces of a Snapshot (0 is 1,024), and
+	// MaxPerCgroup those with tasks of one and the same cgroup (0 is 256).
+	// Those above are in Counters.Excess, and on_exit decides about them.
+	MaxNamespaces, MaxPerCgroup int
+	Logger                      *slog.Logger // nil: silent
 	// Without names features that are not to be used, as if the kernel
 	// refused them: for tests, and to rule one out.
 	Without []string
@@ -56,9 +64,11 @@ type Cgroup struct {
 // Namespace is a network namespace that needs an attachment. All of a snapshot
 // are different ones.
 type Namespace struct {
-	Ref    netns.Ref
-	PID    int    // a selected task that was seen in it, 0: none was; it can have ended
-	Cgroup uint64 // the id of that task's cgroup
+	Ref    netns.Ref // leads in; without All as long as PID lives
+	PID    int       // a selected task that was seen in it, 0: none was; it can have ended
+	Cgroup uint64    // the id of that task's cgroup
+	Idle   bool      // no selected task was in it at the last look
+	Again  bool      // admitted as offline, and a task did exec or opened a socket since
 	// All says that select.netns of the route with the index Selection names
 	// it: everything in it is captured, whatever its cgroup. Home can be such
 	// a namespace; without All none is home.
@@ -71,7 +81,8 @@ type Snapshot struct {
 	// Cgroups are the selected ones that are not below another one of the same
 	// selection; plain paths are there in any case, whether Present or not.
 	Cgroups []Cgroup
-	// Namespaces stay until Forget.
+	// Namespaces are those in which selected tasks were seen, home and
+	// select.netns apart. They stay until Forget.
 	Namespaces []Namespace
 }
 
@@ -80,6 +91,13 @@ type Counters struct {
 	Full    uint64 // new cgroups that MaxCgroups had no room for: uncaptured by BPF
 	Unread  uint64 // new or ended cgroups whose path or id could not be read
 	Refused uint64 // connects in which the mark could not be set
+
+	GateDrops  uint64 // packets that the gate dropped
+	GuardDrops uint64 // packets with our mark that would have left by another interface than their tun
+	Lost       uint64 // records of new tasks for which there was no room; a look at all tasks follows
+	Held       uint64 // tasks that were stopped until their namespace was decided about
+	Waived     uint64 // namespaces that were neither admitted nor denied in time: on_exit decided
+	Excess     uint64 // namespaces above the bounds: on_exit decided
 }
 
 // Selector selects cgroups from New to Close. It is safe for concurrent use.
@@ -90,9 +108,10 @@ type Selector struct {
 	ids    *idCache
 	plain  []entry
 	pick   *picker
-	maps   *maps // nil: no BPF at all
-	traces hooks // the tracepoints
-	root   hooks // the socket programs at the root
+	maps   *maps   // nil: no BPF at all
+	traces hooks   // the tracepoints
+	root   hooks   // the socket programs at the root
+	spaces *spaces // nil: no namespaces are found
 	held   bool
 	each   *each         // nil: not used
 	full   atomic.Uint64 // Counters.Full, as Run last saw it
@@ -165,6 +184,8 @@ func (s *Selector) begin() error {
 	}
 	if traced && s.note(FeatureRoot, s.armRoot()) {
 		s.held = true
+		s.spaces, refused = s.openSpaces()
+		s.note(FeatureTasks, refused)
 	} else {
 		s.dropTraces()
 		s.useEach()
@@ -179,6 +200,12 @@ func (o Options) checked() (Options, error) {
 	}
 	if o.MaxCgroups == 0 {
 		o.MaxCgroups = defaultCgroups
+	}
+	if o.MaxNamespaces == 0 {
+		o.MaxNamespaces = defaultNamespaces
+	}
+	if o.MaxPerCgroup == 0 {
+		o.MaxPerCgroup = defaultPerCgroup
 	}
 	if o.Instance == "" || strings.ContainsRune(o.Instance, '/') || len(o.Instance) > maxInstance {
 		return o, fmt.Errorf("select cgroups: instance %q is not a name", o.Instance)
@@ -196,8 +223,10 @@ func (o Options) checked() (Options, error) {
 // Snapshot returns the newest picture. Run keeps it new.
 func (s *Selector) Snapshot() Snapshot {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.snapshot
+	now := s.snapshot
+	s.mu.Unlock()
+	now.Namespaces = s.spaces.list()
+	return now
 }
 
 // Selected tells whether processes in a cgroup are captured, by its path, and
@@ -238,7 +267,9 @@ func (s *Selector) Counters() Counters {
 		// An array map of a known size: only a closed one fails, as zero.
 		_ = s.maps.count.Lookup(uint32(i), &n[i])
 	}
-	return Counters{Full: n[countFull], Unread: n[countPath], Refused: n[countMark]}
+	all := Counters{Full: n[countFull], Unread: n[countPath], Refused: n[countMark]}
+	s.spaces.addTo(&all)
+	return all
 }
 
 // isHeld tells whether the kernel itself selects every cgroup that is made.
@@ -251,6 +282,11 @@ func (s *Selector) isHeld() bool { return s.held && s.full.Load() == 0 }
 func (s *Selector) Run(ctx context.Context, changed func(Snapshot)) error {
 	w := s.watch()
 	defer w.close()
+	wait, err := s.spaces.run(ctx)
+	if err != nil {
+		return err
+	}
+	defer wait()
 	tick := time.NewTicker(s.every)
 	defer tick.Stop()
 	s.look(w)
@@ -259,6 +295,9 @@ func (s *Selector) Run(ctx context.Context, changed func(Snapshot)) error {
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
+		case <-s.spaces.changed():
+			changed(s.Snapshot())
+			continue
 		case <-w.events:
 		case <-tick.C:
 		}
@@ -276,7 +315,11 @@ func (s *Selector) look(w *watcher) bool {
 		s.useEach() // needs no entry in the map
 		s.full.Store(full)
 	}
-	return s.resolve(w)
+	news, err := s.spaces.scan()
+	if err != nil {
+		s.note(FeatureTasks, err)
+	}
+	return s.resolve(w) || news
 }
 
 // Close lets everything go: programs and maps, our own cgroup, and those that
@@ -291,7 +334,11 @@ func (s *Selector) Close() error {
 	created := s.created
 	s.mu.Unlock()
 
-	errs := []error{s.root.Close()}
+	var errs []error
+	if s.spaces != nil {
+		errs = append(errs, s.spaces.close())
+	}
+	errs = append(errs, s.root.Close())
 	if s.each != nil {
 		errs = append(errs, s.each.close())
 	}

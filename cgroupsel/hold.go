@@ -1,0 +1,272 @@
+package cgroupsel
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"cgtun/internal/netns"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+)
+
+// # Theory of operation: hold
+//
+// The programs for exec and sock_create stop their own task with SIGSTOP, in
+// the kernel, before its first instruction or before its socket is there. They
+// do so only while the reader gives signs of life, and write who it is into the
+// map held first. An entry goes when the process is let go, or ends.
+//
+// Whoever takes an entry out lets the process go (SIGCONT):
+//
+//	Admit, Deny   those in that namespace
+//	the reader    one whose namespace was decided about meanwhile
+//	watchHeld     each that is held for longer than patience: it waits for no
+//	              lock and for no other goroutine
+//	close         all
+//
+// and after a kill the next start (hold_find.go). A process that others stopped
+// is never in held, and so is never continued.
+//
+// A hold shows to nobody but an interactive shell, which says "Stopped" of a
+// job that it waits for, and gets the prompt back.
+
+// patience is how long a namespace may stay undecided, and a process held.
+const patience = 2 * time.Second
+
+// errHome is what Deny says of namespaces that have no gate.
+var errHome = errors.New("home and select.netns have no gate")
+
+// Arm shuts the gate and begins to hold: it is for the time when all of the
+// first Snapshot's namespaces are admitted or denied. Then it looks once more;
+// what it finds is in the next Snapshot. A FeatureError says what this kernel
+// does not have; the rest is in force. To call it again does nothing.
+func (s *Selector) Arm() error {
+	d := s.spaces
+	if d == nil {
+		return nil
+	}
+	d.mu.Lock()
+	if !d.armed.IsZero() {
+		d.mu.Unlock()
+		return nil
+	}
+	d.armed = time.Now()
+	d.mu.Unlock()
+	err := s.allowed(FeatureGate)
+	if err == nil {
+		d.arms, err = attachSockets(s.tree.root, []*ebpf.ProgramSpec{d.program.gateProgram()})
+	}
+	if !s.note(FeatureGate, err) {
+		err = featureError(FeatureGate, err)
+	}
+	d.alive()
+	_, errScan := d.scan()
+	d.tellRun()
+	return errors.Join(err, errScan)
+}
+
+// Admit makes a namespace known to the gate, and lets go who is held in it: it
+// is attached, or was judged offline. Again and again is fine; the newest
+// Admission counts.
+func (s *Selector) Admit(ns netns.Ref, a Admission) error {
+	d := s.spaces
+	if d == nil {
+		return nil
+	}
+	flags := uint32(knownPass)
+	if a.Offline {
+		flags |= knownTell
+	}
+	marks := s.marks()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	// The guards come first: nothing may pass before they are there.
+	for i, mark := range marks {
+		key := guardKey{Cookie: ns.Cookie(), Mark: mark}
+		device := uint32(0)
+		if i < len(a.Devices) {
+			device = uint32(a.Devices[i])
+		}
+		if err := d.m.setGuard(key, device); err != nil {
+			return fmt.Errorf("admit %s: %w", ns, err)
+		}
+	}
+	if err := d.m.known.Put(ns.Cookie(), known{Flags: flags}); err != nil {
+		return fmt.Errorf("admit %s (at most %d): %w", ns, maxKnown, err)
+	}
+	d.decide(ns, admitted, a.Offline)
+	return nil
+}
+
+// Deny shuts the gate for selected tasks in a namespace, and lets go who is
+// held in it. The namespace stays in the Snapshot.
+func (s *Selector) Deny(ns netns.Ref) error {
+	d := s.spaces
+	if d == nil {
+		return nil
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.exempt[ns.Cookie()] {
+		return fmt.Errorf("deny %s: %w", ns, errHome)
+	}
+	if err := d.m.known.Put(ns.Cookie(), known{Flags: knownShut}); err != nil {
+		return fmt.Errorf("deny %s (at most %d): %w", ns, maxKnown, err)
+	}
+	d.decide(ns, denied, false)
+	return nil
+}
+
+// Forget takes a namespace out of the Snapshot: it ended, or nobody is in it
+// any more and what was made there is undone. If a selected task is in it after
+// all, it comes back as a new one.
+func (s *Selector) Forget(ns netns.Ref) {
+	d := s.spaces
+	if d == nil {
+		return
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.exempt[ns.Cookie()] {
+		return
+	}
+	d.drop(ns.Cookie())
+	d.letGoIn(ns.Cookie())
+}
+
+// decide notes what was decided, and lets go. It wants d.mu.
+func (d *spaces) decide(ns netns.Ref, f fate, tells bool) {
+	if sp := d.by[ns.Cookie()]; sp != nil {
+		sp.fate, sp.tells, sp.Again = f, tells, false
+	}
+	d.letGoIn(ns.Cookie())
+}
+
+// giveUp leaves a namespace to on_exit of those who are in it, and counts. It
+// is false if it was decided about already.
+func (d *spaces) giveUp(cookie uint64, counter *uint64) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.decided(cookie) {
+		return false
+	}
+	if err := d.m.known.Put(cookie, known{Flags: knownWaived}); err != nil {
+		d.s.log.Warn("too many namespaces for the gate", "limit", maxKnown, "err", err)
+	}
+	*counter++
+	sp := d.by[cookie]
+	if sp == nil {
+		sp = &space{seen: time.Now()}
+		d.by[cookie] = sp
+	}
+	sp.fate = waived
+	d.letGoIn(cookie)
+	return true
+}
+
+// watch keeps the deadlines of namespaces until ctx ends.
+func (d *spaces) watch(ctx context.Context) {
+	everyWatch(ctx, func() {
+		for _, cookie := range d.overdue() {
+			if d.giveUp(cookie, &d.waived) {
+				d.s.log.Warn("a namespace was not attached in time: on_exit decides", "netns_cookie", cookie)
+			}
+		}
+	})
+}
+
+// watchHeld lets go, until ctx ends, who is held for too long. It takes no
+// lock.
+func (d *spaces) watchHeld(ctx context.Context) {
+	everyWatch(ctx, func() {
+		at := now()
+		for tgid, s := range d.held() {
+			// Signed: an entry can be younger than "now".
+			if int64(at-s.Since) > int64(patience+watchEvery) {
+				d.letGo(tgid)
+			}
+		}
+	})
+}
+
+// everyWatch calls f every watchEvery until ctx ends.
+func everyWatch(ctx context.Context, f func()) {
+	tick := time.NewTicker(watchEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			f()
+		}
+	}
+}
+
+// overdue lists the namespaces that are undecided for too long. Before Arm
+// none is: nothing is dropped either.
+func (d *spaces) overdue() (cookies []uint64) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.armed.IsZero() {
+		return nil
+	}
+	for cookie, sp := range d.by {
+		if sp.fate == pending && time.Since(sp.since) > patience && time.Since(d.armed) > patience {
+			cookies = append(cookies, cookie)
+		}
+	}
+	return cookies
+}
+
+// held are the processes that are stopped now.
+func (d *spaces) held() map[uint32]stopped {
+	all := make(map[uint32]stopped)
+	var tgid uint32
+	var s stopped
+	// One that comes or goes meanwhile may be missed: watch looks again.
+	for it := d.m.held.Iterate(); it.Next(&tgid, &s); {
+		all[tgid] = s
+	}
+	return all
+}
+
+func (d *spaces) letGoIn(cookie uint64) {
+	for tgid, s := range d.held() {
+		if s.Cookie == cookie {
+			d.letGo(tgid)
+		}
+	}
+}
+
+func (d *spaces) letGoAll() {
+	for tgid := range d.held() {
+		d.letGo(tgid)
+	}
+}
+
+// letGo continues a process that is held. The entry goes with a process that
+// ends, before another can have its number: so if it is still there after the
+// pidfd was opened, the pidfd is that of the process which was stopped. And it
+// is taken out before the signal: the process can be held again right after.
+func (d *spaces) letGo(tgid uint32) {
+	fd, err := unix.PidfdOpen(int(tgid), 0)
+	if err == nil {
+		defer unix.Close(fd)
+	}
+	if d.m.held.Delete(tgid) != nil || errors.Is(err, unix.ESRCH) {
+		return
+	}
+	if err != nil {
+		// No descriptor is left: it is stopped and can hardly have ended.
+		err = unix.Kill(int(tgid), unix.SIGCONT)
+	} else {
+		err = unix.PidfdSendSignal(fd, unix.SIGCONT, nil, 0)
+	}
+	if err != nil && !errors.Is(err, unix.ESRCH) {
+		d.s.log.Error("a held process could not be continued", "pid", tgid, "err", err)
+	}
+}

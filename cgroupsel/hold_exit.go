@@ -1,0 +1,147 @@
+package cgroupsel
+
+import (
+	"fmt"
+	"io"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/btf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+)
+
+const exitTracepoint = "sched_process_exit"
+
+// kfuncs are functions of the kernel that the exit program calls, by the id of
+// their type. bpf_send_signal_task is the youngest (6.13).
+type kfuncs struct{ taskFromPID, sendSignal, taskRelease btf.TypeID }
+
+func readKfuncs() (*kfuncs, error) {
+	spec, err := btf.LoadKernelSpec()
+	if err != nil {
+		return nil, fmt.Errorf("read kernel types: %w", err)
+	}
+	var k kfuncs
+	for name, to := range map[string]*btf.TypeID{
+		"bpf_task_from_pid":    &k.taskFromPID,
+		"bpf_send_signal_task": &k.sendSignal,
+		"bpf_task_release":     &k.taskRelease,
+	} {
+		var f *btf.Func
+		if err := spec.TypeByName(name, &f); err != nil {
+			return nil, fmt.Errorf("find function %s: %w", name, err)
+		}
+		if *to, err = spec.TypeID(f); err != nil {
+			return nil, fmt.Errorf("find function %s: %w", name, err)
+		}
+	}
+	return &k, nil
+}
+
+// callKernel calls one of kfuncs.
+func callKernel(id btf.TypeID) asm.Instruction {
+	return asm.Instruction{
+		OpCode:   asm.OpCode(asm.JumpClass).SetJumpOp(asm.Call),
+		Src:      asm.PseudoKfuncCall,
+		Constant: int64(id),
+	}
+}
+
+// attachExit attaches the program for the end of a process, the best that this
+// kernel takes.
+func (d *spaces) attachExit() error {
+	k, err := readKfuncs()
+	if err == nil {
+		err = d.s.allowed(featureLetGo)
+	}
+	if err == nil {
+		var lk io.Closer
+		if lk, err = attach(d.program.exitProgram(k), func(p *ebpf.Program) (io.Closer, error) {
+			return link.AttachTracing(link.TracingOptions{Program: p})
+		}); err == nil {
+			d.hooks = append(d.hooks, lk)
+			return nil
+		}
+	}
+	d.s.log.Debug("who is held when cgtun is killed waits for its next start", "err", err)
+	lk, err := attach(d.program.exitProgram(nil), func(p *ebpf.Program) (io.Closer, error) {
+		return link.AttachRawTracepoint(link.RawTracepointOptions{Name: exitTracepoint, Program: p})
+	})
+	if err != nil {
+		return fmt.Errorf("tracepoint %s: %w", exitTracepoint, err)
+	}
+	d.hooks = append(d.hooks, lk)
+	return nil
+}
+
+// exitProgram takes a process that ends out of held. If it is cgtun itself,
+// whatever killed it, all that are held go on: its programs and maps are let go
+// only after this tracepoint.
+func (p *spaceProgram) exitProgram(k *kfuncs) *ebpf.ProgramSpec {
+	ins := asm.Instructions{
+		asm.LoadMem(asm.R6, asm.R1, 0, asm.DWord), // struct task_struct *
+		asm.FnGetCurrentPidTgid.Call(),
+		asm.RSh.Imm(asm.R0, 32),
+		asm.StoreMem(asm.RFP, slotPids, asm.R0, asm.Word),
+		asm.JEq.Imm32(asm.R0, int32(p.own), "dead"),
+	}
+	ins = append(ins, mapCall(p.m.held.FD(), slotPids, asm.FnMapLookupElem)...)
+	ins = append(ins, asm.JEq.Imm(asm.R0, 0, "out"))
+	// Threads of the process may live on.
+	dead := readPointer(asm.R3, asm.R6, p.t.signal, "out")
+	dead[0] = dead[0].WithSymbol("dead")
+	ins = append(ins, dead...)
+	ins = append(ins, readKernel(asm.R3, p.t.live, 4, "out")...)
+	ins = append(ins,
+		asm.LoadMem(asm.R1, asm.RFP, slotRead, asm.Word),
+		asm.JNE.Imm32(asm.R1, 0, "out"),
+		asm.LoadMem(asm.R1, asm.RFP, slotPids, asm.Word),
+	)
+	if k != nil {
+		ins = append(ins, asm.JEq.Imm32(asm.R1, int32(p.own), "own"))
+	}
+	ins = append(ins, mapCall(p.m.held.FD(), slotPids, asm.FnMapDeleteElem)...)
+	ins = append(ins, asm.Ja.Label("out"))
+	if k != nil {
+		ins = append(ins, p.letAllGo(k)...)
+	}
+	ins = append(ins, leave(0)...)
+	if k == nil {
+		return program("cgtun_exit", ebpf.RawTracepoint, ebpf.AttachNone, ins)
+	}
+	// Functions of the kernel can be called from this type alone.
+	spec := program("cgtun_exit", ebpf.Tracing, ebpf.AttachTraceRawTp, ins)
+	spec.AttachTo = exitTracepoint
+	return spec
+}
+
+// letAllGo continues all that are in held, through the queue of them: the
+// program cannot walk a map.
+func (p *spaceProgram) letAllGo(k *kfuncs) asm.Instructions {
+	ins := asm.Instructions{asm.Mov.Imm(asm.R8, maxHeld).WithSymbol("own")}
+	next := mapCall(p.m.order.FD(), slotPids, asm.FnMapPopElem)
+	next[0] = next[0].WithSymbol("next")
+	ins = append(ins, next...)
+	ins = append(ins, asm.JNE.Imm(asm.R0, 0, "out"))
+	ins = append(ins, mapCall(p.m.held.FD(), slotPids, asm.FnMapLookupElem)...)
+	return append(ins,
+		asm.JEq.Imm(asm.R0, 0, "another"),
+		asm.LoadMem(asm.R1, asm.RFP, slotPids, asm.Word),
+		callKernel(k.taskFromPID),
+		asm.JEq.Imm(asm.R0, 0, "another"),
+		asm.Mov.Reg(asm.R7, asm.R0),
+		asm.Mov.Reg(asm.R1, asm.R7),
+		asm.Mov.Imm(asm.R2, int32(unix.SIGCONT)),
+		asm.Mov.Imm(asm.R3, wholeProcess),
+		asm.Mov.Imm(asm.R4, 0),
+		callKernel(k.sendSignal),
+		asm.Mov.Reg(asm.R1, asm.R7),
+		callKernel(k.taskRelease),
+		asm.Sub.Imm(asm.R8, 1).WithSymbol("another"),
+		asm.JNE.Imm(asm.R8, 0, "next"),
+	)
+}
+
+// wholeProcess is PIDTYPE_TGID of the kernel's enum pid_type.
+const wholeProcess = 1

@@ -1,0 +1,252 @@
+package cgroupsel_test
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"cgtun/cgroupsel"
+	"cgtun/internal/labtest"
+)
+
+// undecided is a manager that leaves everything as it is.
+func undecided() *manager { return &manager{Decide: func(cgroupsel.Namespace) {}} }
+
+// stopFirst starts a first act in a namespace and waits until it is stopped. It
+// is stopped in execve, or, with socket, when it opens its socket.
+func stopFirst(t *testing.T, lab *labtest.Lab, space *labtest.Host, c *labtest.Cgroup, socket bool) *labtest.Proc {
+	t.Helper()
+	cmd := exec.Command("nsenter", "--net="+space.Path, self(t))
+	if socket {
+		cmd = exec.Command(self(t), space.Path)
+	}
+	cmd.Env = helperEnviron("first")
+	p := lab.StartCommand(c.Command(cmd))
+	labtest.Eventually(t, 10*time.Second, func() bool { return state(p.Pid) == 'T' }, "the task is stopped")
+	return p
+}
+
+func says(t *testing.T, p *labtest.Proc, want string) {
+	t.Helper()
+	done := make(chan error, 1)
+	go func() { done <- p.Wait() }()
+	select {
+	case err := <-done:
+		if got := strings.TrimSpace(p.Output()); err != nil || got != want {
+			t.Errorf("it says %q, %v, want %q", got, err, want)
+		}
+	case <-time.After(20 * time.Second):
+		t.Errorf("still in state %c after 20 s", state(p.Pid))
+		p.Signal(syscall.SIGKILL)
+		<-done
+	}
+}
+
+const denied = "operation not permitted"
+
+func TestHeldTaskGoesOnByDecision(t *testing.T) {
+	for _, socket := range []bool{false, true} {
+		for _, tt := range []struct {
+			name   string
+			decide func(s *cgroupsel.Selector, ns cgroupsel.Namespace) error
+			want   string
+		}{
+			{"admitted", func(s *cgroupsel.Selector, ns cgroupsel.Namespace) error {
+				return s.Admit(ns.Ref, cgroupsel.Admission{})
+			}, "sent"},
+			{"denied", func(s *cgroupsel.Selector, ns cgroupsel.Namespace) error { return s.Deny(ns.Ref) }, denied},
+		} {
+			t.Run(fmt.Sprintf("%s, at a socket: %v", tt.name, socket), func(t *testing.T) {
+				m := undecided()
+				lab, sel, s := armed(t, m)
+				space, meter := newSpace(lab, "s")
+				p := stopFirst(t, lab, space, sel, socket)
+				labtest.Eventually(t, 10*time.Second, func() bool { _, ok := m.find(space); return ok })
+				ns, _ := m.find(space)
+				if ns.PID != p.Pid || ns.Cgroup != sel.ID {
+					t.Errorf("namespace %+v, want process %d in cgroup %d", ns, p.Pid, sel.ID)
+				}
+				if err := tt.decide(s, ns); err != nil {
+					t.Fatal(err)
+				}
+				says(t, p, tt.want)
+				n := s.Counters()
+				if outside := meter.Packets(); (tt.want == "sent") != (outside == 1) || (tt.want == denied) != (n.GateDrops == 1) || n.Held != 1 {
+					t.Errorf("%d packets outside, counters %+v", outside, n)
+				}
+			})
+		}
+	}
+}
+
+// Nobody decides: on_exit does.
+func TestHeldTaskGoesOnInTime(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		closed bool
+		want   string
+	}{
+		{"open", false, "sent"},
+		{"closed", true, denied},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			lab, _, _ := newLab(t)
+			sel := lab.Cgroup("sel")
+			sels := one(sel.Path)
+			sels[0].Closed = tt.closed
+			s := newSelector(t, cgroupsel.Options{Selections: sels})
+			manage(t, s, undecided()).arm()
+			space, meter := newSpace(lab, "s")
+			says(t, stopFirst(t, lab, space, sel, false), tt.want)
+			if n, outside := s.Counters(), meter.Packets(); n.Waived != 1 || (outside == 0) != tt.closed || (n.GateDrops > 0) != tt.closed {
+				t.Errorf("counters %+v, %d packets outside", n, outside)
+			}
+		})
+	}
+}
+
+func TestHeldTaskGoesOnAtTheEnd(t *testing.T) {
+	lab, _, _ := newLab(t)
+	sel := lab.Cgroup("sel")
+	s, err := cgroupsel.New(cgroupsel.Options{Selections: one(sel.Path), Instance: "end"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var p *labtest.Proc
+	t.Run("held", func(t *testing.T) {
+		manage(t, s, undecided()).arm()
+		space, _ := newSpace(lab, "s")
+		p = stopFirst(t, lab, space, sel, false)
+	})
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	says(t, p, "sent")
+}
+
+// The reader, and whoever else needs the lock, is stuck.
+func TestHeldTaskGoesOnWhenTheReaderIsStuck(t *testing.T) {
+	lab, sel, s := armed(t, undecided())
+	space, _ := newSpace(lab, "s")
+	goOn := s.Stall()
+	defer func() { goOn() }()
+	p := stopFirst(t, lab, space, sel, false)
+	labtest.Eventually(t, 10*time.Second, func() bool { return state(p.Pid) != 'T' }, "it goes on")
+	// Nobody is held while nobody gives signs of life.
+	labtest.Eventually(t, 10*time.Second, func() bool {
+		cmd := exec.Command("nsenter", "--net="+space.Path, "true")
+		return sel.Command(cmd).Run() == nil
+	})
+	goOn()
+	goOn = func() {}
+	says(t, p, denied)
+}
+
+func TestHeldTaskGoesOnWhenTheOwnerIsKilled(t *testing.T) {
+	for _, tt := range []struct {
+		name    string
+		without []string
+		socket  bool
+	}{
+		{"by the kernel", nil, false},
+		{"by the next start", []string{cgroupsel.FeatureLetGo}, false},
+		{"by the next start, at a socket", []string{cgroupsel.FeatureLetGo}, true},
+		{"by cleanup", []string{cgroupsel.FeatureLetGo}, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			lab, _, _ := newLab(t)
+			sel := lab.Cgroup("sel")
+			opts := cgroupsel.Options{Selections: one(sel.Path), Instance: "killed", Without: tt.without}
+			owner := startCommand(t, lab, exec.Command(self(t), asJSON(t, opts)), nil, "hold")
+			if got := owner.line(); got != "armed" {
+				t.Fatal(got)
+			}
+			space, _ := newSpace(lab, "s")
+			// What others stopped stays so.
+			theirs := stay(t, lab, lab.Host("t"), sel)
+			theirs.proc.Signal(syscall.SIGSTOP)
+			p := stopFirst(t, lab, space, sel, tt.socket)
+			owner.kill()
+			switch tt.name {
+			case "by the kernel":
+			case "by cleanup":
+				pids, err := cgroupsel.Release(func(cgroup string) bool { return cgroup == sel.Path })
+				if err != nil || len(pids) != 1 || pids[0] != p.Pid {
+					t.Errorf("released %v, %v, want %d", pids, err, p.Pid)
+				}
+			default:
+				if got := state(p.Pid); got != 'T' {
+					t.Errorf("state %c after the kill, want it to be stopped", got)
+				}
+				s := newSelector(t, cgroupsel.Options{Selections: one(sel.Path), Instance: "killed"})
+				manage(t, s, undecided())
+			}
+			says(t, p, "sent")
+			if got := state(theirs.proc.Pid); got != 'T' {
+				t.Errorf("the process that was stopped by others is in state %c", got)
+			}
+			theirs.proc.Signal(syscall.SIGCONT)
+		})
+	}
+}
+
+// The first process of a container's pid namespace ignores every signal that
+// it has no handler for.
+func TestFirstProcessOfAPidNamespaceIsHeld(t *testing.T) {
+	labtest.Need(t, labtest.Tool("unshare"))
+	m := undecided()
+	lab, sel, s := armed(t, m)
+	cmd := exec.Command("unshare", "--net", "--pid", "--fork", self(t))
+	cmd.Env = helperEnviron("stay")
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer out.Close()
+	lab.StartCommand(sel.Command(cmd))
+	labtest.Eventually(t, 10*time.Second, func() bool {
+		all := s.Snapshot().Namespaces
+		return len(all) == 1 && s.Counters().Held == 1 && childState(all[0].PID) == 'T'
+	}, "it is stopped")
+	if err := s.Admit(s.Snapshot().Namespaces[0].Ref, cgroupsel.Admission{}); err != nil {
+		t.Fatal(err)
+	}
+	buf := make([]byte, 16)
+	if n, err := out.Read(buf); string(buf[:n]) != "there\n" {
+		t.Errorf("it says %q, %v", buf[:n], err)
+	}
+}
+
+// childState is the state of a process, or of its child if it has one.
+func childState(pid int) byte {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid))
+	var child int
+	if _, errScan := fmt.Sscan(string(text), &child); err == nil && errScan == nil {
+		return state(child)
+	}
+	return state(pid)
+}
+
+// Processes in unselected cgroups are neither held nor dropped, in any
+// namespace; selected ones are not in home.
+func TestOthersAreLeftAlone(t *testing.T) {
+	lab, sel, s := armed(t, undecided())
+	space, meter := newSpace(lab, "s")
+	other := lab.Cgroup("other")
+	if got := first(t, other, exec.Command("nsenter", "--net="+space.Path, self(t))); got != "sent" {
+		t.Errorf("an unselected process: %s", got)
+	}
+	if n := meter.Packets(); n != 1 {
+		t.Errorf("%d packets", n)
+	}
+	if out, err := sel.Command(exec.Command("true")).CombinedOutput(); err != nil {
+		t.Errorf("a selected process in home: %v: %s", err, out)
+	}
+	if n := s.Counters(); n != (cgroupsel.Counters{}) || len(s.Snapshot().Namespaces) != 0 {
+		t.Errorf("counters %+v, namespaces %+v", n, s.Snapshot().Namespaces)
+	}
+}
