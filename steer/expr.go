@@ -121,6 +121,7 @@ func state(bit uint32) part {
 	return part{ct(expr.CtKeySTATE), bits(bit, 0), differs(host32(0))}
 }
 
+func invalid() part { return state(expr.CtStateBitINVALID) }
 func fresh() part   { return state(expr.CtStateBitNEW) }
 func related() part { return state(expr.CtStateBitRELATED) }
 

@@ -59,6 +59,7 @@ func TestPlanAsText(t *testing.T) {
 				netip.MustParsePrefix("fd09::/64"),
 			}
 		}},
+		{name: "interfaces", change: func(p *steer.Plan) { p.All, p.Interfaces, p.No6 = true, []string{"br1", "br0"}, true }},
 		{name: "nov6", noV6: true, change: func(*steer.Plan) {}},
 	}
 	for _, tt := range tests {
@@ -82,7 +83,7 @@ func TestPlanAsText(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			if s.V6() == tt.noV6 {
+			if s.V6() == (tt.noV6 || p.No6) {
 				t.Errorf("V6() = %v", s.V6())
 			}
 			got := "# nft list ruleset\n" + h.Run("nft", "list", "ruleset") +

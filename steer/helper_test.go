@@ -31,7 +31,9 @@ func helper(args []string) int {
 	case "forge":
 		err = forge(args[1], args[2])
 	case "spoof":
-		err = spoof(args[1], args[2])
+		err = raw(args[1], args[2], unix.IPPROTO_UDP)
+	case "broken":
+		err = raw(args[1], args[2], unix.IPPROTO_TCP)
 	case "serve":
 		err = serve(args[1], args[2:])
 	case "connect":
@@ -54,6 +56,10 @@ func options(args []string) func(network, address string, c syscall.RawConn) err
 			for _, a := range args {
 				var n int
 				key, value, _ := strings.Cut(a, "=")
+				if key == "src" {
+					err = errors.Join(err, bindTo(int(fd), netip.MustParseAddr(value)))
+					continue
+				}
 				fmt.Sscan(value, &n)
 				switch key {
 				case "mark":
@@ -69,6 +75,13 @@ func options(args []string) func(network, address string, c syscall.RawConn) err
 		})
 		return errors.Join(ctlErr, err)
 	}
+}
+
+func bindTo(fd int, src netip.Addr) error {
+	if src.Is6() {
+		return unix.Bind(fd, &unix.SockaddrInet6{Addr: src.As16()})
+	}
+	return unix.Bind(fd, &unix.SockaddrInet4{Addr: src.As4()})
 }
 
 // ask sends a line and prints the answer: the name of the server.
@@ -141,15 +154,16 @@ func forge(own, far string) error {
 	return nil
 }
 
-// spoof sends one v4 datagram with a source that is not ours.
-func spoof(src, dst string) error {
+// raw sends one v4 packet: a datagram, perhaps with a source that is not ours,
+// or TCP that is no segment of anything.
+func raw(src, dst string, proto byte) error {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_RAW)
 	if err != nil {
 		return err
 	}
 	defer unix.Close(fd)
 	s, d := netip.MustParseAddr(src).As4(), netip.MustParseAddr(dst).As4()
-	p := []byte{0x45, 0, 0, 28, 0, 0, 0, 0, 64, unix.IPPROTO_UDP, 0, 0}
+	p := []byte{0x45, 0, 0, 28, 0, 0, 0, 0, 64, proto, 0, 0}
 	p = append(append(p, s[:]...), d[:]...)
 	p = append(p, 0x10, 0, 0x1b, 0x58, 0, 8, 0, 0)
 	return unix.Sendto(fd, p, 0, &unix.SockaddrInet4{Addr: d})

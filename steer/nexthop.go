@@ -109,11 +109,7 @@ func (n *nexthops) message(kind int, family byte, flags mdl.HeaderFlags) mdl.Mes
 
 // throw sets a throw route that hangs on an object.
 func (n *nexthops) throw(k routeKey, table int, id uint32, flags mdl.HeaderFlags) error {
-	family := byte(unix.AF_INET6)
-	if k.dst.Addr().Is4() {
-		family = unix.AF_INET
-	}
-	data := []byte{family, byte(k.dst.Bits()), 0, 0, unix.RT_TABLE_UNSPEC, Protocol, unix.RT_SCOPE_UNIVERSE, unix.RTN_THROW, 0, 0, 0, 0}
+	data := []byte{byte(familyOf(k.dst.Addr())), byte(k.dst.Bits()), 0, 0, unix.RT_TABLE_UNSPEC, Protocol, unix.RT_SCOPE_UNIVERSE, unix.RTN_THROW, 0, 0, 0, 0}
 	data = append(data, attribute(unix.RTA_DST, k.dst.Addr().AsSlice())...)
 	data = append(data, attribute(unix.RTA_TABLE, nlenc.Uint32Bytes(uint32(table)))...)
 	data = append(data, attribute(rtaNhID, nlenc.Uint32Bytes(id))...)

@@ -289,11 +289,7 @@ func setRoute(h *netlink.Handle, p *Plan, k routeKey, replace bool, hang *nextho
 		flags, set = mdl.Replace, h.RouteReplace
 	}
 	if k.kind == unix.RTN_THROW && !p.blocks() {
-		family := byte(unix.AF_INET6)
-		if k.dst.Addr().Is4() {
-			family = unix.AF_INET
-		}
-		if id := hang.id(family); id != 0 && hang.throw(k, p.Table, id, flags) == nil {
+		if id := hang.id(byte(familyOf(k.dst.Addr()))); id != 0 && hang.throw(k, p.Table, id, flags) == nil {
 			return nil
 		}
 	}
@@ -319,10 +315,13 @@ func clearRoutes(h *netlink.Handle, table int) error {
 	for _, family := range families {
 		rules, err := listRules(h, family)
 		errs = append(errs, err)
-		rules = slices.DeleteFunc(rules, func(r netlink.Rule) bool {
-			return r.Protocol != Protocol || r.Table != table
-		})
-		errs = append(errs, delRules(h, rules))
+		var ours []netlink.Rule
+		for _, r := range rules {
+			if r.Protocol == Protocol && numberOf(&r, rules) == table {
+				ours = append(ours, r)
+			}
+		}
+		errs = append(errs, delRules(h, ours))
 		routes, err := listRoutes(h, family, table)
 		errs = append(errs, err)
 		routes = slices.DeleteFunc(routes, func(r netlink.Route) bool { return r.Protocol != Protocol })

@@ -144,6 +144,8 @@ func (r *ruleset) through(p *Plan, bypass []*nftables.Set) *nftables.Chain {
 	r.add(c, syn(), fresh(), setCtMark(p.ctMask(), p.ctMark()))
 	r.add(c, tcp(), captured, setMark(p.Mask, p.Mark))
 	r.add(c, notTCP(), setMark(p.Mask, p.Mark))
+	// Of these it is not known whose they are; here they would leak.
+	r.add(c, tcp(), invalid(), setMark(p.Mask, p.Mark))
 	spoof := join(markIs(p.Mask, p.Mark), notBehind(saddrLeaves(), r.ifs))
 	r.add(c, spoof, count(countSpoof), drop())
 	return c
@@ -252,7 +254,7 @@ func (r *ruleset) interfaces(p *Plan) {
 	for _, dev := range slices.Compact(slices.Sorted(slices.Values(p.Interfaces))) {
 		elems = append(elems, nftables.SetElement{Key: name(dev)})
 	}
-	r.ifs = r.set(&nftables.Set{Name: "interfaces", KeyType: nftables.TypeIFName}, elems)
+	r.ifs = r.set(&nftables.Set{Name: "interfaces", KeyType: nftables.TypeIFName, KeyByteOrder: binaryutil.NativeEndian}, elems)
 }
 
 // cgroups returns one set a level, by level, for the level is part of the

@@ -132,11 +132,7 @@ func (s *Steering) firstAlive(h *netlink.Handle, link int, gateways []netip.Addr
 	if len(gateways) == 1 {
 		return gateways[0]
 	}
-	family := unix.AF_INET
-	if gateways[0].Is6() {
-		family = unix.AF_INET6
-	}
-	neighbours, err := again(func() ([]netlink.Neigh, error) { return h.NeighList(link, family) })
+	neighbours, err := listNeighbours(h, link, gateways[0])
 	if err != nil {
 		return gateways[0]
 	}
@@ -157,20 +153,39 @@ func (s *Steering) firstAlive(h *netlink.Handle, link int, gateways []netip.Addr
 	return gateways[0]
 }
 
-// probe makes the kernel ask the neighbours that a plan chooses among: one
-// that nobody sends to would never be seen to die, nor to come back.
+// listNeighbours lists the neighbours of the family of an address.
+func listNeighbours(h *netlink.Handle, link int, of netip.Addr) ([]netlink.Neigh, error) {
+	return again(func() ([]netlink.Neigh, error) { return h.NeighList(link, familyOf(of)) })
+}
+
+func familyOf(a netip.Addr) int {
+	if a.Is4() {
+		return unix.AF_INET
+	}
+	return unix.AF_INET6
+}
+
+// probe makes the kernel ask the neighbours that a plan chooses among. One
+// that nobody sends to would never be seen to die, nor to come back, and one
+// that answered is believed for up to 45 s.
 func probe(h *netlink.Handle, via *Via, link int) {
 	for _, list := range [][]netip.Addr{via.Gateway, via.Gateway6} {
 		if len(list) < 2 {
 			continue
 		}
+		known := map[netip.Addr]bool{}
+		neighbours, _ := listNeighbours(h, link, list[0])
+		for _, n := range neighbours {
+			a, _ := netip.AddrFromSlice(n.IP)
+			known[a.Unmap()] = n.State&(unix.NUD_REACHABLE|unix.NUD_STALE|unix.NUD_DELAY) != 0
+		}
 		for _, g := range list {
-			family := unix.AF_INET
-			if g.Is6() {
-				family = unix.AF_INET6
+			n := &netlink.Neigh{LinkIndex: link, Family: familyOf(g), IP: g.AsSlice(), Flags: unix.NTF_USE}
+			if known[g] {
+				n.Flags, n.State = 0, unix.NUD_PROBE
 			}
 			// What it finds shows in the neighbour's state.
-			_ = h.NeighSet(&netlink.Neigh{LinkIndex: link, Family: family, IP: g.AsSlice(), Flags: unix.NTF_USE})
+			_ = h.NeighSet(n)
 		}
 	}
 }

@@ -267,6 +267,19 @@ func (p *pipe) packets() int {
 	return p.n
 }
 
+// from counts the v4 packets of a source.
+func (p *pipe) from(src string) (n int) {
+	addr := netip.MustParseAddr(src).As4()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, b := range p.seen {
+		if len(b) >= 20 && b[0]>>4 == 4 && [4]byte(b[12:16]) == addr {
+			n++
+		}
+	}
+	return n
+}
+
 // tcpFlags counts the v4 TCP packets with exactly these flags.
 func (p *pipe) tcpFlags(flags byte) int {
 	p.mu.Lock()
