@@ -116,6 +116,42 @@ func (s *Selector) openSpaces() (*spaces, error) {
 	return d, nil
 }
 
+// lookForSpaces brings what is known of namespaces up to date, and tells
+// whether the picture of them changed.
+func (s *Selector) lookForSpaces() bool {
+	d := s.spaces
+	if d == nil {
+		return false
+	}
+	s.mu.Lock()
+	named := s.snapshot.Namespaces
+	s.mu.Unlock()
+	err := d.spareNamed(named)
+	news, errScan := d.scan()
+	s.note(FeatureTasks, errors.Join(err, errScan))
+	return news
+}
+
+// spareNamed spares the namespaces of select.netns, and no longer those that
+// were in it.
+func (d *spaces) spareNamed(named []Namespace) error {
+	keep := map[uint64]bool{d.home: true}
+	var errs []error
+	for _, ns := range named {
+		keep[ns.Ref.Cookie()] = true
+		errs = append(errs, d.spare(ns.Ref))
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for cookie := range d.exempt {
+		if !keep[cookie] {
+			delete(d.exempt, cookie)
+			d.drop(cookie)
+		}
+	}
+	return errors.Join(errs...)
+}
+
 // spare makes a namespace one in which nobody is held and nothing dropped.
 func (d *spaces) spare(ns netns.Ref) error {
 	d.mu.Lock()

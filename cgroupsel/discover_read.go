@@ -121,9 +121,6 @@ func now() uint64 {
 // elsewhere, and which namespaces have no selected task any more. It reports
 // whether the Snapshot is another one now.
 func (d *spaces) scan() (news bool, err error) {
-	if d == nil {
-		return false, nil
-	}
 	start := time.Now()
 	tasks, err := d.tasks()
 	if err != nil {

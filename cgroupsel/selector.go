@@ -191,6 +191,7 @@ func (s *Selector) begin() error {
 		s.useEach()
 	}
 	s.resolve(&watcher{})
+	s.lookForSpaces()
 	return nil
 }
 
@@ -225,7 +226,7 @@ func (s *Selector) Snapshot() Snapshot {
 	s.mu.Lock()
 	now := s.snapshot
 	s.mu.Unlock()
-	now.Namespaces = s.spaces.list()
+	now.Namespaces = slices.Concat(now.Namespaces, s.spaces.list())
 	return now
 }
 
@@ -315,11 +316,8 @@ func (s *Selector) look(w *watcher) bool {
 		s.useEach() // needs no entry in the map
 		s.full.Store(full)
 	}
-	news, err := s.spaces.scan()
-	if err != nil {
-		s.note(FeatureTasks, err)
-	}
-	return s.resolve(w) || news
+	news := s.resolve(w)
+	return s.lookForSpaces() || news
 }
 
 // Close lets everything go: programs and maps, our own cgroup, and those that
