@@ -152,6 +152,7 @@ func checkPrograms(context.Context) []doctor.Result {
 	if err != nil {
 		return found(name, doctor.Error, err.Error(), "make cgroup2 writable for root: in a container start it with --privileged and --cgroupns=host")
 	}
+	_ = s.Arm() // what it lacks is among the features
 	features := s.Features()
 	foreign := attachedAtRoot(s.tree.root)
 	if err := s.Close(); err != nil {
@@ -175,6 +176,8 @@ func fixOf(f Feature, foreign []string) string {
 		return fmt.Sprintf("stop what attached %s (see `bpftool cgroup tree`), or have it allow others (BPF_F_ALLOW_MULTI)", strings.Join(foreign, ", "))
 	case errors.Is(f.Err, unix.EPERM):
 		return "give cgtun CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN (in a container --privileged); `cat /sys/kernel/security/lockdown` must not say confidentiality"
+	case f.Name == FeatureProcess:
+		return "run a kernel since " + f.Err.Kernel + ", and cgtun outside of a pid namespace (a container: --pid=host)"
 	case f.Name == FeatureMkdir:
 		return "run a kernel since " + f.Err.Kernel + " with CONFIG_DEBUG_INFO_BTF and CONFIG_BPF_EVENTS"
 	}

@@ -48,7 +48,7 @@ func TestChecksFindNothingWhereSelectionWorks(t *testing.T) {
 	lab := labtest.New(t)
 	sel := lab.Cgroup("sel")
 	got := checks(t, nil, nil, sel.Path, "/a/*/glob", "unit:x.service")
-	for _, name := range []string{"cgroup2", "cgroup v1", cgroupsel.FeatureMkdir, cgroupsel.FeatureRoot, "selected cgroups"} {
+	for _, name := range []string{"cgroup2", "cgroup v1", cgroupsel.FeatureMkdir, cgroupsel.FeatureRoot, cgroupsel.FeatureGate, "selected cgroups"} {
 		if r, ok := got[name]; !ok || r.State != doctor.OK {
 			t.Errorf("%s: %+v", name, r)
 		}
