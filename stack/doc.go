@@ -13,6 +13,7 @@
 //	reader.go   packets in: what is let in, what is counted and turned away
 //	ring.go     what large segments are read into
 //	tcp.go      a SYN becomes a flow.Stream: held until the outbound is there
+//	early.go    SYNs and RSTs that come before netstack can take them
 //	pending.go  the table of SYNs that are held, its bounds, who gave up
 //	conn.go     an answered client as a flow.Conn
 //	direct.go   the same for relay, without a copy and without a goroutine

@@ -19,7 +19,8 @@ import (
 
 // wire is a device without a kernel: packets in by send, out by the channel.
 type wire struct {
-	in   chan wirePacket
+	in   chan []wirePacket
+	next []wirePacket // the rest of a burst; the reader's
 	out  chan []byte
 	done chan struct{}
 	once sync.Once
@@ -31,20 +32,24 @@ type wirePacket struct {
 }
 
 func newWire() *wire {
-	return &wire{in: make(chan wirePacket), out: make(chan []byte, 1024), done: make(chan struct{})}
+	return &wire{in: make(chan []wirePacket), out: make(chan []byte, 1024), done: make(chan struct{})}
 }
 
 func (w *wire) ReadPacket(bufs [][]byte) (tun.Offload, int, error) {
-	select {
-	case p := <-w.in:
-		rest := p.pkt
-		for _, b := range bufs {
-			rest = rest[copy(b, rest):]
+	for len(w.next) == 0 {
+		select {
+		case w.next = <-w.in:
+		case <-w.done:
+			return tun.Offload{}, 0, os.ErrDeadlineExceeded
 		}
-		return p.off, len(p.pkt) - len(rest), nil
-	case <-w.done:
-		return tun.Offload{}, 0, os.ErrDeadlineExceeded
 	}
+	p := w.next[0]
+	w.next = w.next[1:]
+	rest := p.pkt
+	for _, b := range bufs {
+		rest = rest[copy(b, rest):]
+	}
+	return p.off, len(p.pkt) - len(rest), nil
 }
 
 func (w *wire) WritePacket(_ tun.Offload, slices [][]byte) error {
@@ -67,9 +72,12 @@ func (w *wire) SetReadDeadline(t time.Time) error {
 }
 
 // send gives the stack a packet and returns when it took it.
-func (w *wire) send(off tun.Offload, pkt []byte) {
+func (w *wire) send(off tun.Offload, pkt []byte) { w.burst(wirePacket{off, pkt}) }
+
+// burst gives the stack packets that it reads without a pause between them.
+func (w *wire) burst(pkts ...wirePacket) {
 	select {
-	case w.in <- wirePacket{off, pkt}:
+	case w.in <- pkts:
 	case <-w.done:
 	}
 }
@@ -118,8 +126,13 @@ func (accepting) ServePackets(ctx context.Context, c flow.PacketConn) {
 
 func startWire(t testing.TB, o stack.Options) (*wire, *stack.Stack) {
 	t.Helper()
+	return startWireFor(t, accepting{}, o)
+}
+
+func startWireFor(t testing.TB, h flow.Handler, o stack.Options) (*wire, *stack.Stack) {
+	t.Helper()
 	w := newWire()
-	s, err := stack.New([]stack.Queue{w}, accepting{}, o)
+	s, err := stack.New([]stack.Queue{w}, h, o)
 	if err != nil {
 		t.Fatal(err)
 	}

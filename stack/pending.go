@@ -58,6 +58,7 @@ type pending struct {
 	gap      time.Duration         // between the last two; 0: only one came
 	conn     *conn                 // the end of the handshake
 	err      error
+	reset    []byte        // a RST that came before the end of the handshake
 	shaken   chan struct{} // closed when conn or err is set; made by Accept
 	answered bool          // Accept or Reject was called
 }

@@ -106,11 +106,12 @@ func (r *reader) packet(off tun.Offload, n int) {
 	}
 	switch h.proto {
 	case protoTCP:
-		if off.NeedsCsum || off.DataValid || transportSumOK(h, r.inOnePiece(n)) {
+		switch {
+		case !off.NeedsCsum && !off.DataValid && !transportSumOK(h, r.inOnePiece(n)):
+			c.badSum.Add(1)
+		case n > len(first) || !r.s.tcp.keep(h, first):
 			r.deliver(h, n)
-			return
 		}
-		c.badSum.Add(1)
 	case protoUDP:
 		if h.end-h.off < header.UDPMinimumSize {
 			c.malformed.Add(1)

@@ -17,6 +17,7 @@ type Stats struct {
 
 	// Streams.
 	OddSYN            uint64 // SYN with FIN or RST
+	LateSYN           uint64 // SYN for ports whose last connection does not end, or too many to wait for that
 	Pending           int    // gauge: clients that wait for their outbound or their handshake
 	Evicted           uint64 // pending, ended for room in all
 	EvictedSource     uint64 // for room of their source
@@ -34,9 +35,9 @@ type Stats struct {
 type counters struct {
 	notLocal, malformed, badSum, multicast, otherProto, icmp, unread, unwritten atomic.Uint64
 
-	oddSYN, evicted, evictedSource, evictedDest, gaveUp, handshakeFailed atomic.Uint64
-	accepted, rejected, limited                                          atomic.Uint64
-	conns                                                                atomic.Int64
+	oddSYN, lateSYN, evicted, evictedSource, evictedDest, gaveUp, handshakeFailed atomic.Uint64
+	accepted, rejected, limited                                                   atomic.Uint64
+	conns                                                                         atomic.Int64
 }
 
 // Stats returns what has been counted so far.
@@ -52,6 +53,7 @@ func (s *Stack) Stats() Stats {
 		Unread:            c.unread.Load(),
 		Unwritten:         c.unwritten.Load(),
 		OddSYN:            c.oddSYN.Load(),
+		LateSYN:           c.lateSYN.Load(),
 		Pending:           s.tcp.table.len(),
 		Evicted:           c.evicted.Load(),
 		EvictedSource:     c.evictedSource.Load(),

@@ -74,6 +74,7 @@ type streams struct {
 	s      *Stack
 	h      flow.Handler
 	table  *table
+	reuse  *reuse
 	fwd    *tcp.Forwarder
 	errors *rate.Limiter
 
@@ -91,6 +92,7 @@ func newStreams(s *Stack, h flow.Handler) *streams {
 		table:  newTable(&s.o.TCP, &s.count),
 		errors: rate.NewLimiter(icmpErrors, icmpErrors/5),
 	}
+	t.reuse = newReuse(t)
 	// Handshakes that were evicted stay in the forwarder until they end.
 	t.fwd = tcp.NewForwarder(s.gv, 0, 2*s.o.TCP.Pending, t.handshake)
 	return t
@@ -125,7 +127,10 @@ func (t *streams) begin(ctx context.Context) {
 // run looks after the table until ctx ends, lets nothing more in, and returns
 // when the last handler has.
 func (t *streams) run(ctx context.Context) {
+	var kept sync.WaitGroup
+	kept.Go(func() { t.reuse.run(ctx) })
 	t.table.run(ctx)
+	kept.Wait()
 	t.mu.Lock()
 	t.ended = true
 	t.mu.Unlock()
@@ -226,11 +231,7 @@ func (p *pending) evict() {
 
 // abortHandshake ends a half-open endpoint, if there is one.
 func (p *pending) abortHandshake() {
-	net := tcpip.NetworkProtocolNumber(header.IPv4ProtocolNumber)
-	if p.flow.Src.Addr().Is6() {
-		net = header.IPv6ProtocolNumber
-	}
-	if ep := p.t.s.gv.FindTransportEndpoint(net, tcp.ProtocolNumber, p.id, nicID); ep != nil {
+	if ep := p.t.s.gv.FindTransportEndpoint(networkOf(p.id.RemoteAddress), tcp.ProtocolNumber, p.id, nicID); ep != nil {
 		ep.Abort()
 	}
 }
@@ -285,11 +286,11 @@ func (p *pending) goneError(why string) error {
 // handshake runs in a goroutine of the forwarder's, for the SYN that Accept gave
 // it.
 func (t *streams) handshake(r *tcp.ForwarderRequest) {
-	defer r.Complete(false)
 	t.table.mu.Lock()
 	p := t.table.byID[r.ID()]
 	if p == nil || p.phase != handshaking || p.shaken == nil {
 		t.table.mu.Unlock()
+		r.Complete(false)
 		return
 	}
 	t.handshakes.Add(1)
@@ -298,13 +299,17 @@ func (t *streams) handshake(r *tcp.ForwarderRequest) {
 
 	c := &conn{s: t.s, local: p.flow.Dst, remote: p.flow.Src}
 	ep, terr := r.CreateEndpoint(&c.wq)
+	// Before Accept returns: the forwarder ignores a SYN for ports that it is
+	// busy with, and one may be waiting.
+	r.Complete(false)
 	if terr == nil {
 		c.open(ep)
 	}
 	t.table.mu.Lock()
 	taken := p.phase == handshaking
+	var reset []byte
 	if taken && terr == nil {
-		p.conn = c
+		p.conn, reset = c, p.reset
 	} else if taken {
 		p.err = p.goneError(terr.String())
 	}
@@ -312,9 +317,12 @@ func (t *streams) handshake(r *tcp.ForwarderRequest) {
 		close(p.shaken)
 	}
 	t.table.mu.Unlock()
-	if !taken && terr == nil {
+	switch {
+	case !taken && terr == nil:
 		ep.Abort()
 		c.released()
+	case reset != nil:
+		t.s.inject(reset)
 	}
 }
 

@@ -1,0 +1,212 @@
+package stack_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"io"
+	"testing"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+
+	"cgtun/flow"
+	"cgtun/internal/labtest"
+	"cgtun/stack"
+	"cgtun/tun"
+)
+
+// streamFunc handles streams by a function.
+type streamFunc func(context.Context, flow.Stream)
+
+func (f streamFunc) ServeStream(ctx context.Context, s flow.Stream)  { f(ctx, s) }
+func (streamFunc) ServePackets(_ context.Context, c flow.PacketConn) { c.Close() }
+func checked(pkt []byte) wirePacket                                  { return wirePacket{tun.Offload{DataValid: true}, pkt} }
+func (w *wire) tcpFrom(port uint16, flags header.TCPFlags) header.TCP {
+	return w.tcpThat(port, flags, flags)
+}
+func (w *wire) tcpThat(port uint16, mask, flags header.TCPFlags) (tcp header.TCP) {
+	pkt := w.answer(func(b []byte) bool {
+		return len(b) >= 40 && b[9] == 6 && binary.BigEndian.Uint16(b[22:]) == port && header.TCP(b[20:]).Flags()&mask == flags
+	})
+	if pkt == nil {
+		return nil
+	}
+	return header.TCP(pkt[20:])
+}
+
+// hand is a client whose segments are made by hand.
+type hand struct {
+	t        *testing.T
+	w        *wire
+	port     uint16
+	seq, ack uint32
+}
+
+// segment is the next one.
+func (h *hand) segment(flags header.TCPFlags, data []byte) wirePacket {
+	size := header.TCPMinimumSize + len(data)
+	pkt := make([]byte, header.IPv4MinimumSize+size)
+	src, dst := tcpip.AddrFrom4([4]byte{10, 9, 0, 1}), tcpip.AddrFrom4([4]byte{10, 7, 0, 2})
+	ip := header.IPv4(pkt)
+	ip.Encode(&header.IPv4Fields{TotalLength: uint16(len(pkt)), TTL: 64, Protocol: 6, SrcAddr: src, DstAddr: dst})
+	ip.SetChecksum(^ip.CalculateChecksum())
+	header.TCP(pkt[header.IPv4MinimumSize:]).Encode(&header.TCPFields{SrcPort: h.port, DstPort: 80, SeqNum: h.seq,
+		AckNum: h.ack, DataOffset: header.TCPMinimumSize, Flags: flags, WindowSize: 65535})
+	copy(pkt[header.IPv4MinimumSize+header.TCPMinimumSize:], data)
+	h.seq += uint32(len(data))
+	if flags&(header.TCPFlagSyn|header.TCPFlagFin) != 0 {
+		h.seq++
+	}
+	return checked(pkt)
+}
+
+// shake sends a SYN behind other segments and notes the answer.
+func (h *hand) shake(before ...wirePacket) {
+	h.t.Helper()
+	h.w.burst(append(before, h.segment(header.TCPFlagSyn, nil))...)
+	h.shaken()
+}
+
+func (h *hand) shaken() {
+	h.t.Helper()
+	tcp := h.w.tcpThat(h.port, header.TCPFlagSyn|header.TCPFlagRst, header.TCPFlagSyn)
+	if tcp == nil || tcp.AckNumber() != h.seq {
+		h.t.Fatalf("the SYN was not answered by SYN-ACK within a second: %v", tcp)
+	}
+	h.ack = tcp.SequenceNumber() + 1
+}
+
+// A client that uses its port again the moment the connection before it has
+// ended is connected at once, whoever closed first.
+func TestPortIsUsedAgainAtOnce(t *testing.T) {
+	for _, tt := range []struct {
+		name        string
+		serverFirst bool
+		rounds      int
+	}{{"server closes first", true, 50}, {"client closes first", false, 300}} {
+		t.Run(tt.name, func(t *testing.T) {
+			w, _ := startWireFor(t, streamFunc(func(_ context.Context, s flow.Stream) {
+				c, err := s.Accept()
+				if err != nil {
+					return
+				}
+				if !tt.serverFirst {
+					_, _ = io.Copy(io.Discard, c)
+				}
+				c.Close()
+			}), stack.Options{})
+			h := &hand{t: t, w: w, port: 4000, seq: 1}
+			h.shake()
+			for range tt.rounds {
+				last := []wirePacket{h.segment(header.TCPFlagAck, nil)}
+				if !tt.serverFirst {
+					last = append(last, h.segment(header.TCPFlagAck|header.TCPFlagFin, nil))
+				}
+				w.burst(last...)
+				fin := w.tcpFrom(h.port, header.TCPFlagFin)
+				if fin == nil {
+					t.Fatal("the stack did not close its side")
+				}
+				h.ack = fin.SequenceNumber() + 1
+				flags := header.TCPFlags(header.TCPFlagAck)
+				if tt.serverFirst {
+					flags |= header.TCPFlagFin
+				}
+				end := h.segment(flags, nil)
+				h.seq += 100_000
+				h.ack = 0
+				h.shake(end)
+			}
+		})
+	}
+}
+
+// A SYN for a connection that lives is challenged (RFC 5961), and does not end
+// it.
+func TestSYNDoesNotEndALiveConnection(t *testing.T) {
+	w, s := startWire(t, stack.Options{})
+	h := &hand{t: t, w: w, port: 4001, seq: 1}
+	h.shake()
+	w.burst(h.segment(header.TCPFlagAck, nil))
+	labtest.Eventually(t, 10*time.Second, func() bool { return s.Stats().Accepted == 1 }, "the handshake is done")
+	other := *h
+	other.seq, other.ack = 77_777, 0
+	w.burst(other.segment(header.TCPFlagSyn, nil))
+	tcp := w.tcpThat(h.port, header.TCPFlagSyn|header.TCPFlagRst|header.TCPFlagAck, header.TCPFlagAck)
+	if tcp == nil || tcp.AckNumber() != h.seq {
+		t.Errorf("the SYN was answered by %v, want an ACK of %d", tcp, h.seq)
+	}
+	if st := s.Stats(); st.Conns != 1 || st.LateSYN != 1 {
+		t.Errorf("%d connections, %d late SYNs; want 1 and 1", st.Conns, st.LateSYN)
+	}
+}
+
+// A client that sends and resets before anybody could read: all that it sent
+// arrives.
+func TestResetBehindTheFirstBytes(t *testing.T) {
+	const rounds = 300
+	type got struct {
+		data []byte
+		err  error
+	}
+	ends := make(chan got, rounds)
+	w, s := startWireFor(t, streamFunc(func(_ context.Context, s flow.Stream) {
+		c, err := s.Accept()
+		if err != nil {
+			ends <- got{nil, err}
+			return
+		}
+		defer c.Close()
+		_ = c.SetReadDeadline(time.Now().Add(10 * time.Second))
+		data, err := io.ReadAll(c)
+		ends <- got{data, err}
+	}), stack.Options{})
+	want := bytes.Repeat([]byte("before"), 200)
+	lost := 0
+	for i := range rounds {
+		h := &hand{t: t, w: w, port: uint16(5000 + i), seq: uint32(i)}
+		h.shake()
+		w.burst(h.segment(header.TCPFlagAck, nil), h.segment(header.TCPFlagAck|header.TCPFlagPsh, want), h.segment(header.TCPFlagRst, nil))
+		if g := <-ends; !bytes.Equal(g.data, want) {
+			lost++
+			t.Logf("%d bytes of %d, %v", len(g.data), len(want), g.err)
+		}
+	}
+	if lost > 0 {
+		t.Errorf("%d of %d clients lost what they had sent", lost, rounds)
+	}
+	// A client that resets without a byte is not kept.
+	h := &hand{t: t, w: w, port: 4999, seq: 7}
+	h.shake()
+	w.burst(h.segment(header.TCPFlagRst, nil))
+	select {
+	case g := <-ends:
+		if g.err == nil {
+			t.Error("a client that reset was served")
+		}
+	case <-time.After(5 * time.Second):
+		t.Error("a client that reset in its handshake holds the flow")
+	}
+	labtest.Eventually(t, 10*time.Second, func() bool { return s.Stats().Conns == 0 }, "connections are left")
+}
+
+// A client that resets in its handshake and tries again from the same port is
+// connected.
+func TestPortIsUsedAgainAfterReset(t *testing.T) {
+	w, _ := startWireFor(t, streamFunc(func(_ context.Context, s flow.Stream) {
+		if c, err := s.Accept(); err == nil {
+			_, _ = io.Copy(io.Discard, c)
+			c.Close()
+		}
+	}), stack.Options{})
+	h := &hand{t: t, w: w, port: 4002, seq: 1}
+	h.shake()
+	for range 200 {
+		last := []wirePacket{h.segment(header.TCPFlagAck, nil), h.segment(header.TCPFlagRst, nil)}
+		h.seq += 100_000
+		h.ack = 0
+		h.shake(last...)
+	}
+}
