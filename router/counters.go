@@ -31,11 +31,8 @@ type Counters struct {
 // Counters returns a snapshot.
 func (r *Router) Counters() Counters {
 	c := &r.counts
-	r.table.mu.Lock()
-	live := r.table.count
-	r.table.mu.Unlock()
 	return Counters{
-		FlowsTotal: c.flows.Load(), FlowsLive: uint64(live), RefusedTotal: c.refused.Load(), DeniedTotal: c.denied.Load(),
+		FlowsTotal: c.flows.Load(), FlowsLive: uint64(r.table.len()), RefusedTotal: c.refused.Load(), DeniedTotal: c.denied.Load(),
 		PanicsTotal: c.panics.Load(), OwnersFailed: c.ownersUnknown.Load(),
 		ClosedForgotten: c.closedForgotten.Load(), EventsLost: c.lost.Load(),
 		PeersEvicted: c.peersEvicted.Load(),

@@ -2,6 +2,7 @@ package router
 
 import (
 	"context"
+	"runtime"
 	"runtime/metrics"
 	"time"
 
@@ -45,32 +46,74 @@ func (r *Router) giveSocket() {
 	}
 }
 
-// memoryEvery is how often memory is looked at. What a machine with fast links
-// can fill between two looks is a fraction of the eighth that is kept free.
-const memoryEvery = 100 * time.Millisecond
+// How often memory is looked at: what a machine with fast links can fill between
+// two looks has to be a fraction of what is kept free. Few flows cannot fill much.
+const (
+	memoryEvery     = 100 * time.Millisecond
+	memoryOftener   = 10 * time.Millisecond
+	memoryFewFlows  = 16
+	collectAtMost   = time.Second // how often garbage is collected before its time
+	collectFraction = 20          // of the time may go into that
+)
 
-// watchMemory refuses new flows while more than seven eighths of MaxMemory are
-// in use, above what there was at the start.
+// memory is what watchMemory remembers.
+type memory struct {
+	limit     uint64 // bytes above the start
+	live      uint64 // of them, after garbage was collected last
+	collected time.Time
+	pause     time.Duration // until it may be done again
+}
+
+// watchMemory refuses new flows when more than seven eighths of MaxMemory are in
+// use, above what there was at the start, until less than three quarters are, and
+// tells MemoryUsed.
 func (r *Router) watchMemory(ctx context.Context) {
 	if r.opts.MaxMemory <= 0 {
 		return
 	}
-	limit := r.startMemory + uint64(r.opts.MaxMemory)/8*7
+	m := memory{limit: uint64(r.opts.MaxMemory)}
 	tick := time.NewTicker(memoryEvery)
 	defer tick.Stop()
+	often := false
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
 		}
-		used := usedMemory()
-		if scarce := used > limit; scarce && !r.scarce.Swap(true) {
-			r.log.Warn("new flows are refused: the flows fill the memory; raise [limits] memory", "used", used-r.startMemory, "limit", r.opts.MaxMemory)
-		} else if !scarce && r.scarce.Swap(false) {
-			r.log.Info("new flows are served again", "used", used-min(used, r.startMemory))
+		r.lookAtMemory(&m)
+		if many := r.table.len() > memoryFewFlows; many != often {
+			often = many
+			tick.Reset(map[bool]time.Duration{false: memoryEvery, true: memoryOftener}[often])
 		}
 	}
+}
+
+func (r *Router) lookAtMemory(m *memory) {
+	used := r.memoryAboveStart()
+	if used > m.live+m.limit/8 && time.Since(m.collected) > m.pause {
+		// How much of it is garbage decides what follows.
+		began := time.Now()
+		runtime.GC()
+		m.collected = time.Now()
+		m.pause = max(collectAtMost, collectFraction*time.Since(began))
+		used = r.memoryAboveStart()
+		m.live = used
+	}
+	m.live = min(m.live, used)
+	if r.opts.MemoryUsed != nil {
+		r.opts.MemoryUsed(int64(used), int64(m.limit))
+	}
+	if used > m.limit/8*7 && !r.scarce.Swap(true) {
+		r.log.Warn("new flows are refused: the flows fill the memory; raise [limits] memory", "used", used, "limit", m.limit)
+	} else if used < m.limit/4*3 && r.scarce.Swap(false) {
+		r.log.Info("new flows are served again", "used", used)
+	}
+}
+
+func (r *Router) memoryAboveStart() uint64 {
+	used := usedMemory()
+	return used - min(used, r.startMemory)
 }
 
 // usedMemory is what the Go runtime has in use, in bytes: not what is free for

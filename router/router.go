@@ -60,6 +60,10 @@ type Options struct {
 	// MaxMemory is how many bytes the process may take above what it has when
 	// New is called. New flows are refused before it is passed. 0: no bound.
 	MaxMemory int64
+	// MemoryUsed is told how much of MaxMemory is in use, again and again by
+	// Run: it can make buffers smaller long before flows are refused. Nil:
+	// nobody is.
+	MemoryUsed func(used, limit int64)
 }
 
 func (o Options) withDefaults() Options {

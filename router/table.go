@@ -32,6 +32,12 @@ func (t *table) init(o Options) {
 	t.watches.buffer = o.WatchBuffer
 }
 
+func (t *table) len() int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.count
+}
+
 // entry is a flow in the table, from begin to its end and a while after it.
 // Small: there is one for every idle connection.
 type entry struct {

@@ -35,7 +35,9 @@ type conn struct {
 	peeked   peeker
 	writeEnd atomic.Bool // we have sent a FIN
 	closed   atomic.Bool // Close or Reset was called
-	once     sync.Once   // counts the end
+
+	whole int64     // receive buffer before it was cut; under Buffers.mu
+	once  sync.Once // counts the end
 
 	read, write deadline
 }
@@ -54,9 +56,16 @@ func (c *conn) open(ep tcpip.Endpoint) {
 	_ = ep.SetSockOptInt(tcpip.KeepaliveCountOption, keepAliveCount)
 	ep.SocketOptions().SetKeepAlive(true)
 	c.s.count.conns.Add(1)
+	c.s.o.TCP.Buffers.add(c)
 }
 
-func (c *conn) released() { c.once.Do(func() { c.s.count.conns.Add(-1) }) }
+// released is called before the endpoint is brought to its end.
+func (c *conn) released() {
+	c.once.Do(func() {
+		c.s.o.TCP.Buffers.remove(c)
+		c.s.count.conns.Add(-1)
+	})
+}
 
 // errorOf gives an error of netstack the name that the rest of the world has
 // for it. Nil for "nothing now".
@@ -116,7 +125,7 @@ func (c *conn) Read(b []byte) (int, error) {
 			return err != nil, err
 		}
 		n = res.Count
-		c.ep.ModerateRecvBuf(n)
+		c.moderate(n)
 		return true, nil
 	})
 	if err != nil {
@@ -131,6 +140,7 @@ func (c *conn) Write(b []byte) (int, error) {
 	n := 0
 	err := c.wait(&c.write, waiter.WritableEvents|waiter.EventHUp|waiter.EventErr, func() (bool, error) {
 		for r.Len() > 0 {
+			c.clamp()
 			m, terr := c.ep.Write(r, tcpip.WriteOptions{})
 			n += int(m)
 			if terr != nil {
@@ -199,8 +209,8 @@ func (c *conn) Close() error {
 	// endpoint for ever. The time counts from the last progress.
 	linger := tcpip.TCPUserTimeoutOption(c.s.o.TCP.Linger)
 	_ = c.ep.SetSockOpt(&linger)
-	c.ep.Close()
 	c.released()
+	c.ep.Close()
 	return nil
 }
 

@@ -26,7 +26,8 @@ func (c *conn) Notify(f func(readable, writable, ended bool)) {
 	const read = waiter.ReadableEvents | waiter.EventHUp | waiter.EventErr | waiter.EventRdHUp
 	const broken = waiter.EventHUp | waiter.EventErr
 	c.entry = waiter.NewFunctionEntry(read|waiter.WritableEvents, func(m waiter.EventMask) {
-		f(m&read != 0, m&(waiter.WritableEvents|broken) != 0, m&broken != 0)
+		// Netstack says the same when both sides have ended in order.
+		f(m&read != 0, m&(waiter.WritableEvents|broken) != 0, m&broken != 0 && c.wasReset())
 	})
 	c.wq.EventRegister(&c.entry)
 }
@@ -76,7 +77,7 @@ func (c *conn) Discard(n int) {
 	c.peeked = peeker{drop: n}
 	// It reads what Peek has seen: there is nothing to fail.
 	_, _ = c.ep.Read(&c.peeked, tcpip.ReadOptions{})
-	c.ep.ModerateRecvBuf(n)
+	c.moderate(n)
 }
 
 // payload lets netstack read from a function.
@@ -99,6 +100,7 @@ func (p *payload) Read(b []byte) (int, error) {
 // and loses all on an error, so read must have what was promised.
 func (c *conn) Fill(n int, read func([]byte) (int, error)) (int, error) {
 	c.filling = payload{n: n, read: read}
+	c.clamp()
 	sent, terr := c.ep.Write(&c.filling, tcpip.WriteOptions{})
 	if terr != nil {
 		return 0, c.errorOf(terr)

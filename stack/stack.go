@@ -58,6 +58,9 @@ type TCPOptions struct {
 	// connection, in bytes. They begin smaller and grow with need. Default
 	// 4 MiB.
 	Buffer int
+	// Buffers makes them smaller when all stacks that have it hold too much.
+	// Default: one of the stack's own, whose Fit nobody calls.
+	Buffers *Buffers
 	// Linger is how long a closed connection may take to get rid of what was
 	// written before, without any progress. Default 60 s.
 	Linger time.Duration
@@ -79,6 +82,9 @@ func (o *Options) setDefaults() {
 	t.PendingPerSource = orDefault(t.PendingPerSource, max(1, t.Pending/2))
 	t.PendingPerDestination = orDefault(t.PendingPerDestination, max(1, t.Pending/2))
 	t.Buffer = orDefault(t.Buffer, 4<<20)
+	if t.Buffers == nil {
+		t.Buffers = NewBuffers()
+	}
 	t.Linger = orDefault(t.Linger, time.Minute)
 	t.KeepAlive = orDefault(t.KeepAlive, 2*time.Minute)
 }

@@ -24,6 +24,7 @@ type Stats struct {
 	EvictedDest       uint64 // for room of their destination
 	GaveUp            uint64 // the client stopped asking
 	HandshakeFailed   uint64 // the outbound was there, the client not any more
+	Cut               uint64 // receive buffers made smaller than was promised, for want of memory
 	Accepted          uint64
 	Rejected          uint64
 	Conns             int // gauge: accepted and not closed by us
@@ -36,7 +37,7 @@ type counters struct {
 	notLocal, malformed, badSum, multicast, otherProto, icmp, unread, unwritten atomic.Uint64
 
 	oddSYN, lateSYN, evicted, evictedSource, evictedDest, gaveUp, handshakeFailed atomic.Uint64
-	accepted, rejected, limited                                                   atomic.Uint64
+	cut, accepted, rejected, limited                                              atomic.Uint64
 	conns                                                                         atomic.Int64
 }
 
@@ -60,6 +61,7 @@ func (s *Stack) Stats() Stats {
 		EvictedDest:       c.evictedDest.Load(),
 		GaveUp:            c.gaveUp.Load(),
 		HandshakeFailed:   c.handshakeFailed.Load(),
+		Cut:               c.cut.Load(),
 		Accepted:          c.accepted.Load(),
 		Rejected:          c.rejected.Load(),
 		Conns:             int(c.conns.Load()),

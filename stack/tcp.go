@@ -56,7 +56,7 @@ const (
 	synRetries = 3
 	// firstBuffer is what a buffer may hold before it has grown; it limits,
 	// and holds nothing by itself.
-	minBuffer, firstBuffer = 4 << 10, 1 << 20
+	minBuffer, firstBuffer = 4 << 10, 128 << 10
 	// icmpErrors a second are sent at most.
 	icmpErrors = 5000
 
@@ -94,7 +94,7 @@ func newStreams(s *Stack, h flow.Handler) *streams {
 	}
 	t.reuse = newReuse(t)
 	// Handshakes that were evicted stay in the forwarder until they end.
-	t.fwd = tcp.NewForwarder(s.gv, 0, 2*s.o.TCP.Pending, t.handshake)
+	t.fwd = tcp.NewForwarder(s.gv, min(firstBuffer, s.o.TCP.Buffer), 2*s.o.TCP.Pending, t.handshake)
 	return t
 }
 
@@ -319,8 +319,8 @@ func (t *streams) handshake(r *tcp.ForwarderRequest) {
 	t.table.mu.Unlock()
 	switch {
 	case !taken && terr == nil:
-		ep.Abort()
 		c.released()
+		ep.Abort()
 	case reset != nil:
 		t.s.inject(reset)
 	}

@@ -41,6 +41,7 @@ type instance struct {
 	manager   *attach.Manager
 	router    *router.Router
 	outbounds []outbound
+	buffers   *stack.Buffers // of all stacks
 	stack     atomic.Pointer[stack.Stack]
 	state     atomic.Value // control.State
 	limits    control.Limits
@@ -60,7 +61,7 @@ func runDaemon(ctx context.Context, file *config.File, log *slog.Logger) (err er
 	if os.Geteuid() != 0 {
 		return errors.New("to capture needs root: start it with sudo")
 	}
-	in := &instance{file: file, route: file.Routes()[0], log: log, since: time.Now(), hangup: make(chan os.Signal, 1)}
+	in := &instance{file: file, route: file.Routes()[0], log: log, since: time.Now(), hangup: make(chan os.Signal, 1), buffers: stack.NewBuffers()}
 	signal.Notify(in.hangup, unix.SIGHUP)
 	defer signal.Stop(in.hangup)
 	in.state.Store(control.Starting)
@@ -210,7 +211,7 @@ func (in *instance) setRouter() error {
 		byName[c.Name] = direct
 	}
 	in.router = router.New(router.Options{Logger: in.log, Owners: owners{in}, MaxSockets: in.maxSockets(),
-		MaxMemory: int64(in.file.Limits.Memory)})
+		MaxMemory: int64(in.file.Limits.Memory), MemoryUsed: in.buffers.Fit})
 	in.router.Reload(set, byName)
 	return nil
 }
@@ -256,6 +257,7 @@ func (in *instance) serve(ctx context.Context, a *attach.Attachment) error {
 	}
 	s, err := stack.New(queues, in.router, stack.Options{
 		Attachment: a.ID, MTU: a.Device.MTU(), Local: a.Local, Logger: in.log,
+		TCP: stack.TCPOptions{Buffers: in.buffers},
 	})
 	if err != nil {
 		return err
