@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/binary"
 	"io"
+	"sync"
 	"testing"
 	"time"
 
@@ -208,5 +209,59 @@ func TestPortIsUsedAgainAfterReset(t *testing.T) {
 		h.seq += 100_000
 		h.ack = 0
 		h.shake(last...)
+	}
+}
+
+// That both sides have ended in order is no break: what the client sent before
+// its end may take the server long to read.
+func TestEndOfBothSidesIsNoBreak(t *testing.T) {
+	type direct interface {
+		flow.Conn
+		Notify(func(readable, writable, ended bool))
+	}
+	for _, reset := range []bool{false, true} {
+		broke, over := make(chan struct{}), make(chan struct{})
+		var once sync.Once
+		w, s := startWireFor(t, streamFunc(func(_ context.Context, s flow.Stream) {
+			conn, err := s.Accept()
+			if err != nil {
+				return
+			}
+			c := conn.(direct)
+			c.Notify(func(_, _, ended bool) {
+				if ended {
+					once.Do(func() { close(broke) })
+				}
+			})
+			_ = c.CloseWrite()
+			<-over
+			c.Notify(nil)
+			c.Close()
+		}), stack.Options{})
+		h := &hand{t: t, w: w, port: 4003, seq: 1}
+		h.shake()
+		w.burst(h.segment(header.TCPFlagAck, nil))
+		fin := w.tcpFrom(h.port, header.TCPFlagFin)
+		if fin == nil {
+			t.Fatal("the stack did not close its side")
+		}
+		h.ack = fin.SequenceNumber() + 1
+		flags := header.TCPFlags(header.TCPFlagAck | header.TCPFlagFin)
+		if reset {
+			flags = header.TCPFlagRst
+		}
+		w.burst(h.segment(flags, nil))
+		labtest.Eventually(t, 10*time.Second, func() bool { return s.Endpoints() == 0 }, "the connection has ended")
+		if reset {
+			<-broke
+		}
+		close(over)
+		select {
+		case <-broke:
+			if !reset {
+				t.Error("the end of both sides was told as a break")
+			}
+		default:
+		}
 	}
 }
