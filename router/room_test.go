@@ -13,6 +13,49 @@ import (
 	"cgtun/router"
 )
 
+// isRefused tries a flow.
+func isRefused(t *testing.T, r *router.Router) bool {
+	t.Helper()
+	c := newClient("198.51.100.1:80")
+	done := serve(t, r, c)
+	var why flow.Reason
+	var accepted bool
+	labtest.Eventually(t, 5*time.Second, func() bool {
+		accepted, why = c.told(t)
+		return accepted || why != flow.Closed
+	}, "an answer")
+	if accepted {
+		_ = c.conn.Close()
+	}
+	wait(t, "end of the flow", done)
+	return !accepted && why == flow.Refused
+}
+
+// Garbage that nobody has collected yet turns nobody away.
+func TestGarbageIsNotMemoryInUse(t *testing.T) {
+	const budget = 32 << 20
+	defer debug.SetGCPercent(debug.SetGCPercent(-1))
+	debug.FreeOSMemory()
+	out := serving(t, "up", func(c *memConn) { _, _ = io.Copy(io.Discard, c) })
+	told := make(chan int64, 1000)
+	r := route(t, router.Options{MaxMemory: budget, MemoryUsed: func(used, _ int64) { told <- used }}, out)
+	for range 3 * budget >> 20 {
+		runtime.KeepAlive(make([]byte, 1<<20))
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	go func() { defer close(ended); _ = r.Run(ctx) }()
+	used := <-told
+	if used > budget/2 {
+		t.Errorf("%d MiB are said to be in use", used>>20)
+	}
+	if isRefused(t, r) {
+		t.Error("a flow was refused")
+	}
+	cancel()
+	<-ended
+}
+
 // What flows have piled up turns new ones away, and they are served again when
 // it is gone.
 func TestMemoryIsBounded(t *testing.T) {
@@ -25,21 +68,7 @@ func TestMemoryIsBounded(t *testing.T) {
 	go func() { defer close(ended); _ = r.Run(ctx) }()
 	defer func() { cancel(); <-ended }()
 
-	refused := func() bool {
-		c := newClient("198.51.100.1:80")
-		done := serve(t, r, c)
-		var why flow.Reason
-		var accepted bool
-		labtest.Eventually(t, 5*time.Second, func() bool {
-			accepted, why = c.told(t)
-			return accepted || why != flow.Closed
-		}, "an answer")
-		if accepted {
-			_ = c.conn.Close()
-		}
-		wait(t, "end of the flow", done)
-		return !accepted && why == flow.Refused
-	}
+	refused := func() bool { return isRefused(t, r) }
 	if refused() {
 		t.Fatal("refused with all of the memory free")
 	}

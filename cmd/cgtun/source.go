@@ -112,6 +112,7 @@ func (in *instance) turnedAway(a *attach.State, flows router.Counters) control.C
 	c["malformed"], c["bad_checksum"] = n.Malformed+n.UDP.Malformed, n.BadChecksum+n.UDP.BadSum
 	c["multicast"], c["other_protocol"], c["icmp"] = n.Multicast, n.OtherProtocol, n.ICMP
 	c["unwritten"], c["icmp_rate"] = n.Unwritten+n.UDP.Unwritten, n.ICMPErrorsLimited+n.UDP.ICMPLimit
+	c["late_syn"], c["receive_cut"] = n.LateSYN, n.Cut
 	c["odd_syn"], c["udp_queue"], c["udp_sessions"] = n.OddSYN, n.UDP.QueueFull, n.UDP.Evicted
 	c["pending"], c["pending_source"], c["pending_destination"] = n.Evicted, n.EvictedSource, n.EvictedDest
 	return c
