@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -171,9 +172,14 @@ func (p *patient) daemon(context.Context) []doctor.Result {
 		results[0].Fix = "see the lines below, and cgtun status"
 	}
 	for _, a := range s.Attachments {
-		if a.State == "failed" || a.Error != "" {
-			results = append(results, one("attachment "+a.ID, doctor.Error, fmt.Sprintf("%s: %s", a.State, a.Error), "see the log of the daemon")...)
+		if a.State == "failed" || a.State == "gated" || a.Error != "" {
+			results = append(results, one("attachment "+a.ID, doctor.Error, fmt.Sprintf("%s: %s", a.State, cmp.Or(string(a.Error), "what is selected there reaches nothing")),
+				"mend what is named; the log of the daemon has more")...)
 		}
+	}
+	if n := s.Counters.GateDropsTotal; n > 0 {
+		results = append(results, one("gate", doctor.Warn, fmt.Sprintf("%d packets were dropped because their network namespace was not attached: programs in it saw errors", n),
+			"see the log of the daemon for what kept it; a machine that is busy all the time needs more CPU")...)
 	}
 	for _, g := range s.Cgroups {
 		if g.Present && !g.Held {
