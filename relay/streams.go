@@ -47,9 +47,9 @@ type Options struct {
 	// Up and Down count the bytes that were handed on from the client and
 	// from the server, as they go. Both may be nil.
 	Up, Down *atomic.Int64
-	// Idle ends a flow on which nothing went either way for at least this
-	// long, at most twice. 0: never.
-	Idle time.Duration
+	// Half is called when one direction has ended in order, and perhaps again
+	// for the other. It returns soon. It may be nil.
+	Half func()
 }
 
 // Side is an end of a flow.
@@ -85,16 +85,10 @@ type Result struct {
 // acknowledged what was written before.
 const drainTime = 10 * time.Second
 
-var errIdle = &idleError{}
-
-type idleError struct{}
-
-func (*idleError) Error() string           { return "nothing sent either way for too long" }
-func (*idleError) FlowReason() flow.Reason { return flow.TimedOut }
-
 // Streams moves bytes between client and server until both have closed, one has
 // reset (the other is then reset, after it has got all bytes before), ctx ends
-// (both are reset at once), or nothing happens for Options.Idle. It closes
+// (both are reset at once). It ends no flow for its silence: keepalive finds the
+// dead, and the living may have nothing to say for days. It closes
 // neither end; all goroutines of its own are gone when it returns.
 func Streams(ctx context.Context, client, server flow.Conn, o Options) Result {
 	if o.Up == nil {
@@ -102,6 +96,9 @@ func Streams(ctx context.Context, client, server flow.Conn, o Options) Result {
 	}
 	if o.Down == nil {
 		o.Down = new(atomic.Int64)
+	}
+	if o.Half == nil {
+		o.Half = func() {}
 	}
 	d, ok := client.(Direct)
 	k, ok2 := server.(Kernel)

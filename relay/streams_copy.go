@@ -72,34 +72,17 @@ func (c *copier) end(by Side, why error) {
 	})
 }
 
-// watch wakes both directions when the flow has failed, ctx has ended, or
-// nothing went for too long.
+// watch wakes both directions when the flow has failed or ctx has ended.
 func (c *copier) watch(ctx context.Context, ended <-chan struct{}, wake func()) {
-	var tick <-chan time.Time
-	if c.o.Idle > 0 {
-		t := time.NewTicker(c.o.Idle)
-		defer t.Stop()
-		tick = t.C
-	}
-	for bytes := int64(-1); ; {
-		select {
-		case <-ended:
-			return
-		case <-ctx.Done():
-			c.end(Neither, context.Cause(ctx))
-		case <-tick:
-			now := c.o.Up.Load() + c.o.Down.Load()
-			if now != bytes {
-				bytes = now
-				continue
-			}
-			c.end(Neither, errIdle)
-		case <-c.over:
-		}
-		wake()
-		<-ended
+	select {
+	case <-ended:
 		return
+	case <-ctx.Done():
+		c.end(Neither, context.Cause(ctx))
+	case <-c.over:
 	}
+	wake()
+	<-ended
 }
 
 // half moves one direction to its end and passes that on.
@@ -110,7 +93,9 @@ func (c *copier) half(dst, src flow.Conn, from Side, count *atomic.Int64) {
 	case err == nil:
 		if err := dst.CloseWrite(); err != nil {
 			c.end(to, err)
+			return
 		}
+		c.o.Half()
 	case isDeadline(err):
 	case writing:
 		c.end(to, err)

@@ -77,8 +77,6 @@ type direct struct {
 	gone   bool // the client takes nothing any more
 	err    error
 
-	idle idleTimer
-
 	over chan struct{}
 
 	breakOnce sync.Once
@@ -270,6 +268,7 @@ func (d *direct) upEnded(closeWrite func() error) {
 	}
 	// An error means that the server has gone; down will say how.
 	_ = closeWrite()
+	d.o.Half()
 	_ = d.server.SetReadDeadline(past) // down may have ended before
 }
 

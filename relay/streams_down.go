@@ -18,9 +18,8 @@ func (d *direct) down() {
 
 // downBytes returns true when the server has ended its direction in order.
 func (d *direct) downBytes() bool {
-	d.idle = idleTimer{d: d, bytes: -1}
 	for !d.isOver() {
-		d.idle.arm()
+		d.setReadDeadline(time.Time{})
 		d.full, d.eof, d.gone, d.err = false, false, false, nil
 		if err := d.raw.Read(d.downFn); err != nil {
 			d.err = err
@@ -36,11 +35,7 @@ func (d *direct) downBytes() bool {
 func (d *direct) downEnded() bool {
 	switch {
 	case isDeadline(d.err):
-		// An end, news of up, or silence.
-		if d.idle.expired() {
-			d.end(Neither, errIdle)
-		}
-		return false
+		return false // an end, or news of up
 	case d.err != nil:
 		d.end(Server, d.err)
 		return true
@@ -51,6 +46,7 @@ func (d *direct) downEnded() bool {
 			return true
 		}
 		_ = d.client.CloseWrite()
+		d.o.Half()
 		return true
 	case d.gone:
 		// The pump says how, after it has passed on what came before.
@@ -131,11 +127,10 @@ func (d *direct) readServer(b []byte) (int, error) {
 // awaitEnd waits, after the server's end of stream, for that of the client or
 // for a reset of the server.
 func (d *direct) awaitEnd() {
-	d.idle = idleTimer{d: d, bytes: -1}
 	for !d.upOver() {
-		d.idle.arm()
+		d.setReadDeadline(time.Time{})
 		// Between the look above and this line upEnded may have set its
-		// deadline, and arm would have taken it back: look again.
+		// deadline, which is taken back now: look again.
 		if d.upOver() {
 			return
 		}
@@ -143,11 +138,8 @@ func (d *direct) awaitEnd() {
 		if err := d.raw.Read(d.resetSeen); err != nil {
 			d.err = err
 		}
-		switch {
-		case !isDeadline(d.err):
+		if !isDeadline(d.err) {
 			d.end(Server, d.err)
-		case d.idle.expired():
-			d.end(Neither, errIdle)
 		}
 	}
 }
@@ -179,31 +171,6 @@ func (d *direct) resetSeen(fd uintptr) bool {
 		return false
 	}
 	return true
-}
-
-// idleTimer ends flows on which nothing goes either way. It is the read
-// deadline of the server's socket, so it costs no goroutine.
-type idleTimer struct {
-	d     *direct
-	bytes int64
-	until time.Time
-}
-
-// arm sets the deadline anew if bytes went since the last time, and takes back
-// one that only woke us.
-func (i *idleTimer) arm() {
-	if i.d.o.Idle <= 0 {
-		i.d.setReadDeadline(time.Time{})
-		return
-	}
-	if now := i.d.o.Up.Load() + i.d.o.Down.Load(); now != i.bytes {
-		i.bytes, i.until = now, time.Now().Add(i.d.o.Idle)
-	}
-	i.d.setReadDeadline(i.until)
-}
-
-func (i *idleTimer) expired() bool {
-	return i.d.o.Idle > 0 && time.Now().After(i.until) && i.d.o.Up.Load()+i.d.o.Down.Load() == i.bytes
 }
 
 // setReadDeadline never takes back the deadline of an end.

@@ -24,7 +24,7 @@ func (r *Router) ServeStream(ctx context.Context, s flow.Stream) {
 	if !r.connect(ctx, e, s, &ends) {
 		return
 	}
-	result := relay.Streams(ctx, ends.client, ends.server.Conn, relay.Options{Up: &e.up, Down: &e.down})
+	result := relay.Streams(ctx, ends.client, ends.server.Conn, relay.Options{Up: &e.up, Down: &e.down, Half: e.closing})
 	e.end(result.Reason)
 }
 

@@ -61,6 +61,38 @@ func TestBytesGoBothWaysAndBothHalvesEnd(t *testing.T) {
 	}
 }
 
+// A flow of which one side has ended is closing until the other has, too.
+func TestHalfClosedFlowIsClosing(t *testing.T) {
+	for _, first := range []string{"client", "server"} {
+		t.Run(first+" ends first", func(t *testing.T) {
+			end := make(chan struct{})
+			out := serving(t, "up", func(c *memConn) {
+				if first == "server" {
+					_ = c.CloseWrite()
+				}
+				_, _ = io.Copy(io.Discard, c)
+				<-end
+			})
+			r := route(t, router.Options{}, out)
+			c := newClient("198.51.100.1:80")
+			ended := serve(t, r, c)
+			if first == "client" {
+				_ = c.conn.CloseWrite()
+			}
+			labtest.Eventually(t, 10*time.Second, func() bool {
+				f := r.Flows()
+				return len(f) == 1 && f[0].State == "closing" && f[0].Reason == nil
+			}, "the flow is closing")
+			_ = c.conn.CloseWrite()
+			close(end)
+			wait(t, "end of the flow", ended)
+			if f := r.Flows()[0]; f.State != "closed" || *f.Reason != "closed" {
+				t.Errorf("ended as %s, %s", f.State, *f.Reason)
+			}
+		})
+	}
+}
+
 func TestClientIsToldTheTruth(t *testing.T) {
 	never := func(ctx context.Context, _ dialer.Target) (flow.Conn, error) {
 		<-ctx.Done()

@@ -94,6 +94,19 @@ func (e *entry) path(names []string) {
 	e.r.table.watches.tell(flow.EventUpdate, e)
 }
 
+// closing notes that one side has ended in order.
+func (e *entry) closing() {
+	e.mu.Lock()
+	first := e.state == flow.StateOpen
+	if first {
+		e.state = flow.StateClosing
+	}
+	e.mu.Unlock()
+	if first {
+		e.r.table.watches.tell(flow.EventUpdate, e)
+	}
+}
+
 // end takes the flow out of the live ones. Only the first call counts.
 func (e *entry) end(why flow.Reason) {
 	e.mu.Lock()

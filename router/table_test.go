@@ -75,7 +75,10 @@ func TestWatchTellsEachChange(t *testing.T) {
 			t.Errorf("got %s of a flow that is %s, want %s, %s", e.Event, e.Flow.State, want.event, want.state)
 		}
 	}
-	_ = c.conn.Close()
+	_ = c.conn.CloseWrite()
+	if e := next(); e.Event != "update" || e.Flow.State != "closing" {
+		t.Errorf("got %s of a flow that is %s, want update, closing", e.Event, e.Flow.State)
+	}
 	wait(t, "end of the flow", ended)
 	if e := next(); e.Event != "close" || e.Flow.Reason == nil {
 		t.Errorf("got %s, reason %v; want close and why", e.Event, e.Flow.Reason)

@@ -126,6 +126,7 @@ func TestHalfCloseInBothOrders(t *testing.T) {
 					first, second = second, first
 				}
 				up, down := pattern(1<<20, 1), pattern(3<<20, 2)
+				before := w.halves.Load()
 				go func() {
 					first.Write(up)
 					first.CloseWrite()
@@ -133,6 +134,7 @@ func TestHalfCloseInBothOrders(t *testing.T) {
 				if got, err := io.ReadAll(second); err != nil || !bytes.Equal(got, up) {
 					t.Fatalf("second read %d bytes, %v, want %d", len(got), err, len(up))
 				}
+				labtest.Eventually(t, 10*time.Second, func() bool { return w.halves.Load() == before+1 }, "one direction is said to have ended")
 				go func() {
 					second.Write(down)
 					second.CloseWrite()

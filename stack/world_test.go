@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -31,6 +32,7 @@ type world struct {
 	stack                  *stack.Stack
 	device                 *tun.Device
 
+	halves  atomic.Int32 // directions that have ended in order
 	mu      sync.Mutex
 	results []relay.Result
 	streams int // flows that began
@@ -127,7 +129,7 @@ func (r *relaying) ServeStream(ctx context.Context, s flow.Stream) {
 		return
 	}
 	defer in.Close()
-	r.note(relay.Streams(ctx, in, out, relay.Options{}))
+	r.note(relay.Streams(ctx, in, out, relay.Options{Half: func() { r.w.halves.Add(1) }}))
 }
 
 func (r *relaying) note(res relay.Result) {
