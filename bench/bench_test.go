@@ -25,28 +25,35 @@ import (
 //	captured ── tun0 ── cgtun (its sockets are router's)
 //	10.9.0.1
 //
-// routed takes the kernel's way, or asks the splice relay on router; captured has
-// no other way than the tun.
+// routed takes the kernel's way, or asks one of the plain relays on router;
+// captured has no other way than the tun.
 type lab struct {
 	b                                *testing.B
 	routed, captured, router, server *labtest.Host
-	cgtun, splice                    *program
+	splice, copy, cgtun              *program
 }
 
-// way is one of the three ways to the server.
+// wayNames are the columns of the table.
+var wayNames = []string{"kernel", "splice", "copy", "cgtun"}
+
+// way is one of the ways to the server.
 type way struct {
-	name string
-	from *labtest.Host
-	addr string
-	by   *program // the process that relays, if any
+	name        string
+	from        *labtest.Host
+	addr        string
+	iperf, echo string   // ports
+	by          *program // the process that relays, if any
 }
 
 func (l *lab) ways() []way {
-	return []way{
-		{"kernel", l.routed, serverIP, nil},
-		{"splice", l.routed, routerIP, l.splice},
-		{"cgtun", l.captured, serverIP, l.cgtun},
+	all := []way{
+		{"kernel", l.routed, serverIP, iperfPort, echoPort, nil},
+		{"splice", l.routed, routerIP, iperfPort, echoPort, l.splice},
+		{"copy", l.routed, routerIP, copyIperfPort, copyEchoPort, l.copy},
+		{"cgtun", l.captured, serverIP, iperfPort, echoPort, l.cgtun},
 	}
+	only := os.Getenv("CGTUN_BENCH_WAYS")
+	return slices.DeleteFunc(all, func(w way) bool { return only != "" && !strings.Contains(only, w.name) })
 }
 
 func newLab(b *testing.B) *lab {
@@ -66,6 +73,7 @@ func newLab(b *testing.B) *lab {
 	l.server.Start("iperf3", "-s", "-p", iperfPort)
 	l.start(l.server, "server", "")
 	l.splice = l.start(l.router, "splice", "")
+	l.copy = l.start(l.router, "copy", "")
 	l.startCgtun()
 	return l
 }
@@ -171,7 +179,7 @@ func (l *lab) ask(h *labtest.Host, role, arg string) map[string]float64 {
 // iperf returns Gbit/s as received, and the share of datagrams lost.
 func (l *lab) iperf(w way, args ...string) (gbits, lost float64) {
 	l.b.Helper()
-	args = append([]string{"-J", "-c", w.addr, "-p", iperfPort}, args...)
+	args = append([]string{"-J", "-c", w.addr, "-p", w.iperf}, args...)
 	out, err := w.from.Try("iperf3", args...)
 	var r struct {
 		Error string
@@ -225,14 +233,21 @@ func (c *cells) median(row, way string) (float64, bool) {
 }
 
 func (c *cells) print() {
-	fmt.Printf("\n%-42s %10s %10s %10s %14s %14s\n", "median", "kernel", "splice", "cgtun", "cgtun/kernel", "cgtun/splice")
+	fmt.Printf("\n%-42s", "median")
+	for _, w := range wayNames {
+		fmt.Printf(" %10s", w)
+	}
+	for _, w := range wayNames[:len(wayNames)-1] {
+		fmt.Printf(" %14s", "cgtun/"+w)
+	}
+	fmt.Println()
 	for _, row := range c.rows {
 		fmt.Printf("%-42s", row)
 		ours, _ := c.median(row, "cgtun")
-		for _, w := range []string{"kernel", "splice", "cgtun"} {
+		for _, w := range wayNames {
 			fmt.Print(cell(c.median(row, w)))
 		}
-		for _, w := range []string{"kernel", "splice"} {
+		for _, w := range wayNames[:len(wayNames)-1] {
 			v, ok := c.median(row, w)
 			ok = ok && v != 0
 			if !ok {
@@ -254,7 +269,8 @@ func cell(v float64, ok bool) string {
 
 // BenchmarkEndToEnd prints one table. CGTUN_BENCH_ROUNDS (3) and
 // CGTUN_BENCH_SECONDS (1, of each bulk cell) make it longer, CGTUN_BENCH_ONLY
-// (bulk,rate,latency,udp,memory) and CGTUN_BENCH_CELL ("tcp up 4") shorter. CGTUN_BENCH_HANDLER=plain leaves the
+// (bulk,rate,latency,udp,memory), CGTUN_BENCH_CELL ("tcp up 4") and
+// CGTUN_BENCH_WAYS ("splice,cgtun") shorter. CGTUN_BENCH_HANDLER=plain leaves the
 // router out, CGTUN_BENCH_QUEUES has more queues, CGTUN_BENCH_PROFILE=FILE
 // takes a CPU profile of cgtun.
 func BenchmarkEndToEnd(b *testing.B) {
@@ -312,13 +328,13 @@ func (l *lab) bulk(c *cells) {
 
 func (l *lab) rates(c *cells) {
 	for _, w := range l.ways() {
-		c.add("connections/s", w.name, l.ask(w.from, "rate", w.addr+":"+echoPort)["rate"])
+		c.add("connections/s", w.name, l.ask(w.from, "rate", w.addr+":"+w.echo)["rate"])
 	}
 }
 
 func (l *lab) latencies(c *cells) {
 	for _, w := range l.ways() {
-		f := l.ask(w.from, "latency", w.addr+":"+echoPort)
+		f := l.ask(w.from, "latency", w.addr+":"+w.echo)
 		c.add("connect + first byte p50, µs", w.name, f["first50"])
 		c.add("connect + first byte p99, µs", w.name, f["first99"])
 		c.add("round trip, open p50, µs", w.name, f["open50"])
@@ -330,7 +346,7 @@ func (l *lab) latencies(c *cells) {
 func (l *lab) datagrams(c *cells) {
 	for _, dir := range []string{"up", "down"} {
 		for _, w := range l.ways() {
-			if w.name == "splice" {
+			if w.by != nil && w.by != l.cgtun {
 				continue // knows no datagrams
 			}
 			args := []string{"-u", "-l", "1200", "-b", "1152M", "-t", strconv.Itoa(setting("CGTUN_BENCH_SECONDS", 1))}
@@ -357,7 +373,7 @@ func (l *lab) memory(c *cells) {
 			if n == 1000 {
 				c.add("memory at start, MiB", name, base/1024)
 			}
-			holder := l.start(w.from, "idle", fmt.Sprintf("%d %s:%s", n, w.addr, echoPort))
+			holder := l.start(w.from, "idle", fmt.Sprintf("%d %s:%s", n, w.addr, w.echo))
 			row := fmt.Sprintf("memory at %d idle, KiB each", n)
 			c.add(row+", at once", name, (w.by.rss()-base)/float64(n))
 			time.Sleep(settleTime)

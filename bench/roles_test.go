@@ -41,8 +41,11 @@ const (
 const (
 	iperfPort = "5201"
 	echoPort  = "7000"
-	serverIP  = "10.7.0.2"
-	routerIP  = "10.8.0.1" // seen from the client that is routed
+	// The copying relay shares an address with the splicing one.
+	copyIperfPort = "5202"
+	copyEchoPort  = "7001"
+	serverIP      = "10.7.0.2"
+	routerIP      = "10.8.0.1" // seen from the client that is routed
 )
 
 func TestMain(m *testing.M) {
@@ -62,6 +65,7 @@ func TestMain(m *testing.M) {
 var roles = map[string]func(arg string) error{
 	"cgtun":   cgtun,
 	"splice":  splice,
+	"copy":    copying,
 	"server":  echoServer,
 	"rate":    rate,
 	"latency": latency,
@@ -170,11 +174,29 @@ func (plain) ServeStream(ctx context.Context, s flow.Stream) {
 
 func (plain) ServePackets(_ context.Context, c flow.PacketConn) { c.Close() }
 
-// splice relays both ports to the server with splice(2).
+// splice relays both ports to the server with splice(2): io.Copy between two
+// sockets is that.
 func splice(string) error {
+	return relayPorts(map[string]string{iperfPort: iperfPort, echoPort: echoPort}, func(dst, src *net.TCPConn) {
+		io.Copy(dst, src)
+	})
+}
+
+// copying is the same with read(2) and write(2) and one buffer a direction: what
+// a relay costs at least that holds the bytes once, as one with a TCP of its own
+// has to.
+func copying(string) error {
+	return relayPorts(map[string]string{copyIperfPort: iperfPort, copyEchoPort: echoPort}, func(dst, src *net.TCPConn) {
+		// The plain interfaces keep io.CopyBuffer from splicing.
+		io.CopyBuffer(struct{ io.Writer }{dst}, struct{ io.Reader }{src}, make([]byte, 64<<10))
+	})
+}
+
+// relayPorts relays from the ports that are keys to those ports of the server.
+func relayPorts(ports map[string]string, move func(dst, src *net.TCPConn)) error {
 	ctx := untilTerminated()
-	for _, port := range []string{iperfPort, echoPort} {
-		ln, err := listen("0.0.0.0:" + port)
+	for from, to := range ports {
+		ln, err := listen("0.0.0.0:" + from)
 		if err != nil {
 			return err
 		}
@@ -184,7 +206,7 @@ func splice(string) error {
 				if err != nil {
 					return
 				}
-				go spliceOne(c.(*net.TCPConn), port)
+				go relayOne(c.(*net.TCPConn), serverIP+":"+to, move)
 			}
 		}()
 	}
@@ -193,17 +215,17 @@ func splice(string) error {
 	return nil
 }
 
-func spliceOne(c *net.TCPConn, port string) {
+func relayOne(c *net.TCPConn, addr string, move func(dst, src *net.TCPConn)) {
 	defer c.Close()
-	out, err := net.Dial("tcp", serverIP+":"+port)
+	out, err := net.Dial("tcp", addr)
 	if err != nil {
 		return
 	}
 	s := out.(*net.TCPConn)
 	defer s.Close()
 	var both sync.WaitGroup
-	both.Go(func() { io.Copy(s, c); s.CloseWrite() })
-	io.Copy(c, s)
+	both.Go(func() { move(s, c); s.CloseWrite() })
+	move(c, s)
 	c.CloseWrite()
 	both.Wait()
 }
