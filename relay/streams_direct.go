@@ -46,8 +46,6 @@ import (
 // run returns, because the client may recycle what Peek has shown.
 
 const (
-	// maxFill bounds one read from the socket: a few segments of 64 KiB.
-	maxFill = 256 << 10
 	// maxRounds bounds how long one wait of the poller is used before the
 	// goroutine is seen by the scheduler again.
 	maxRounds = 32

@@ -74,7 +74,7 @@ func (d *direct) fillClient(fd uintptr) bool {
 		if n == 0 {
 			return d.nothingQueued()
 		}
-		sent, err := d.client.Fill(min(n, maxFill), d.readFn)
+		sent, err := d.client.Fill(n, d.readFn)
 		d.o.Down.Add(int64(sent))
 		if err != nil {
 			d.gone = true

@@ -4,6 +4,7 @@ import (
 	"errors"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/waiter"
 )
 
@@ -96,9 +97,22 @@ func (p *payload) Read(b []byte) (int, error) {
 	return n, err
 }
 
+const (
+	// fillPacket is what netstack sends in one piece. A bit more would be a
+	// packet of its own, with an acknowledgement of its own.
+	fillPacket = maxSegment - header.TCPTotalHeaderMaximumSize - 1
+	// maxFill bounds one Fill: reading, segmenting and writing take turns, and
+	// each is cheaper the longer its turn.
+	maxFill = 8 * fillPacket
+)
+
 // Fill implements relay.Direct. Netstack loops for ever on an early end of read
 // and loses all on an error, so read must have what was promised.
 func (c *conn) Fill(n int, read func([]byte) (int, error)) (int, error) {
+	n = min(n, maxFill)
+	if n > fillPacket {
+		n -= n % fillPacket
+	}
 	c.filling = payload{n: n, read: read}
 	c.clamp()
 	sent, terr := c.ep.Write(&c.filling, tcpip.WriteOptions{})
