@@ -118,9 +118,18 @@ func (d *direct) run(ctx context.Context) {
 }
 
 func (d *direct) begin(ctx context.Context) {
+	d.takeUrgent()
 	d.unwatch = context.AfterFunc(ctx, func() { d.end(Neither, context.Cause(ctx)) })
 	d.client.Notify(d.event)
 	d.wakePump() // what came before Notify
+}
+
+// takeUrgent leaves the server's urgent byte where it was sent, as RFC 6093 §6
+// asks for, and as the client's is passed on. A socket that sets it apart skips
+// it, and SIOCINQ, which counts up to it, says for ever that nothing is there.
+func (d *direct) takeUrgent() {
+	// A kind of socket that refuses has no urgent bytes (MPTCP).
+	_ = d.raw.Control(func(fd uintptr) { _ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_OOBINLINE, 1) })
 }
 
 // finish returns when nothing of the relay runs any more.

@@ -198,6 +198,50 @@ func TestResetPassesBothWaysWithAllBytesBefore(t *testing.T) {
 	}
 }
 
+// A byte that is sent as urgent keeps its place, both ways.
+func TestUrgentByteKeepsItsPlace(t *testing.T) {
+	w := newWorld(t, stack.Options{}, nil)
+	client, server := w.pair(server4)
+	for _, d := range []struct{ from, to *net.TCPConn }{{client, server}, {server, client}} {
+		d.to.SetReadDeadline(time.Now().Add(10 * time.Second))
+		sendUrgent(t, d.to, d.from, "abc", "d", "efg")
+	}
+}
+
+// sendUrgent sends three pieces, the second as urgent, each after the one before
+// has arrived.
+func sendUrgent(t *testing.T, to, from *net.TCPConn, pieces ...string) {
+	t.Helper()
+	raw, err := from.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	inline(t, to)
+	for i, piece := range pieces {
+		cerr := raw.Control(func(fd uintptr) { err = unix.Sendto(int(fd), []byte(piece), i%2*unix.MSG_OOB, nil) })
+		if err = errors.Join(cerr, err); err != nil {
+			t.Fatal(err)
+		}
+		got := make([]byte, len(piece))
+		if n, err := io.ReadFull(to, got); err != nil || string(got) != piece {
+			t.Fatalf("from %v: got %q, %v, want %q", from.LocalAddr(), got[:n], err, piece)
+		}
+	}
+}
+
+// inline lets c read urgent bytes like others, if they come as urgent.
+func inline(t *testing.T, c *net.TCPConn) {
+	t.Helper()
+	raw, err := c.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cerr := raw.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_OOBINLINE, 1) })
+	if err = errors.Join(cerr, err); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // A reader that stops stops the writer, and loses nothing.
 func TestBackPressure(t *testing.T) {
 	w := newWorld(t, stack.Options{}, nil)
