@@ -17,6 +17,8 @@ type surroundings struct {
 	local     map[netip.Addr]struct{}
 	connected []netip.Prefix // sorted, without doubles
 	device    int            // the index of ours; 0: not there
+	// Whether the main table has a default route of the family.
+	default4, default6 bool
 }
 
 // interruptions is how often in a row a dump may be cut short by changes.
@@ -70,6 +72,10 @@ func lookOnce(device string) (*surroundings, error) {
 		return nil, fmt.Errorf("list routes: %w", err)
 	}
 	for _, r := range routes {
+		if isDefault(&r) && r.LinkIndex != s.device {
+			s.default4 = s.default4 || r.Family == unix.AF_INET
+			s.default6 = s.default6 || r.Family == unix.AF_INET6
+		}
 		// The kernel's own routes are those that came with an address.
 		if r.Protocol != unix.RTPROT_KERNEL || r.Gw != nil || r.LinkIndex == s.device || r.Dst == nil {
 			continue
@@ -81,6 +87,26 @@ func lookOnce(device string) (*surroundings, error) {
 	slices.SortFunc(s.connected, comparePrefix)
 	s.connected = slices.Compact(s.connected)
 	return s, nil
+}
+
+// own returns the addresses that somebody elsewhere could mean, sorted.
+func (s *surroundings) own() []netip.Prefix {
+	var own []netip.Prefix
+	for a := range s.local {
+		if !a.IsLoopback() && !a.IsLinkLocalUnicast() {
+			own = append(own, host(a))
+		}
+	}
+	slices.SortFunc(own, comparePrefix)
+	return own
+}
+
+func isDefault(r *netlink.Route) bool {
+	if r.Type != unix.RTN_UNICAST {
+		return false
+	}
+	prefix, ok := prefixOf(r.Dst)
+	return !ok || prefix.Bits() == 0
 }
 
 // add takes a connected prefix, never one that covers a whole family.

@@ -1,18 +1,23 @@
-// Package attach puts cgtun into a network namespace and takes it out again:
-// it owns the order of device, stack, steering, and its reverse, and follows
-// what changes around them: addresses, connected routes, selected cgroups. It
-// also answers whose a flow is, as that is asked in the flow's namespace.
+// Package attach puts cgtun into network namespaces and takes it out again: it
+// owns the order of device, stack, steering and gate in each of them, and its
+// reverse, and follows what changes around them: addresses, routes, selected
+// cgroups. It also answers whose a flow is, as that is asked in the flow's
+// namespace.
 //
 // It knows neither netstack nor router: cmd says in Options what is to be
-// served on the device.
+// served on the devices.
 //
-// The order is
+// The order in a namespace is
 //
-//	device up → Serve running → steering applied
+//	device up → Serve running → steering applied → admitted by the gate
 //
-// and so no packet is steered to where nobody reads. It is undone in reverse
-// but for one thing: Serve ends first, with RSTs for its clients, while they
-// still find their way.
+// and so no packet is steered to where nobody reads, and none leaves a namespace
+// that is not attached. It is undone in reverse but for one thing: Serve ends
+// first, with RSTs for its clients, while they still find their way.
+//
+// Home (the namespace that cgtun was started in) is attached from Run's begin to
+// its end; what is taken there is Run's error. Every other namespace of the
+// selector's picture is attached for as long as it is in it: site.go has how.
 //
 // See rtnetlink(7) for what is followed and sock_diag(7) for owners.
 package attach
@@ -22,6 +27,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"reflect"
 	"slices"
@@ -35,58 +41,56 @@ import (
 	"cgtun/tun"
 )
 
-// Home is the id of the attachment of the namespace that cgtun was started in.
+// Home is the id of the attachments of the namespace that cgtun was started in.
 const Home = "home"
 
-// calm is how long changes are gathered after one was looked at. A routing
-// daemon makes thousands a second, and each look reads all routes.
-const calm = 50 * time.Millisecond
+const (
+	// calm is how long changes are gathered after one was looked at. A
+	// routing daemon makes thousands a second, and each look reads all routes.
+	calm = 50 * time.Millisecond
+	// retry is how long what could not be done waits for the next try.
+	retry = time.Second
+	// maxSites bounds the namespaces that are attached at once, home not
+	// counted.
+	maxSites = 1024
+)
 
-// retry is how long a plan that could not be applied waits for the next try.
-const retry = time.Second
-
-// Attachment is ours in one network namespace.
-type Attachment struct {
-	ID     string
-	NS     netns.Ref
-	Device *tun.Device
-	Since  time.Time
-
-	around atomic.Pointer[surroundings] // the newest; never nil
-	asker  *asker
+// Route is one way for selected packets, as it is attached in each namespace.
+type Route struct {
+	Name     string
+	Instance string // the number of its table as text
+	// Kernel: the way is the kernel's (steer.Via); nothing is served, and home
+	// alone is steered.
+	Kernel bool
+	Tun    tun.Options
+	// Plan is what is steered. Device, Cgroups, All and the prefixes of the
+	// namespace are filled in.
+	Plan steer.Plan
 }
 
-// Local says whether an address is one of the namespace's own. It allocates
-// nothing and may be called for each packet.
-func (a *Attachment) Local(addr netip.Addr) bool {
-	_, ok := a.around.Load().local[addr]
-	return ok
-}
-
-// newAttachment returns one that knows nothing of its surroundings yet. Who
-// made it closes its asker and its device.
-func newAttachment(id string, ns netns.Ref, device *tun.Device) (*Attachment, error) {
-	a := &Attachment{ID: id, NS: ns, Device: device, Since: time.Now()}
-	a.around.Store(&surroundings{})
-	err := ns.Do(func() (err error) {
-		a.asker, err = openAsker()
-		return err
-	})
-	if err != nil {
-		return nil, fmt.Errorf("attach %s: %w", id, err)
-	}
-	return a, nil
+// Gate is what holds back the selected tasks of namespaces that are not attached
+// yet: *cgroupsel.Selector is one. None of its methods is called for home.
+type Gate interface {
+	// Arm begins to hold back. It is called once, when what was there at the
+	// start is attached.
+	Arm() error
+	// Admit lets the selected tasks of a namespace send.
+	Admit(netns.Ref, cgroupsel.Admission) error
+	// Doubt holds back who begins to send in a namespace that was admitted,
+	// until the next word.
+	Doubt(netns.Ref) error
+	// Deny lets nothing out.
+	Deny(netns.Ref) error
+	// Forget says that a namespace is of no concern any more.
+	Forget(netns.Ref)
 }
 
 // Options say what to attach.
 type Options struct {
-	Instance string // the table's number as text
-	Tun      tun.Options
-	// Plan is what is steered. Device, Cgroups and the connected prefixes
-	// are filled in.
-	Plan steer.Plan
-	// Serve moves the packets of the device until ctx ends.
+	Routes []Route // at least one
+	// Serve moves the packets of a device until ctx ends.
 	Serve func(context.Context, *Attachment) error
+	Gate  Gate // nil: none
 	// CgroupPath finds the path of a cgroup by its id; nil: none is known.
 	CgroupPath func(id uint64) (string, bool)
 	// Process finds the process of a socket by its cookie, and its program;
@@ -95,31 +99,21 @@ type Options struct {
 	Logger  *slog.Logger
 }
 
-// State is an attachment as status shows it.
-type State struct {
-	ID        string
-	NetnsIno  uint64
-	Device    string
-	Addresses []netip.Prefix
-	Bypass    []netip.Prefix
-	V6        bool
-	Err       error // why what is wanted is not in force; nil: it is
-	Missing   error // what the kernel does not offer
-	Dropped   steer.Counters
-	Since     time.Time
-}
-
 // Manager attaches. Safe for concurrent use.
 type Manager struct {
 	opts   Options
-	again  chan struct{} // holds one token: look again
+	again  chan struct{} // holds one token: the picture is new
 	picked atomic.Pointer[cgroupsel.Snapshot]
+	from   netns.Ref // where the devices of other namespaces are made
 
 	mu       sync.Mutex
-	home     *Attachment
-	steering *steer.Steering
-	plan     steer.Plan // in force
-	err      error
+	own      []netip.Prefix                 // home's addresses
+	home     *site                          // nil before Run and after
+	sites    map[uint64]*site               // all but home, by cookie
+	numbers  map[int]*site                  // those of which events tell
+	left     map[uint64]*cgroupsel.Snapshot // namespaces that were forgotten, and the picture of that time
+	turned   uint64                         // namespaces beyond maxSites
+	overfull bool                           // that has been said
 }
 
 // New returns a Manager that has not attached anything yet.
@@ -127,216 +121,273 @@ func New(o Options) *Manager {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	m := &Manager{opts: o, again: make(chan struct{}, 1)}
+	m := &Manager{opts: o, again: make(chan struct{}, 1), sites: map[uint64]*site{}, numbers: map[int]*site{}, left: map[uint64]*cgroupsel.Snapshot{}}
 	m.picked.Store(&cgroupsel.Snapshot{})
 	return m
 }
 
-// Reconcile takes the newest picture of the selected cgroups. It returns at
-// once; Run applies it.
+// Reconcile takes the newest picture of what is selected. It returns at once;
+// Run applies it.
 func (m *Manager) Reconcile(s cgroupsel.Snapshot) {
 	m.picked.Store(&s)
-	m.lookAgain()
+	signal(m.again)
 }
 
-func (m *Manager) lookAgain() {
+func signal(c chan struct{}) {
 	select {
-	case m.again <- struct{}{}:
+	case c <- struct{}{}:
 	default:
 	}
 }
 
-// Check says, as a *steer.TakenError, whether something that the plan needs is
-// in use. It changes nothing but what dead instances left, which it removes,
-// and is for the time before anything is made.
-func Check(instance, device string, plan steer.Plan) error {
+// Check says, as a *steer.TakenError, whether something that a route needs at
+// home is in use. It changes nothing but what dead instances left, which it
+// removes, and is for the time before anything is made.
+func Check(r *Route) error {
 	ns, err := netns.Home()
 	if err != nil {
 		return fmt.Errorf("check home: %w", err)
 	}
-	steering, err := steer.Open(ns, instance)
+	steering, err := steer.Open(ns, r.Instance)
 	if err != nil {
 		return err
 	}
-	plan.Device = device
+	plan := r.Plan
+	if !r.Kernel {
+		plan.Device = r.Tun.Name
+	}
 	_, err = tun.RemoveLeftovers(ns)
 	return errors.Join(steering.Check(plan), err, steering.Close())
 }
 
-// Run attaches home, calls ready, and keeps the attachment in force until ctx
+// Run attaches home, calls ready, and keeps all attachments in force until ctx
 // ends. Then it undoes everything. A *steer.TakenError or *tun.TakenError says
-// that something was in use and nothing was changed.
+// that something was in use at home and nothing was changed.
 func (m *Manager) Run(ctx context.Context, ready func()) (err error) {
 	ns, err := netns.Home()
 	if err != nil {
 		return fmt.Errorf("attach home: %w", err)
 	}
-	steering, err := steer.Open(ns, m.opts.Instance)
+	from, stage, err := netns.Private()
 	if err != nil {
 		return err
 	}
-	device, err := tun.Open(ns, m.opts.Tun)
-	if err != nil {
-		return errors.Join(err, steering.Close())
+	defer stage.Close()
+	m.from = from
+	var events events
+	if err := ns.Do(func() (err error) { events, err = openEvents(); return err }); err != nil {
+		return err
 	}
-	home, err := newAttachment(Home, ns, device)
-	if err != nil {
-		return errors.Join(err, steering.Close(), device.Close())
+	defer events.close()
+
+	home := m.newSite(ns, Home)
+	if err := home.open(); err != nil {
+		return err
 	}
-	m.set(home, steering)
+	m.mu.Lock()
+	m.home = home
+	m.mu.Unlock()
 	defer func() {
-		m.set(nil, nil)
-		home.asker.close()
-		err = errors.Join(err, steering.Close(), device.Close())
+		m.mu.Lock()
+		m.home = nil
+		m.mu.Unlock()
+		err = errors.Join(err, home.close())
 	}()
-	return m.serve(ctx, ready)
+
+	ctx, cancel := context.WithCancel(ctx)
+	var others sync.WaitGroup
+	defer others.Wait()
+	defer cancel()
+	others.Go(func() { events.run(ctx, m.opts.Logger, m.changed, m.lookAgain) })
+	return home.serve(ctx, func() {
+		m.scan(ctx, &others)
+		m.arm(ctx)
+		ready()
+		others.Go(func() { m.attachOthers(ctx, &others) })
+	})
 }
 
-// serve runs what moves packets beside what keeps the steering new, and waits
-// for both.
-func (m *Manager) serve(ctx context.Context, ready func()) error {
-	ctx, cancel := context.WithCancel(ctx)
-	var work sync.WaitGroup
-	defer work.Wait()
-	defer cancel()
-	served := make(chan error, 1)
-	work.Go(func() { served <- m.opts.Serve(ctx, m.home) })
-	if err := m.apply(); err != nil {
-		return err
+// patience is how long a start waits for the namespaces that are there already.
+// It goes on without them: the gate holds them back.
+const patience = 5 * time.Second
+
+// arm shuts the gate when all that was there is decided about.
+func (m *Manager) arm(ctx context.Context) {
+	if m.opts.Gate == nil {
+		return
 	}
-	if err := m.steering.Missing(); err != nil {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	m.mu.Lock()
+	sites := slices.Collect(maps.Values(m.sites))
+	m.mu.Unlock()
+	for _, s := range sites {
+		select {
+		case <-s.decided:
+		case <-ctx.Done():
+		}
+	}
+	if err := m.opts.Gate.Arm(); err != nil {
 		m.opts.Logger.Warn("the kernel offers less than is wanted", "err", err)
 	}
-	work.Go(func() { follow(ctx, m.opts.Logger, m.lookAgain) })
-	work.Go(func() {
-		if err := m.steering.Run(ctx, m.repaired); err != nil && ctx.Err() == nil {
-			m.opts.Logger.Error("steering is not watched any more", "err", err)
-		}
-	})
-	ready()
-	again := m.again
-	var later, calmed <-chan time.Time
+}
+
+// attachOthers follows the picture until ctx ends.
+func (m *Manager) attachOthers(ctx context.Context, work *sync.WaitGroup) {
+	var cgroups []cgroupsel.Cgroup
 	for {
 		select {
 		case <-ctx.Done():
-			return nil
-		case err := <-served:
-			if ctx.Err() != nil {
-				return nil
-			}
-			if err == nil {
-				err = errors.New("it ended by itself")
-			}
-			if errors.Is(err, netns.ErrGone) {
-				return fmt.Errorf("device %s was deleted by somebody; start cgtun again: %w", m.home.Device.Name(), err)
-			}
-			return fmt.Errorf("serve attachment %s: %w", Home, err)
-		case <-again:
-			if !m.refresh() {
-				later = time.After(retry)
-			}
-			again, calmed = nil, time.After(calm)
-		case <-calmed:
-			again = m.again
-		case <-later:
+			return
+		case <-m.again:
+		}
+		m.scan(ctx, work)
+		if now := m.picked.Load().Cgroups; !reflect.DeepEqual(now, cgroups) {
+			cgroups = now
 			m.lookAgain()
 		}
 	}
 }
 
-// repaired tells of what others took away from the steering.
-func (m *Manager) repaired(what string, err error) {
+// scan begins with the namespaces that are new in the picture and ends with
+// those that are not in it any more.
+func (m *Manager) scan(ctx context.Context, work *sync.WaitGroup) {
+	picked := m.picked.Load()
+	listed := map[uint64][]cgroupsel.Namespace{}
+	for _, n := range picked.Namespaces {
+		listed[n.Ref.Cookie()] = append(listed[n.Ref.Cookie()], n)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	// What was forgotten since this picture was made is not in it.
+	maps.DeleteFunc(m.left, func(cookie uint64, of *cgroupsel.Snapshot) bool {
+		if of == picked {
+			delete(listed, cookie)
+		}
+		return of != picked
+	})
+	m.home.seen(listed[m.home.ref().Cookie()])
+	delete(listed, m.home.ref().Cookie())
+	for cookie, news := range listed {
+		if s := m.sites[cookie]; s != nil {
+			s.seen(news)
+			continue
+		}
+		if len(m.sites) >= maxSites {
+			m.turnAway(news[0].Ref)
+			continue
+		}
+		m.begin(ctx, work, cookie, news)
+	}
+	for cookie, s := range m.sites {
+		if listed[cookie] == nil {
+			s.end()
+		}
+	}
+}
+
+// begin lets a new site run. It is called with the lock held.
+func (m *Manager) begin(ctx context.Context, work *sync.WaitGroup, cookie uint64, news []cgroupsel.Namespace) {
+	s := m.newSite(news[0].Ref, siteID(news, m.opts.CgroupPath))
+	s.seen(news)
+	m.sites[cookie] = s
+	s.stopping = ctx.Done()
+	ctx, s.end = context.WithCancel(ctx)
+	work.Go(func() {
+		defer s.end()
+		number := m.number(s)
+		s.run(ctx)
+		m.mu.Lock()
+		delete(m.numbers, number)
+		delete(m.sites, cookie)
+		m.left[cookie] = m.picked.Load()
+		m.mu.Unlock()
+	})
+}
+
+// number lets events tell of a site's namespace. Without them it is looked at
+// each second.
+func (m *Manager) number(s *site) int {
+	n, err := number(s.ref())
 	if err != nil {
-		m.opts.Logger.Error("steering was changed by others and could not be put back", "what", what, "err", err)
+		m.opts.Logger.Debug("changes of a namespace are not told", "attachment", s.id, "err", err)
+		return noNumber
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.numbers[n] = s
+	return n
+}
+
+// turnAway leaves a namespace that there is no room for to on_exit.
+func (m *Manager) turnAway(ns netns.Ref) {
+	m.turned++
+	if !m.overfull {
+		m.overfull = true
+		m.opts.Logger.Error("too many network namespaces are attached; more are left as on_exit says", "limit", maxSites)
+	}
+	m.refuse(ns)
+}
+
+// refuse lets a namespace that cannot be attached do what on_exit says.
+func (m *Manager) refuse(ns netns.Ref) {
+	if m.opts.Gate == nil || m.closed() {
 		return
 	}
-	m.opts.Logger.Warn("steering was changed by others and is back", "what", what)
-}
-
-// refresh applies what is wanted now and says whether that is in force. What
-// fails is said once in a spell.
-func (m *Manager) refresh() bool {
-	before := m.err // written by apply alone, which runs here alone
-	err := m.apply()
-	switch {
-	case err != nil && before == nil:
-		m.opts.Logger.Error("steering could not be renewed, trying on", "attachment", Home, "err", err)
-	case err == nil && before != nil:
-		m.opts.Logger.Info("steering is in force again", "attachment", Home)
+	if err := m.opts.Gate.Admit(ns, cgroupsel.Admission{}); err != nil {
+		m.opts.Logger.Warn("a namespace that is not attached could not be admitted", "netns", ns.String(), "err", err)
 	}
-	return err == nil
 }
 
-// apply looks around and makes the plan be in force, if it is another one than
-// before.
-func (m *Manager) apply() error {
-	var around *surroundings
-	err := m.home.NS.Do(func() (err error) {
-		around, err = look(m.home.Device.Name())
-		return err
-	})
-	if err == nil {
-		m.home.around.Store(around)
-		plan := m.wanted(around)
-		if !reflect.DeepEqual(plan, m.plan) {
-			if err = m.steering.Apply(plan); err == nil {
-				m.mu.Lock()
-				m.plan = plan
-				m.mu.Unlock()
-			}
+// closed says whether what cannot be attached stays shut.
+func (m *Manager) closed() bool {
+	for i := range m.opts.Routes {
+		if m.opts.Routes[i].Plan.Closed {
+			return true
 		}
 	}
+	return false
+}
+
+// homeMoved takes home's addresses, which are bypassed everywhere.
+func (m *Manager) homeMoved(around *surroundings) {
+	own := around.own()
 	m.mu.Lock()
-	m.err = err
+	moved := !slices.Equal(own, m.own)
+	m.own = own
 	m.mu.Unlock()
-	return err
-}
-
-func (m *Manager) wanted(around *surroundings) steer.Plan {
-	plan := m.opts.Plan
-	plan.Device = m.home.Device.Name()
-	plan.Bypass = slices.Concat(plan.Bypass, around.connected)
-	for _, c := range m.picked.Load().Cgroups {
-		if c.Present {
-			plan.Cgroups = append(plan.Cgroups, steer.Cgroup{Path: c.Path, ID: c.ID, Level: c.Level})
-		}
+	if moved {
+		m.lookAgain()
 	}
-	return plan
 }
 
-// set begins with an attachment, of which nothing is in force yet, or ends it.
-func (m *Manager) set(home *Attachment, steering *steer.Steering) {
+func (m *Manager) homeAddresses() []netip.Prefix {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.home, m.steering, m.plan, m.err = home, steering, steer.Plan{}, nil
+	return m.own
 }
 
-// find returns a live attachment, or nil.
-func (m *Manager) find(id string) *Attachment {
+// changed lets the site look again that has this number.
+func (m *Manager) changed(number int) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.home == nil || m.home.ID != id {
-		return nil
+	if number == noNumber {
+		signal(m.home.again)
+		return
 	}
-	return m.home
+	if s := m.numbers[number]; s != nil {
+		signal(s.again)
+	}
 }
 
-// State returns the state of home's attachment, or nil while there is none.
-func (m *Manager) State() *State {
+// lookAgain lets every site look at its surroundings.
+func (m *Manager) lookAgain() {
 	m.mu.Lock()
-	home, steering, plan, err := m.home, m.steering, m.plan, m.err
-	m.mu.Unlock()
-	if home == nil {
-		return nil
+	defer m.mu.Unlock()
+	if m.home != nil {
+		signal(m.home.again)
 	}
-	s := &State{
-		ID: home.ID, NetnsIno: home.NS.Inode(), Device: home.Device.Name(), Addresses: home.Device.Addresses(),
-		Bypass: slices.Concat(steer.Builtin(), plan.Bypass), V6: steering.V6(),
-		Err: err, Missing: steering.Missing(), Since: home.Since,
+	for _, s := range m.sites {
+		signal(s.again)
 	}
-	var errCount error
-	if s.Dropped, errCount = steering.Counters(); errCount != nil {
-		m.opts.Logger.Debug("counters of steering could not be read", "err", errCount)
-	}
-	return s
 }

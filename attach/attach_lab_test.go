@@ -44,8 +44,8 @@ func TestServingEndsBeforeTheSteering(t *testing.T) {
 		if !strings.Contains(atStart, "device") || atEnd != all {
 			t.Errorf("served from %q to %q", atStart, atEnd)
 		}
-		if got := steered(); got != "" || r.State() != nil {
-			t.Errorf("left: %q, state %+v", got, r.State())
+		if got := steered(); got != "" || r.States() != nil {
+			t.Errorf("left: %q, state %+v", got, r.States())
 		}
 	})
 }
@@ -131,7 +131,7 @@ func TestFailingServeEndsRun(t *testing.T) {
 func TestBadPlanIsUndone(t *testing.T) {
 	atHome(t, func(t *testing.T) {
 		o := options()
-		o.Plan.Priority = 40000
+		o.Routes[0].Plan.Priority = 40000
 		served := 0
 		o.Serve = func(ctx context.Context, _ *attach.Attachment) error {
 			<-ctx.Done()
@@ -154,7 +154,7 @@ func TestBadPlanIsUndone(t *testing.T) {
 func TestWhatIsTakenIsNamed(t *testing.T) {
 	atHome(t, func(t *testing.T) {
 		start := func() error { return attach.New(options()).Run(t.Context(), func() { t.Error("was ready") }) }
-		check := func() error { return attach.Check("101", "tun0", options().Plan) }
+		check := func() error { return attach.Check(&options().Routes[0]) }
 		if err := check(); err != nil {
 			t.Errorf("nothing taken: %v", err)
 		}
@@ -196,13 +196,13 @@ func TestAddressesAreFollowed(t *testing.T) {
 		r := run(t, o)
 		a := <-attached
 		known := func(addr, bypass string) bool {
-			state := r.State()
+			state := r.home()
 			return state.Err == nil && a.Local(netip.MustParseAddr(addr)) &&
 				slices.Contains(state.Bypass, netip.MustParsePrefix(bypass)) && strings.Contains(ruleset(t), bypass)
 		}
 		unknown := func(addr, bypass string) bool {
 			return !a.Local(netip.MustParseAddr(addr)) &&
-				!slices.Contains(r.State().Bypass, netip.MustParsePrefix(bypass)) && !strings.Contains(ruleset(t), bypass)
+				!slices.Contains(r.home().Bypass, netip.MustParsePrefix(bypass)) && !strings.Contains(ruleset(t), bypass)
 		}
 		for _, own := range [][2]string{{"10.9.0.1", "10.9.0.0/24"}, {"fd09::1", "fd09::/64"}} {
 			if !known(own[0], own[1]) {
@@ -267,14 +267,14 @@ func TestCgroupsAreFollowed(t *testing.T) {
 		bad := selected
 		bad.Level = 0
 		reconcile(bad)
-		labtest.Eventually(t, within, func() bool { return r.State().Err != nil }, "an error in the state")
+		labtest.Eventually(t, within, func() bool { return r.home().Err != nil }, "an error in the state")
 		if selects() == 0 || steered() != all {
 			t.Error("a bad plan took the good one away")
 		}
 		absent := selected
 		absent.Present = false
 		reconcile(absent)
-		labtest.Eventually(t, 2*within, func() bool { return selects() == 0 && r.State().Err == nil }, "cgroup out of force")
+		labtest.Eventually(t, 2*within, func() bool { return selects() == 0 && r.home().Err == nil }, "cgroup out of force")
 		if err := r.stop(); err != nil {
 			t.Error(err)
 		}
@@ -284,12 +284,12 @@ func TestCgroupsAreFollowed(t *testing.T) {
 func TestStateSaysWhatIsAttached(t *testing.T) {
 	atHome(t, func(t *testing.T) {
 		o := options()
-		o.Plan.Bypass = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}
-		if s := attach.New(o).State(); s != nil {
+		o.Routes[0].Plan.Bypass = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}
+		if s := attach.New(o).States(); s != nil {
 			t.Errorf("before Run: %+v", s)
 		}
 		r := run(t, o)
-		s := r.State()
+		s := r.home()
 		ns, err := netns.Home()
 		if err != nil {
 			t.Fatal(err)
@@ -300,7 +300,7 @@ func TestStateSaysWhatIsAttached(t *testing.T) {
 		if len(s.Addresses) != 2 || s.Dropped != (steer.Counters{}) {
 			t.Errorf("addresses %v, dropped %+v", s.Addresses, s.Dropped)
 		}
-		want := append(steer.Builtin(), o.Plan.Bypass[0], netip.MustParsePrefix("10.9.0.0/24"), netip.MustParsePrefix("fd09::/64"))
+		want := append(steer.Builtin(), o.Routes[0].Plan.Bypass[0], netip.MustParsePrefix("10.9.0.0/24"), netip.MustParsePrefix("fd09::/64"))
 		for _, p := range want {
 			if !slices.Contains(s.Bypass, p) {
 				t.Errorf("bypass lacks %s: %v", p, s.Bypass)
@@ -311,7 +311,7 @@ func TestStateSaysWhatIsAttached(t *testing.T) {
 		if _, err := tool("ping", "-q -c1 -W0.1 -m 101 -I eth0 203.0.113.1"); err == nil {
 			t.Error("ping was answered")
 		}
-		if got := r.State().Dropped; got.Guard == 0 {
+		if got := r.home().Dropped; got.Guard == 0 {
 			t.Errorf("dropped %+v", got)
 		}
 		if err := r.stop(); err != nil {

@@ -8,10 +8,13 @@ func (m *Manager) AttachNothing() (release func(), err error) {
 	if err != nil {
 		return nil, err
 	}
-	home, err := newAttachment(Home, ns, nil)
-	if err != nil {
+	home := m.newSite(ns, Home)
+	a := &Attachment{ID: Home, NS: ns}
+	a.around.Store(&surroundings{})
+	if a.asker, err = openAsker(); err != nil {
 		return nil, err
 	}
-	m.set(home, nil)
-	return func() { m.set(nil, nil); home.asker.close() }, nil
+	home.attached = []*Attachment{a}
+	m.home = home
+	return a.asker.close, nil
 }

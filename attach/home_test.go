@@ -52,10 +52,12 @@ func atHome(t *testing.T, body func(t *testing.T)) {
 
 func options() attach.Options {
 	return attach.Options{
-		Instance: "101",
-		Tun:      tun.Options{Name: "tun0", Table: 101},
-		Plan:     steer.Plan{Mark: 101, Mask: 0xffffffff, Table: 101, Priority: 10101},
-		Serve:    serveNothing,
+		Routes: []attach.Route{{
+			Name: "default", Instance: "101",
+			Tun:  tun.Options{Name: "tun0", Table: 101},
+			Plan: steer.Plan{Mark: 101, Mask: 0xffffffff, Table: 101, Priority: 10101},
+		}},
+		Serve: serveNothing,
 	}
 }
 
@@ -95,6 +97,9 @@ func (r *running) stop() error {
 	r.cancel()
 	return r.end()
 }
+
+// home is the state of home's attachment.
+func (r *running) home() attach.State { return r.States()[0] }
 
 // end waits for Run to return, two seconds at most.
 func (r *running) end() error {

@@ -27,9 +27,9 @@ const (
 )
 
 // asker is a socket for sock_diag. It belongs to the namespace that it was
-// opened in and would keep that alive: so it is for home. To open one for each
-// question, and to look first where one is, takes four times as long as the
-// question. Safe for concurrent use.
+// opened in and would keep that alive: so it is kept open at home alone. To open
+// one for each question, and to look first where one is, takes four times as
+// long as the question. Safe for concurrent use.
 type asker struct{ socket *nl.SocketHandle }
 
 // openAsker opens one in the namespace it runs in. The caller closes it.
@@ -140,7 +140,7 @@ func (m *Manager) Owner(_ context.Context, f *flow.Flow) (*flow.Owner, error) {
 	if a == nil {
 		return nil, nil
 	}
-	s, err := a.asker.find(f, a.around.Load().device)
+	s, err := a.ask(f)
 	if err != nil || s == nil {
 		return nil, err
 	}
@@ -152,4 +152,22 @@ func (m *Manager) Owner(_ context.Context, f *flow.Flow) (*flow.Owner, error) {
 		owner.PID, owner.Process, _ = m.opts.Process(s.cookie)
 	}
 	return owner, nil
+}
+
+// ask finds the socket of a flow in the attachment's namespace.
+func (a *Attachment) ask(f *flow.Flow) (s *socket, err error) {
+	device := a.around.Load().device
+	if a.asker != nil {
+		return a.asker.find(f, device)
+	}
+	err = a.NS.Do(func() error {
+		asker, err := openAsker()
+		if err != nil {
+			return err
+		}
+		defer asker.close()
+		s, err = asker.find(f, device)
+		return err
+	})
+	return s, err
 }

@@ -85,7 +85,7 @@ func TestOwnerIsFound(t *testing.T) {
 		r := run(t, o)
 		ip(t, "route add 203.0.113.0/24 dev tun0")
 		ip(t, "route add 2001:db8::/32 dev tun0")
-		addresses := r.State().Addresses
+		addresses := r.home().Addresses
 		ports, end := startHolder(t, group)
 
 		var flows []*flow.Flow

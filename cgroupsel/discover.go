@@ -45,7 +45,7 @@ type space struct {
 	Namespace
 	fate  fate
 	tells bool      // admitted as offline
-	since time.Time // when it became pending
+	since time.Time // when it became pending, with somebody who waits
 	seen  time.Time // when a task was last seen in it
 }
 
@@ -242,9 +242,14 @@ func (d *spaces) close() error {
 func (d *spaces) see(r record) (news bool) {
 	d.mu.Lock()
 	sp := d.by[r.Cookie]
+	running := r.Held == 1 || r.Again == 1 || d.armed.IsZero()
 	if sp != nil {
-		news = sp.Idle || (r.Again == 1 && !sp.Again)
+		news = sp.Idle || (r.Again == 1 && !sp.Again) || (running && !sp.Running)
+		if running && !sp.Running {
+			sp.since = time.Now()
+		}
 		sp.seen, sp.Idle, sp.Again = time.Now(), false, sp.Again || r.Again == 1
+		sp.Running = sp.Running || running
 	}
 	stranger := sp == nil && !d.exempt[r.Cookie]
 	room := !stranger || d.room(r.Cgroup)
@@ -268,7 +273,7 @@ func (d *spaces) see(r record) (news bool) {
 		return false
 	}
 	now := time.Now()
-	d.by[r.Cookie] = &space{Namespace: Namespace{Ref: ref, PID: int(r.PID), Cgroup: r.Cgroup}, since: now, seen: now}
+	d.by[r.Cookie] = &space{Namespace: Namespace{Ref: ref, PID: int(r.PID), Cgroup: r.Cgroup, Running: running}, since: now, seen: now}
 	return true
 }
 

@@ -30,7 +30,8 @@ import (
 // socket there is told of, once.
 //
 // The gate lets loopback pass everywhere: what is sent there stays inside of
-// the namespace, and a step may talk to itself before it is attached.
+// the namespace, and a step may talk to itself before it is attached. So does
+// what is bypassed in every namespace.
 //
 // The guard is a part of the gate, for open namespaces: a packet that has the
 // mark of its selection may leave by that selection's tun and by nothing else.
@@ -88,7 +89,8 @@ func (p *spaceProgram) gateProgram() *ebpf.ProgramSpec {
 	)
 	ins = append(ins, p.guard()...)
 	ins = append(ins, drop(p.m, countGuard, "guarded")...)
-	ins = append(ins, drop(p.m, countDrop, "shut")...)
+	ins = append(ins, bypassed()...)
+	ins = append(ins, drop(p.m, countDrop, "outward")...)
 	return program("cgtun_gate", ebpf.CGroupSKB, ebpf.AttachCGroupInetEgress, append(ins, leave(1)...))
 }
 

@@ -120,6 +120,27 @@ func (s *Selector) Deny(ns netns.Ref) error {
 	return nil
 }
 
+// Doubt makes an admitted namespace undecided again: something has changed in
+// it, and who execs or opens a socket there is held until the next Admit or
+// Deny.
+func (s *Selector) Doubt(ns netns.Ref) error {
+	d := s.spaces
+	if d == nil {
+		return nil
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	sp := d.by[ns.Cookie()]
+	if d.exempt[ns.Cookie()] || sp == nil {
+		return nil
+	}
+	if err := d.m.known.Delete(ns.Cookie()); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("doubt %s: %w", ns, err)
+	}
+	sp.fate, sp.since = pending, time.Now()
+	return nil
+}
+
 // Forget takes a namespace out of the Snapshot: it ended, or nobody is in it
 // any more and what was made there is undone. If a selected task is in it after
 // all, it comes back as a new one.
@@ -215,7 +236,8 @@ func (d *spaces) overdue() (cookies []uint64) {
 		return nil
 	}
 	for cookie, sp := range d.by {
-		if sp.fate == pending && time.Since(sp.since) > patience && time.Since(d.armed) > patience {
+		// Nobody waits before one runs.
+		if sp.fate == pending && sp.Running && time.Since(sp.since) > patience && time.Since(d.armed) > patience {
 			cookies = append(cookies, cookie)
 		}
 	}

@@ -74,6 +74,9 @@ type Namespace struct {
 	// a namespace; without All none is home.
 	All       bool
 	Selection int
+	// Running: a selected task in it has reached its exec or its first
+	// socket; until then what sets the namespace up is at work.
+	Running bool
 }
 
 // Snapshot is the whole newest picture. It is immutable.

@@ -24,6 +24,8 @@ type table struct {
 	count  int
 	closed []*entry // by end, the oldest at first; a ring once it is full
 	first  int
+
+	attachments map[string]*AttachmentStats // bytes of flows that have ended
 }
 
 func (t *table) init(o Options) {
@@ -69,6 +71,7 @@ func (r *Router) begin(f *flow.Flow) *entry {
 	e.prev, e.next = t.live.prev, &t.live
 	e.prev.next, e.next.prev = e, e
 	t.count++
+	t.of(f.Attachment).FlowsLive++
 	t.mu.Unlock()
 	r.counts.flows.Add(1)
 	t.watches.tell(flow.EventOpen, e)
@@ -132,6 +135,10 @@ func (t *table) retire(e *entry, w *way) {
 		w.up.Add(e.up.Load())
 		w.down.Add(e.down.Load())
 	}
+	a := t.of(e.flow.Attachment)
+	a.FlowsLive--
+	a.UpBytes += uint64(e.up.Load())
+	a.DownBytes += uint64(e.down.Load())
 	e.prev.next, e.next.prev = e.next, e.prev
 	e.prev, e.next = nil, nil
 	t.count--

@@ -1,10 +1,12 @@
 package tun
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -98,7 +100,7 @@ func (u inUse) defaults() ([]netip.Prefix, error) {
 // setAddresses adds the wanted addresses, or the defaults, and returns those
 // that the namespace took.
 func setAddresses(h *netlink.Handle, link netlink.Link, want []netip.Prefix, used inUse) (set []netip.Prefix, err error) {
-	if len(want) == 0 {
+	if len(want) == 0 || used.allFree(want) != nil {
 		if want, err = used.defaults(); err != nil {
 			return nil, err
 		}
@@ -125,6 +127,35 @@ func setAddresses(h *netlink.Handle, link netlink.Link, want []netip.Prefix, use
 	}
 	return set, nil
 }
+
+// localTime bounds awaitLocal.
+const localTime = time.Second
+
+// awaitLocal waits until the kernel holds the v6 addresses for local ones, which
+// it does a moment after the device is up: what is sent from them before has a
+// source of nobody, for a firewall too.
+func (d *Device) awaitLocal(h *netlink.Handle, link int) error {
+	want := 0
+	for _, p := range d.addresses {
+		if p.Addr().Is6() {
+			want++
+		}
+	}
+	for end := time.Now().Add(localTime); want > 0; time.Sleep(time.Millisecond) {
+		routes, err := h.RouteListFiltered(netlink.FAMILY_V6,
+			&netlink.Route{Table: unix.RT_TABLE_LOCAL, LinkIndex: link, Type: unix.RTN_LOCAL},
+			netlink.RT_FILTER_TABLE|netlink.RT_FILTER_OIF|netlink.RT_FILTER_TYPE)
+		if err == nil && len(routes) >= want {
+			return nil
+		}
+		if time.Now().After(end) {
+			return fmt.Errorf("wait for the v6 addresses: %w", cmp.Or(err, errNotLocal))
+		}
+	}
+	return nil
+}
+
+var errNotLocal = errors.New("the kernel does not take them for local ones")
 
 // isV6Off recognises a namespace with disable_ipv6 (docker sets it), or a
 // kernel without IPv6.

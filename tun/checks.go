@@ -100,7 +100,8 @@ func checkFree(name string, ns netns.Ref, o Options) []doctor.Result {
 		if err != nil {
 			return err
 		}
-		if err := errors.Join(nameFree(h, o.Name), used.allFree(o.Addresses)); err != nil {
+		_, errName := freeName(h, o)
+		if err := errors.Join(errName, used.allFree(o.Addresses)); err != nil {
 			return err
 		}
 		results = found(name, doctor.OK, "the name is free", "")

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"strconv"
+	"strings"
 
 	"cgtun/internal/netns"
 
@@ -19,6 +20,13 @@ type Options struct {
 	Addresses []netip.Prefix // none: one v4 and one v6 address that nobody can mean, the next free
 	MTU       int            // bytes; 1500 if 0
 	Queues    int            // 1 if 0
+	// From is where the device is made, to be moved from there. A queue belongs
+	// to the namespace that it was opened in and keeps that alive: with From,
+	// the device's own ends with its last process, and the queues say so. The
+	// zero Ref: the device is made where it is to be.
+	From netns.Ref
+	// Yield takes the next free name and address where a written one is taken.
+	Yield bool
 }
 
 // Alias is the device alias (ip-link(8)) that tells a device of the route with
@@ -41,6 +49,7 @@ func (e *TakenError) Error() string {
 // the process dies it goes too.
 type Device struct {
 	name      string
+	temporary string // name until it is ready
 	mtu       int
 	addresses []netip.Prefix
 	ns        netns.Ref
@@ -61,7 +70,8 @@ func (d *Device) MTU() int { return d.mtu }
 // none.
 func (d *Device) Addresses() []netip.Prefix { return d.addresses }
 
-// Netns returns the namespace that the device is in.
+// Netns returns the namespace that the device is in. If it was moved in, the Ref
+// leads in by the device, as long as that and the namespace live.
 func (d *Device) Netns() netns.Ref { return d.ns }
 
 // Close removes the device. Readers of its queues return os.ErrClosed.
@@ -84,43 +94,90 @@ func Open(ns netns.Ref, o Options) (*Device, error) {
 		o.MTU = 1500
 	}
 	o.Queues = max(o.Queues, 1)
-	var d *Device
-	err := ns.Do(func() (err error) {
-		d, err = open(o)
-		return err
-	})
+	d, err := open(ns, o)
 	if err != nil {
 		return nil, fmt.Errorf("open tun %s: %w", o.Name, err)
 	}
-	d.ns = ns
 	return d, nil
 }
 
-// open runs inside the namespace.
-func open(o Options) (*Device, error) {
-	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
-	if err != nil {
-		return nil, fmt.Errorf("open netlink: %w", err)
+func open(ns netns.Ref, o Options) (*Device, error) {
+	moved := o.From != (netns.Ref{})
+	d := &Device{mtu: o.MTU, ns: ns}
+	if moved {
+		if err := d.moveIn(ns, o); err != nil {
+			return nil, err
+		}
+		d.ns = ns.Through(d.queues[0].netns)
 	}
-	defer h.Close()
-	if err := nameFree(h, o.Name); err != nil {
+	err := inside(d.ns, func(h *netlink.Handle) (err error) {
+		used, err := d.free(h, o)
+		if err != nil {
+			return err
+		}
+		if !moved {
+			name := temporaryName(o.Table)
+			if err := removeLeftover(h, name); err != nil {
+				return err
+			}
+			if d.temporary, d.queues, err = openQueues(h, name, o.Queues); err != nil {
+				return err
+			}
+		}
+		return d.configure(h, o, used)
+	})
+	if err != nil {
+		return nil, errors.Join(err, d.Close())
+	}
+	return d, nil
+}
+
+// inside runs f in a namespace with a handle of it.
+func inside(ns netns.Ref, f func(*netlink.Handle) error) error {
+	return ns.Do(func() error {
+		h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+		if err != nil {
+			return fmt.Errorf("open netlink: %w", err)
+		}
+		defer h.Close()
+		return f(h)
+	})
+}
+
+// moveIn makes the queues elsewhere and moves their device into ns. Others may
+// do so at the same time: the kernel draws the temporary name.
+func (d *Device) moveIn(ns netns.Ref, o Options) error {
+	return ns.File(func(fd int) error {
+		return inside(o.From, func(h *netlink.Handle) (err error) {
+			if d.temporary, d.queues, err = openQueues(h, temporaryPrefix+"%d", o.Queues); err != nil {
+				return err
+			}
+			link, err := h.LinkByName(d.temporary)
+			if err == nil {
+				err = h.LinkSetNsFd(link, fd)
+			}
+			if err != nil {
+				return errors.Join(fmt.Errorf("move the new device in: %w", err), d.Close())
+			}
+			return nil
+		})
+	})
+}
+
+// free returns what is in use in the namespace, and settles the name.
+func (d *Device) free(h *netlink.Handle, o Options) (inUse, error) {
+	var err error
+	if d.name, err = freeName(h, o); err != nil {
 		return nil, err
 	}
 	used, err := prefixesInUse(h)
 	if err != nil {
 		return nil, err
 	}
-	if err := used.allFree(o.Addresses); err != nil {
+	if err := used.allFree(o.Addresses); err != nil && !o.Yield {
 		return nil, err
 	}
-	d := &Device{name: o.Name, mtu: o.MTU}
-	if d.queues, err = openQueues(h, o); err != nil {
-		return nil, err
-	}
-	if err := d.configure(h, o, used); err != nil {
-		return nil, errors.Join(err, d.Close())
-	}
-	return d, nil
+	return used, nil
 }
 
 // queueLength is how many packets wait in the device for one queue's reader.
@@ -129,7 +186,7 @@ const queueLength = 4000
 // configure names the device last: until then it is known as ours by its
 // temporary name. A device must be down to be renamed on kernels before 6.2.
 func (d *Device) configure(h *netlink.Handle, o Options, used inUse) error {
-	link, err := h.LinkByName(temporaryName(o.Table))
+	link, err := h.LinkByName(d.temporary)
 	if err != nil {
 		return fmt.Errorf("find the new device: %w", err)
 	}
@@ -151,31 +208,52 @@ func (d *Device) configure(h *netlink.Handle, o Options, used inUse) error {
 	if d.addresses, err = setAddresses(h, link, o.Addresses, used); err != nil {
 		return err
 	}
-	if err := h.LinkSetName(link, o.Name); err != nil {
+	if err := h.LinkSetName(link, d.name); err != nil {
 		if errors.Is(err, unix.EEXIST) {
-			return &TakenError{What: "device", Value: o.Name, Holder: "another device of that name"}
+			return &TakenError{What: "device", Value: d.name, Holder: "another device of that name"}
 		}
 		return fmt.Errorf("rename: %w", err)
 	}
 	if err := h.LinkSetUp(link); err != nil {
 		return fmt.Errorf("set up: %w", err)
 	}
-	return nil
+	return d.awaitLocal(h, link.Attrs().Index)
 }
 
-// nameFree says who has the name.
-func nameFree(h *netlink.Handle, name string) error {
+// freeName returns the name that the device gets, or says who has it.
+func freeName(h *netlink.Handle, o Options) (string, error) {
+	name := o.Name
+	for n := range maxNames {
+		link, err := find(h, name)
+		if err != nil || link == nil {
+			return name, err
+		}
+		if !o.Yield {
+			holder := "another " + link.Type() + " device"
+			if alias := link.Attrs().Alias; alias != "" {
+				holder = "the " + link.Type() + " device of " + alias
+			}
+			return "", &TakenError{What: "device", Value: name, Holder: holder}
+		}
+		number := strconv.Itoa(n + 1)
+		stem := strings.TrimRight(o.Name, "0123456789")
+		name = stem[:min(len(stem), maxName-len(number))] + number
+	}
+	return "", fmt.Errorf("none of %d device names such as %s is free", maxNames, name)
+}
+
+// maxNames bounds the search for a free name.
+const maxNames = 256
+
+// find returns the device of a name, nil for none.
+func find(h *netlink.Handle, name string) (netlink.Link, error) {
 	link, err := h.LinkByName(name)
 	var missing netlink.LinkNotFoundError
 	if errors.As(err, &missing) {
-		return nil
+		return nil, nil
 	}
 	if err != nil {
-		return fmt.Errorf("look for device %s: %w", name, err)
+		return nil, fmt.Errorf("look for device %s: %w", name, err)
 	}
-	holder := "another " + link.Type() + " device"
-	if alias := link.Attrs().Alias; alias != "" {
-		holder = "the " + link.Type() + " device of " + alias
-	}
-	return &TakenError{What: "device", Value: name, Holder: holder}
+	return link, nil
 }

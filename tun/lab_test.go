@@ -4,6 +4,7 @@ import (
 	"errors"
 	"net/netip"
 	"os"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -122,6 +123,72 @@ func TestWhatIsTakenIsNamedAndLeftAlone(t *testing.T) {
 				t.Errorf("changed:\n%s\nwere:\n%s", after, before)
 			}
 		})
+	}
+}
+
+// Moved in, a device leads into its namespace, also when no name does any more,
+// takes what is free there, and does not keep it alive.
+func TestMovedDeviceEndsWithItsNamespace(t *testing.T) {
+	h, ref := host(t)
+	h.Run("ip", "link", "add", "tun0", "type", "veth", "peer", "name", "tun1")
+	from, stage, err := netns.Private()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stage.Close()
+	for _, queues := range []int{1, 2} {
+		o := tun.Options{Table: 101, Queues: queues, From: from, Yield: true, Addresses: prefixes("10.9.0.1/24")}
+		d := open(t, ref, o)
+		if d.Name() != "tun2" || len(d.Addresses()) != 2 {
+			t.Errorf("%s with %v; want tun2 with default addresses", d.Name(), d.Addresses())
+		}
+		if out := h.Run("ip", "-details", "link", "show", "tun2"); !strings.Contains(out, "UP") || !strings.Contains(out, "alias cgtun_101") {
+			t.Errorf("not as it should be:\n%s", out)
+		}
+		d.Close()
+	}
+	if _, err := tun.Open(ref, tun.Options{Table: 101, From: from}); err == nil {
+		t.Error("took a name that is taken")
+	}
+
+	// A namespace that only a process holds, with one end of a veth.
+	holder := h.Start("unshare", "-n", "sleep", "60")
+	pid := strconv.Itoa(holder.Pid)
+	labtest.Eventually(t, 10*time.Second, func() bool {
+		a, errA := os.Readlink("/proc/" + pid + "/ns/net")
+		b, errB := os.Readlink("/proc/self/ns/net")
+		comm, _ := os.ReadFile("/proc/" + pid + "/comm")
+		return errA == nil && errB == nil && a != b && string(comm) == "sleep\n"
+	}, "the process is in a namespace of its own")
+	h.Run("ip", "link", "add", "near", "type", "veth", "peer", "name", "far", "netns", pid)
+	inner, err := netns.Named("/proc/" + pid + "/ns/net")
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := open(t, inner, tun.Options{Table: 101, From: from})
+	read := make(chan error, 1)
+	go func() {
+		_, _, err := d.Queues()[0].ReadPacket([][]byte{make([]byte, 70000)})
+		read <- err
+	}()
+	if err := d.Netns().Do(func() error { return nil }); err != nil || d.Netns().Cookie() != inner.Cookie() {
+		t.Errorf("the device leads to %v: %v", d.Netns(), err)
+	}
+	holder.Stop()
+	select {
+	case err := <-read:
+		if !errors.Is(err, netns.ErrGone) {
+			t.Errorf("reader got %v, want ErrGone", err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Fatal("the namespace lives on")
+	}
+	labtest.Eventually(t, 10*time.Second, func() bool {
+		_, err := h.Try("ip", "link", "show", "near")
+		return err != nil
+	}, "its veth has gone")
+	if err := d.Netns().Do(func() error { return nil }); !errors.Is(err, netns.ErrGone) {
+		t.Errorf("the device leads somewhere: %v", err)
 	}
 }
 

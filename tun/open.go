@@ -32,26 +32,23 @@ func temporaryName(table uint32) string {
 
 const temporaryPrefix = "cgt"
 
-// openQueues makes the device under its temporary name and returns its queues.
-// It is down and goes with the queues.
-func openQueues(h *netlink.Handle, o Options) (_ []*Queue, err error) {
-	name := temporaryName(o.Table)
-	if err := removeLeftover(h, name); err != nil {
-		return nil, err
-	}
+// openQueues makes a device under a temporary name, in which %d stands for the
+// next free number, and returns its name and queues. It is down and goes with
+// the queues.
+func openQueues(h *netlink.Handle, name string, n int) (_ string, queues []*Queue, err error) {
 	made, err := water.New(water.Config{
 		DeviceType: water.TUN,
 		PlatformSpecificParams: water.PlatformSpecificParams{
-			Name: name, Persist: true, MultiQueue: o.Queues > 1,
+			Name: name, Persist: true, MultiQueue: n > 1,
 		},
 	})
 	if err != nil {
-		return nil, fmt.Errorf("make device: %w", err)
+		return "", nil, fmt.Errorf("make device: %w", err)
 	}
+	name = made.Name()
 	if err := made.Close(); err != nil {
-		return nil, errors.Join(fmt.Errorf("close the descriptor that made the device: %w", err), removeLeftover(h, name))
+		return "", nil, errors.Join(fmt.Errorf("close the descriptor that made the device: %w", err), removeLeftover(h, name))
 	}
-	var queues []*Queue
 	defer func() {
 		if err == nil {
 			return
@@ -62,10 +59,10 @@ func openQueues(h *netlink.Handle, o Options) (_ []*Queue, err error) {
 		// Still persistent: closing was not enough.
 		err = errors.Join(err, removeLeftover(h, name))
 	}()
-	for len(queues) < o.Queues {
-		q, err := attachQueue(name, o.Queues > 1)
+	for len(queues) < n {
+		q, err := attachQueue(name, n > 1)
 		if err != nil {
-			return nil, err
+			return "", queues, err
 		}
 		queues = append(queues, q)
 	}
@@ -73,9 +70,9 @@ func openQueues(h *netlink.Handle, o Options) (_ []*Queue, err error) {
 	if err := queues[0].raw.Control(func(fd uintptr) {
 		perr = unix.IoctlSetInt(int(fd), unix.TUNSETPERSIST, 0)
 	}); err != nil || perr != nil {
-		return nil, fmt.Errorf("tie the device to the process: %w", errors.Join(err, perr))
+		return "", queues, fmt.Errorf("tie the device to the process: %w", errors.Join(err, perr))
 	}
-	return queues, nil
+	return name, queues, nil
 }
 
 // attachQueue opens one queue with the header flag.
@@ -115,15 +112,12 @@ func setUpQueue(fd int, name string, multi bool) error {
 }
 
 // removeLeftover takes away what a killed start has left under our temporary
-// name. A live one holds that name for a millisecond only.
+// name. A live one holds that name for a moment only, and never where another
+// looks at the same time.
 func removeLeftover(h *netlink.Handle, name string) error {
-	link, err := h.LinkByName(name)
-	var missing netlink.LinkNotFoundError
-	if errors.As(err, &missing) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("look for device %s: %w", name, err)
+	link, err := find(h, name)
+	if err != nil || link == nil {
+		return err
 	}
 	if link.Type() != "tuntap" && link.Type() != "tun" {
 		return &TakenError{What: "device", Value: name, Holder: "another " + link.Type() + " device"}

@@ -100,6 +100,18 @@ func (q *Queue) gone() bool {
 	return ctlErr == nil && errors.Is(err, unix.EBADFD)
 }
 
+// netns opens a descriptor of the namespace that the device is in, which says so
+// itself (TUNGETDEVNETNS): EBADFD when it has gone.
+func (q *Queue) netns() (ns int, err error) {
+	errControl := q.raw.Control(func(fd uintptr) {
+		r, _, errno := syscall.Syscall(unix.SYS_IOCTL, fd, unix.TUNGETDEVNETNS, 0)
+		if ns = int(r); errno != 0 {
+			err = errno
+		}
+	})
+	return ns, errors.Join(errControl, err)
+}
+
 func (q *Queue) readv(fd uintptr) bool {
 	n, _, errno := syscall.Syscall(unix.SYS_READV, fd, uintptr(unsafe.Pointer(&q.iov[0])), uintptr(q.iovLen))
 	q.n, q.errno = int(n), errno

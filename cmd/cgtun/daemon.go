@@ -26,23 +26,22 @@ import (
 	"cgtun/rules"
 	"cgtun/stack"
 	"cgtun/steer"
-	"cgtun/tun"
 )
 
 // instance is a running cgtun: the parts, wired, and what control shows of
 // them.
 type instance struct {
-	file  *config.File
-	route config.Route
-	log   *slog.Logger
-	since time.Time
+	file   *config.File
+	routes []config.Route // at least one
+	log    *slog.Logger
+	since  time.Time
 
 	selector  *cgroupsel.Selector
 	manager   *attach.Manager
 	router    *router.Router
 	outbounds []outbound
 	buffers   *stack.Buffers // of all stacks
-	stack     atomic.Pointer[stack.Stack]
+	stacks    stacks
 	state     atomic.Value // control.State
 	limits    control.Limits
 	hangup    chan os.Signal // SIGHUP
@@ -61,7 +60,7 @@ func runDaemon(ctx context.Context, file *config.File, log *slog.Logger) (err er
 	if os.Geteuid() != 0 {
 		return errors.New("to capture needs root: start it with sudo")
 	}
-	in := &instance{file: file, route: file.Routes()[0], log: log, since: time.Now(), hangup: make(chan os.Signal, 1), buffers: stack.NewBuffers()}
+	in := &instance{file: file, routes: file.Routes(), log: log, since: time.Now(), hangup: make(chan os.Signal, 1), buffers: stack.NewBuffers()}
 	signal.Notify(in.hangup, unix.SIGHUP)
 	defer signal.Stop(in.hangup)
 	in.state.Store(control.Starting)
@@ -81,14 +80,17 @@ func runDaemon(ctx context.Context, file *config.File, log *slog.Logger) (err er
 	if err := in.setRouter(); err != nil {
 		return err
 	}
-	if err := attach.Check(in.id(), in.route.Tun.Name, in.plan()); err != nil {
-		return err
+	routes := attachRoutes(in.routes)
+	for i := range routes {
+		if err := attach.Check(&routes[i]); err != nil {
+			return err
+		}
 	}
 	if _, err := removeDeadCgroups(""); err != nil {
 		log.Warn("cgroups of a dead instance are left", "err", err)
 	}
 	in.selector, err = cgroupsel.New(cgroupsel.Options{
-		Selections: selections(file.Routes()), Instance: in.id(), Logger: log,
+		Selections: selections(in.routes), Instance: in.id(), Logger: log,
 	})
 	if err != nil {
 		return err
@@ -99,7 +101,7 @@ func runDaemon(ctx context.Context, file *config.File, log *slog.Logger) (err er
 			log.Warn("the kernel offers less than is wanted", "feature", f.Name, "err", f.Err)
 		}
 	}
-	in.setManager()
+	in.setManager(routes)
 	return in.run(ctx, server)
 }
 
@@ -163,7 +165,7 @@ func (in *instance) notify(state string) {
 }
 
 // id is the instance: the number of the first route's table.
-func (in *instance) id() string { return strconv.Itoa(in.route.Table) }
+func (in *instance) id() string { return strconv.Itoa(in.routes[0].Table) }
 
 func (in *instance) setLimits() error {
 	var nofile unix.Rlimit
@@ -199,11 +201,14 @@ func (in *instance) setRouter() error {
 	if err != nil {
 		return err
 	}
-	capture := dialer.Mark{Value: in.route.Mark, Mask: in.route.Mask}
+	var capture []dialer.Mark
+	for _, r := range in.routes {
+		capture = append(capture, dialer.Mark{Value: r.Mark, Mask: r.Mask})
+	}
 	configs := append([]dialer.Config{{Name: rules.UseDirect, Type: dialer.TypeDirect}}, in.file.Outbounds...)
 	byName := map[string]dialer.Outbound{}
 	for _, c := range configs {
-		direct, err := dialer.NewDirect(c, capture)
+		direct, err := dialer.NewDirect(c, capture...)
 		if err != nil {
 			return err
 		}
@@ -216,53 +221,20 @@ func (in *instance) setRouter() error {
 	return nil
 }
 
-// selections are what the routes capture, in their order.
-func selections(routes []config.Route) []cgroupsel.Selection {
-	all := make([]cgroupsel.Selection, len(routes))
-	for i, r := range routes {
-		all[i] = cgroupsel.Selection{Cgroups: r.Select.Cgroups, Create: r.Select.Create, Mark: r.Mark, Mask: r.Mask}
-	}
-	return all
-}
-
-// plan is what is steered, but for what attach knows.
-func (in *instance) plan() steer.Plan {
-	return steer.Plan{
-		Mark: in.route.Mark, Mask: in.route.Mask, Table: in.route.Table, Priority: in.route.Priority,
-		Bypass: in.route.Select.Bypass,
-	}
-}
-
-func (in *instance) setManager() {
-	plan := in.plan()
+func (in *instance) setManager(routes []attach.Route) {
 	if self, ok := in.selector.Self(); ok {
-		plan.Self = steer.Cgroup{Path: self.Path, ID: self.ID, Level: self.Level}
+		for i := range routes {
+			routes[i].Plan.Self = steer.Cgroup{Path: self.Path, ID: self.ID, Level: self.Level}
+		}
 	}
 	in.manager = attach.New(attach.Options{
-		Instance: in.id(),
-		Tun: tun.Options{
-			Name: in.route.Tun.Name, Table: uint32(in.route.Table), Addresses: in.route.Tun.Address,
-			MTU: in.route.Tun.MTU, Queues: in.route.Tun.Queues,
-		},
-		Plan: plan, Serve: in.serve, CgroupPath: in.selector.PathByID, Process: in.selector.PID, Logger: in.log,
+		Routes: routes, Serve: in.serve, Gate: in.selector, CgroupPath: in.selector.PathByID, Process: in.selector.PID, Logger: in.log,
 	})
 	in.manager.Reconcile(in.selector.Snapshot())
 }
 
 // serve is the netstack of an attachment.
 func (in *instance) serve(ctx context.Context, a *attach.Attachment) error {
-	var queues []stack.Queue
-	for _, q := range a.Device.Queues() {
-		queues = append(queues, q)
-	}
-	s, err := stack.New(queues, in.router, stack.Options{
-		Attachment: a.ID, MTU: a.Device.MTU(), Local: a.Local, Logger: in.log,
-		TCP: stack.TCPOptions{Buffers: in.buffers},
-	})
-	if err != nil {
-		return err
-	}
-	in.stack.Store(s)
-	defer in.stack.Store(nil)
-	return s.Run(ctx)
+	defer in.router.ForgetAttachment(a.ID)
+	return in.stacks.serve(ctx, a, in.router, stack.Options{Logger: in.log, TCP: stack.TCPOptions{Buffers: in.buffers}})
 }

@@ -244,8 +244,8 @@ func TestTwoInstances(t *testing.T) {
 	if _, errs, code := w.cgtun("cleanup"); code != 0 {
 		t.Errorf("cleanup: %d: %s", code, errs)
 	}
-	first, err1 := w.sel.Command(w.machine.Command(t.Context(), "env", probeArgs(probe{Do: "dial", Network: "tcp", To: port(far4, 7000), Say: "x"})...)).Output()
-	then, err2 := sel2.Command(w.machine.Command(t.Context(), "env", probeArgs(probe{Do: "dial", Network: "tcp", To: port(far4, 7000), Say: "x"})...)).Output()
+	first, err1 := w.sel.In(t.Context(), w.machine, "env", probeArgs(probe{Do: "dial", Network: "tcp", To: port(far4, 7000), Say: "x"})...).Output()
+	then, err2 := sel2.In(t.Context(), w.machine, "env", probeArgs(probe{Do: "dial", Network: "tcp", To: port(far4, 7000), Say: "x"})...).Output()
 	if seen := echo.Clients(); err1 != nil || err2 != nil || len(seen) != 2 || !isSecond(seen[0]) || isSecond(seen[1]) {
 		t.Errorf("by the one %v %s, by the other %v %s; the server saw %v", err1, first, err2, then, seen)
 	}
@@ -253,7 +253,7 @@ func TestTwoInstances(t *testing.T) {
 		t.Errorf("flows of the other one: %d\n%s%s", code, out, errs)
 	}
 	one.kill()
-	if a, err := sel2.Command(w.machine.Command(t.Context(), "env", probeArgs(probe{Do: "dial", Network: "tcp", To: port(far4, 7000), Say: "x"})...)).Output(); err != nil || !strings.Contains(string(a), `"Heard":"x"`) {
+	if a, err := sel2.In(t.Context(), w.machine, "env", probeArgs(probe{Do: "dial", Network: "tcp", To: port(far4, 7000), Say: "x"})...).Output(); err != nil || !strings.Contains(string(a), `"Heard":"x"`) {
 		t.Errorf("the one is dead, by the other: %v %s", err, a)
 	}
 	if out, errs, code := w.cgtun("cleanup"); code != 0 || !strings.Contains(out, "left alone") {

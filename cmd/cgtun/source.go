@@ -4,17 +4,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net"
 	"net/netip"
 	"os"
-	"strconv"
 	"syscall"
 
 	"golang.org/x/sys/unix"
 
 	"cgtun/attach"
 	"cgtun/cgroupsel"
+	"cgtun/config"
 	"cgtun/control"
 	"cgtun/flow"
 	"cgtun/router"
@@ -32,32 +31,21 @@ func (o owners) Owner(ctx context.Context, f *flow.Flow) (*flow.Owner, error) {
 func (in *instance) Status() control.Status {
 	counters := in.router.Counters()
 	s := control.Status{
-		Version: version(), PID: os.Getpid(), Instance: in.route.Table, Config: control.Text(in.file.Name),
+		Version: version(), PID: os.Getpid(), Instance: in.routes[0].Table, Config: control.Text(in.file.Name),
 		State: in.state.Load().(control.State), Since: control.Time{Time: in.since},
-		Routes: control.List[control.Route]{{
-			Name: in.route.Name, Mark: in.route.Mark, Mask: in.route.Mask, Table: in.route.Table,
-			Priority: in.route.Priority, Via: in.route.Via.String(), OnExit: in.route.OnExit,
-		}},
 		Counters: control.Counters{
 			FlowsTotal: counters.FlowsTotal, FlowsLive: counters.FlowsLive,
 			RefusedTotal: counters.RefusedTotal, DeniedTotal: counters.DeniedTotal,
 		},
 		Limits: in.limits,
 	}
-	stats := in.router.Outbounds()
-	var up, down uint64
-	for _, o := range in.outbounds {
-		state := "up"
-		if ok, _ := o.State(); !ok {
-			state = "down"
-		}
-		n := stats[o.Name()]
-		up, down = up+n.UpBytes, down+n.DownBytes
-		s.Outbounds = append(s.Outbounds, control.Outbound{
-			Name: o.Name(), Type: o.kind, State: state, ConnectMS: n.ConnectMS,
-			DialsTotal: n.DialsTotal, FailuresTotal: n.FailuresTotal, UpBytes: n.UpBytes, DownBytes: n.DownBytes,
+	for _, r := range in.routes {
+		s.Routes = append(s.Routes, control.Route{
+			Name: r.Name, Mark: r.Mark, Mask: r.Mask, Table: r.Table,
+			Priority: r.Priority, Via: r.Via.String(), OnExit: r.OnExit,
 		})
 	}
+	s.Outbounds = in.outboundStatus()
 	if in.selector == nil || in.manager == nil {
 		return s
 	}
@@ -66,10 +54,12 @@ func (in *instance) Status() control.Status {
 		degraded = degraded || !c.Present
 		s.Cgroups = append(s.Cgroups, control.CgroupStatus{Path: c.Path, ID: control.ID(c.ID), Present: c.Present, Held: c.Held})
 	}
-	if a := in.manager.State(); a != nil {
+	states, flows, selected := in.manager.States(), in.router.Attachments(), in.selector.Counters()
+	s.Counters.GateDropsTotal = selected.GateDrops
+	s.Counters.TurnedAwayTotal = in.turnedAway(states, counters, selected)
+	for _, a := range states {
 		degraded = degraded || a.Err != nil
-		s.Counters.TurnedAwayTotal = in.turnedAway(a, counters)
-		s.Attachments = append(s.Attachments, in.attachment(a, int(counters.FlowsLive), up, down))
+		s.Attachments = append(s.Attachments, attachmentStatus(&a, flows[a.ID]))
 	}
 	if degraded && s.State == control.Ready {
 		s.State = control.Degraded
@@ -77,44 +67,58 @@ func (in *instance) Status() control.Status {
 	return s
 }
 
-func (in *instance) attachment(a *attach.State, live int, up, down uint64) control.Attachment {
+func (in *instance) outboundStatus() (list control.List[control.Outbound]) {
+	stats := in.router.Outbounds()
+	for _, o := range in.outbounds {
+		state := "up"
+		if ok, _ := o.State(); !ok {
+			state = "down"
+		}
+		n := stats[o.Name()]
+		list = append(list, control.Outbound{
+			Name: o.Name(), Type: o.kind, State: state, ConnectMS: n.ConnectMS,
+			DialsTotal: n.DialsTotal, FailuresTotal: n.FailuresTotal, UpBytes: n.UpBytes, DownBytes: n.DownBytes,
+		})
+	}
+	return list
+}
+
+// attachmentStatus shows one attachment. Where a namespace has several, the
+// flows of all are counted together.
+func attachmentStatus(a *attach.State, flows router.AttachmentStats) control.Attachment {
 	c := control.Attachment{
-		ID: a.ID, NetnsIno: control.ID(a.NetnsIno), Route: in.route.Name, Device: control.Text(a.Device),
-		Capture: "tun", State: "up", V4: true, V6: a.V6,
-		Flows: live, UpBytes: up, DownBytes: down, Since: control.Time{Time: a.Since},
+		ID: a.ID, NetnsIno: control.ID(a.NetnsIno), Netns: control.Text(a.Netns), Container: control.Text(a.Container),
+		Route: a.Route, Device: control.Text(a.Device), Capture: "tun", State: a.State, V4: a.V4, V6: a.V6,
+		Flows: flows.FlowsLive, UpBytes: flows.UpBytes, DownBytes: flows.DownBytes, Since: control.Time{Time: a.Since},
+	}
+	if a.Kernel {
+		c.Capture = "kernel"
 	}
 	for _, p := range a.Addresses {
 		c.Address = append(c.Address, p.String())
 	}
 	if a.Err != nil {
-		c.State, c.Error = "failed", control.Text(a.Err.Error())
+		c.Error = control.Text(a.Err.Error())
 	}
 	return c
 }
 
 // turnedAway gathers what the parts count of what they did not serve. The names
 // are in docs/cli.md.
-func (in *instance) turnedAway(a *attach.State, flows router.Counters) control.Counts {
-	cgroups := in.selector.Counters()
+func (in *instance) turnedAway(states []attach.State, flows router.Counters, selected cgroupsel.Counters) control.Counts {
 	c := control.Counts{
-		"guard": a.Dropped.Guard, "not_local": a.Dropped.Spoof, "stray": a.Dropped.Stray,
 		"udp_peers": flows.PeersEvicted, "events": flows.EventsLost, "closed_flows": flows.ClosedForgotten, "panics": flows.PanicsTotal,
-		"cgroups": cgroups.Full + cgroups.Unread, "marks": cgroups.Refused,
+		"cgroups": selected.Full + selected.Unread, "marks": selected.Refused, "guard": selected.GuardDrops,
+		"namespaces": selected.Waived + selected.Excess, "tasks": selected.Lost,
+	}
+	in.stacks.addTo(c)
+	for _, a := range states {
+		c["guard"] += a.Dropped.Guard
+		c["not_local"] += a.Dropped.Spoof
+		c["stray"] += a.Dropped.Stray
 	}
 	clients := in.server.Stats()
 	c["clients"] = clients.Denied + clients.Full + clients.Bad + clients.Lagging
-	s := in.stack.Load()
-	if s == nil {
-		return c
-	}
-	n := s.Stats()
-	c["not_local"] += n.NotLocal
-	c["malformed"], c["bad_checksum"] = n.Malformed+n.UDP.Malformed, n.BadChecksum+n.UDP.BadSum
-	c["multicast"], c["other_protocol"], c["icmp"] = n.Multicast, n.OtherProtocol, n.ICMP
-	c["unwritten"], c["icmp_rate"] = n.Unwritten+n.UDP.Unwritten, n.ICMPErrorsLimited+n.UDP.ICMPLimit
-	c["late_syn"], c["receive_cut"] = n.LateSYN, n.Cut
-	c["odd_syn"], c["udp_queue"], c["udp_sessions"] = n.OddSYN, n.UDP.QueueFull, n.UDP.Evicted
-	c["pending"], c["pending_source"], c["pending_destination"] = n.Evicted, n.EvictedSource, n.EvictedDest
 	return c
 }
 
@@ -135,109 +139,27 @@ func (in *instance) Reload(context.Context) error {
 // errNotUp is the answer before everything is in force and after it.
 var errNotUp = &control.Error{Exit: 1, Text: "cgtun is starting or stopping; try again when it is ready"}
 
-// home returns the state of home's attachment when processes are captured.
-func (in *instance) home() (*attach.State, error) {
+// attachments returns the states of all attachments when processes are captured.
+func (in *instance) attachments() ([]attach.State, error) {
 	if in.state.Load() != control.Ready {
 		return nil, errNotUp
 	}
-	a := in.manager.State()
-	if a == nil {
+	states := in.manager.States()
+	if len(states) == 0 {
 		return nil, errNotUp
 	}
-	return a, nil
-}
-
-const whyOwn = "this is cgtun's own cgroup, which is never captured"
-
-// PID implements control.Source.
-func (in *instance) PID(pid int) (control.PIDStatus, error) {
-	s := control.PIDStatus{PID: pid}
-	home, err := in.home()
-	if err != nil {
-		return s, err
-	}
-	cgroup, err := cgroupsel.CgroupOf(pid)
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) {
-		return s, fmt.Errorf("there is no process %d", pid)
-	}
-	if err != nil {
-		return s, err
-	}
-	var st unix.Stat_t
-	if err := unix.Stat("/proc/"+strconv.Itoa(pid)+"/ns/net", &st); err != nil {
-		return s, fmt.Errorf("network namespace of process %d: %w", pid, err)
-	}
-	s.Cgroup, s.NetnsIno = control.Text(cgroup), control.ID(st.Ino)
-	self, haveSelf := in.selector.Self()
-	switch {
-	case st.Ino == home.NetnsIno:
-		s.Attachment = attach.Home
-	case in.selects(cgroup):
-		s.Why = fmt.Sprintf("cgroup %q is selected, but the process is in another network namespace than cgtun, and this version attaches to its own alone", cgroup)
-		return s, nil
-	}
-	switch {
-	case haveSelf && self.Path == cgroup:
-		s.Why = whyOwn
-	case !in.selects(cgroup):
-		s.Why = fmt.Sprintf("cgroup %q is not selected; see [select] cgroups", cgroup)
-	case home.Err != nil:
-		s.Why = fmt.Sprintf("cgroup %q is selected, but steering is not in force: %v", cgroup, home.Err)
-	default:
-		s.Captured, s.Why = true, fmt.Sprintf("cgroup %q is selected", cgroup)
-	}
-	return s, nil
-}
-
-// Join implements control.Source.
-func (in *instance) Join(peer *control.Peer, cgroup string, direct bool) error {
-	home, err := in.home()
-	if err != nil {
-		return err
-	}
-	pidfd, err := peer.Pidfd()
-	if err != nil {
-		return err
-	}
-	defer pidfd.Close()
-	if direct {
-		return in.selector.Leave(pidfd)
-	}
-	if home.Err != nil {
-		return fmt.Errorf("nothing is captured at the moment: %w", home.Err)
-	}
-	ino, err := peer.Netns()
-	if err != nil {
-		return err
-	}
-	if ino != home.NetnsIno {
-		return fmt.Errorf("the caller's network namespace (inode %d) is not attached; cgtun runs in that with inode %d", ino, home.NetnsIno)
-	}
-	if cgroup == "" {
-		plain := in.route.Select.Plain()
-		if len(plain) == 0 {
-			return errors.New("no plain path in [select] cgroups; name a selected cgroup with -cgroup")
-		}
-		cgroup = plain[0]
-	}
-	_, err = in.selector.Join(cgroup, pidfd)
-	return err
-}
-
-func (in *instance) selects(cgroup string) bool {
-	_, ok := in.selector.Selected(cgroup)
-	return ok
+	return states, nil
 }
 
 // Explain implements control.Source.
 func (in *instance) Explain(ctx context.Context, q control.ExplainRequest) (control.Explain, error) {
 	e := control.Explain{Host: q.Host, Proto: q.Proto, Cgroup: control.Text(q.Cgroup)}
-	home, err := in.home()
+	states, err := in.attachments()
 	if err != nil {
 		return e, err
 	}
-	if plain := in.route.Select.Plain(); q.Cgroup == "" && len(plain) > 0 {
-		e.Cgroup = control.Text(plain[0])
+	if q.Cgroup == "" {
+		e.Cgroup = control.Text(in.firstPlain())
 	}
 	if q.Port != 0 {
 		e.Port = &q.Port
@@ -258,11 +180,13 @@ func (in *instance) Explain(ctx context.Context, q control.ExplainRequest) (cont
 		e.Why = whyOwn
 		return e, nil
 	}
-	if !in.selects(string(e.Cgroup)) {
+	selection, selected := in.selector.Selected(string(e.Cgroup))
+	if !selected {
 		e.Why = fmt.Sprintf("cgroup %q is not selected; see [select] cgroups", string(e.Cgroup))
 		return e, nil
 	}
 	// The first address is the one that a client tries first.
+	home := states[selection]
 	for _, p := range home.Bypass {
 		if p.Contains(addrs[0]) {
 			e.Why = fmt.Sprintf("%s is in %s, which is bypassed: loopback, link-local, multicast, connected, or in [select] bypass", addrs[0], p)
@@ -270,13 +194,13 @@ func (in *instance) Explain(ctx context.Context, q control.ExplainRequest) (cont
 		}
 	}
 	e.Captured, e.Why = true, fmt.Sprintf("cgroup %q is selected, and %s is not bypassed", string(e.Cgroup), addrs[0])
-	in.explainRule(&e, proto, netip.AddrPortFrom(addrs[0], q.Port))
+	in.explainRule(&e, &in.routes[selection], proto, netip.AddrPortFrom(addrs[0], q.Port))
 	return e, nil
 }
 
-func (in *instance) explainRule(e *control.Explain, proto flow.Proto, dst netip.AddrPort) {
+func (in *instance) explainRule(e *control.Explain, route *config.Route, proto flow.Proto, dst netip.AddrPort) {
 	facts := &rules.Facts{
-		Flow:  &flow.Flow{Proto: proto, Src: in.sourceTo(dst.Addr()), Dst: dst, Attachment: attach.Home},
+		Flow:  &flow.Flow{Proto: proto, Src: sourceTo(route, dst.Addr()), Dst: dst, Attachment: attach.Home},
 		Owner: &flow.Owner{Cgroup: string(e.Cgroup)}, Known: rules.FactCgroup,
 	}
 	verdict, missing, path := in.router.Explain(facts)
@@ -294,10 +218,10 @@ func (in *instance) explainRule(e *control.Explain, proto flow.Proto, dst netip.
 // sourceTo is the address that the kernel gives to a captured socket that
 // connects to dst and was not bound before; the zero value: it has none. No
 // packet is sent.
-func (in *instance) sourceTo(dst netip.Addr) netip.AddrPort {
+func sourceTo(route *config.Route, dst netip.Addr) netip.AddrPort {
 	mark := func(_, _ string, c syscall.RawConn) (err error) {
 		errControl := c.Control(func(fd uintptr) {
-			err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, int(in.route.Mark&in.route.Mask))
+			err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, int(route.Mark&route.Mask))
 		})
 		return errors.Join(err, errControl)
 	}

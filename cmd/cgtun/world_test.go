@@ -271,7 +271,7 @@ func (w *world) command(ctx context.Context, at where, name string, args ...stri
 	w.t.Helper()
 	switch at {
 	case inside:
-		return w.sel.Command(w.machine.Command(ctx, name, args...))
+		return w.sel.In(ctx, w.machine, name, args...)
 	case moved:
 		args = append([]string{"-s", w.socket, "run", "--", name}, args...)
 		return w.machine.Command(ctx, w.program(), args...)

@@ -2,6 +2,7 @@ package labtest
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -80,7 +81,8 @@ func (l *Lab) Cgroup(name string) *Cgroup {
 //
 //	sel.Command(client.Command(ctx, "curl", "http://10.9.0.2/"))
 //
-// It holds as long as the lab: the cgroup must not be removed before.
+// It holds as long as the lab: the cgroup must not be removed before. What enters
+// a namespace on its way is selected outside of it, too: see In.
 func (c *Cgroup) Command(cmd *exec.Cmd) *exec.Cmd {
 	if cmd.SysProcAttr == nil {
 		cmd.SysProcAttr = &syscall.SysProcAttr{}
@@ -88,6 +90,13 @@ func (c *Cgroup) Command(cmd *exec.Cmd) *exec.Cmd {
 	cmd.SysProcAttr.UseCgroupFD = true
 	cmd.SysProcAttr.CgroupFD = int(c.dir.Fd())
 	return cmd
+}
+
+// In returns a command that enters the namespace of h first and then the cgroup,
+// so that nothing of the cgroup is ever in another namespace.
+func (c *Cgroup) In(ctx context.Context, h *Host, name string, args ...string) *exec.Cmd {
+	enter := []string{"-c", `echo 0 > "$0" && exec "$@"`, filepath.Join(c.Dir, "cgroup.procs"), name}
+	return h.Command(ctx, "sh", append(enter, args...)...)
 }
 
 // Add moves a process into the cgroup.

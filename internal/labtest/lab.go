@@ -1,6 +1,7 @@
 package labtest
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -85,7 +86,21 @@ func (l *Lab) Link(a, b *Host, addrs ...string) *Link {
 			b.address(k.B, addr)
 		}
 	}
+	a.settled(k.A)
+	b.settled(k.B)
 	return k
+}
+
+// settled waits until the v6 addresses of a device are in force, which they are
+// a moment after it is up, and slower on a busy machine.
+func (h *Host) settled(dev string) {
+	h.lab.t.Helper()
+	Eventually(h.lab.t, 10*time.Second, func() bool {
+		addrs, err := exec.Command("ip", "-n", h.Name, "-6", "-o", "addr", "show", "dev", dev).Output()
+		routes, errRoutes := exec.Command("ip", "-n", h.Name, "-6", "-o", "route", "show", "table", "local", "type", "local", "dev", dev).Output()
+		return err == nil && errRoutes == nil && !bytes.Contains(addrs, []byte("tentative")) &&
+			bytes.Count(routes, []byte("\n")) >= bytes.Count(addrs, []byte("inet6"))
+	}, "the addresses of %s in %s are in force", dev, h.Name)
 }
 
 func (h *Host) address(dev, addr string) {

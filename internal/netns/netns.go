@@ -2,9 +2,9 @@
 // how to get in; it holds nothing open, so it keeps no namespace alive.
 //
 // It owns the threads that are inside of one for the time of a call, and
-// nothing else: it makes no namespace and finds none. tun, steer, cgroupsel,
-// attach and tproxy call it. See setns(2), network_namespaces(7) and
-// SO_NETNS_COOKIE in socket(7).
+// nothing else; it finds no namespace, and makes none but by Private. tun,
+// steer, cgroupsel, attach and tproxy call it. See setns(2),
+// network_namespaces(7) and SO_NETNS_COOKIE in socket(7).
 //
 // Sockets made inside Do belong to that namespace for as long as they live,
 // and keep it alive; who makes one in another namespace than home closes it
@@ -14,7 +14,9 @@ package netns
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
+	"os"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -33,12 +35,17 @@ const (
 )
 
 // Ref names one network namespace for all of its life. The zero Ref names
-// none. It is comparable, may be copied, and is safe for concurrent use.
+// none. It may be copied, and is safe for concurrent use. Two Refs of one
+// namespace can lead in by different ways: Cookie compares them.
 type Ref struct {
 	cookie uint64
 	inode  uint64
 	path   string // a file that leads in; "" for home
+	way    *way   // leads in in place of path, if not nil
 }
+
+// way opens a descriptor of the namespace.
+type way struct{ open func() (int, error) }
 
 // home is read once: threads come and go, and one that is away in another
 // namespace must not be asked.
@@ -99,6 +106,42 @@ func (r Ref) IsHome() bool {
 	return err == nil && r.cookie != 0 && r.cookie == h.cookie
 }
 
+// Through returns a Ref of the same namespace that is entered by the descriptor
+// which open returns. It is called for each Do, and the descriptor closed after
+// it; an error means that the namespace has ended.
+func (r Ref) Through(open func() (int, error)) Ref {
+	r.way = &way{open}
+	return r
+}
+
+// Private makes a namespace that nobody else knows. It ends when it is closed
+// and nothing in it is used any more, with the process at the latest.
+func Private() (Ref, io.Closer, error) {
+	if _, err := home(); err != nil {
+		return Ref{}, nil, err
+	}
+	var r Ref
+	var f *os.File
+	err := onThread(func() (back bool, err error) {
+		was, err := unix.Open(selfPath, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return true, &fs.PathError{Op: "open", Path: selfPath, Err: err}
+		}
+		defer unix.Close(was)
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			return true, fmt.Errorf("unshare: %w", err)
+		}
+		if r, err = current(); err == nil {
+			f, err = os.Open(selfPath)
+		}
+		return unix.Setns(was, unix.CLONE_NEWNET) == nil, err
+	})
+	if err != nil {
+		return Ref{}, nil, fmt.Errorf("make a private network namespace: %w", err)
+	}
+	return r.Through(func() (int, error) { return unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0) }), f, nil
+}
+
 // String returns "home", the name in /run/netns, or "netns-INODE".
 func (r Ref) String() string {
 	if r.IsHome() {
@@ -127,7 +170,7 @@ func (r Ref) Do(f func() error) error {
 	if here.cookie == r.cookie {
 		return f()
 	}
-	if r.path == "" {
+	if r.IsHome() {
 		// Only locked threads ever leave home: any other one is there.
 		return onThread(func() (bool, error) { return true, f() })
 	}
@@ -148,9 +191,34 @@ func (r Ref) Do(f func() error) error {
 	})
 }
 
+// File calls f, outside of the namespace, with a descriptor of it that is closed
+// after it: for what takes one as an argument, such as the move of a device. The
+// error wraps ErrGone if the namespace has ended.
+func (r Ref) File(f func(fd int) error) error {
+	fd := -1
+	err := r.Do(func() (err error) {
+		if fd, err = unix.Open(selfPath, unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
+			return &fs.PathError{Op: "open", Path: selfPath, Err: err}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	return f(fd)
+}
+
 // open returns a descriptor of the namespace's file. What is left of a name
 // after its namespace was unmounted is an ordinary file or nothing.
 func (r Ref) open() (int, error) {
+	if r.way != nil {
+		fd, err := r.way.open()
+		if err != nil {
+			return -1, fmt.Errorf("%w (%v)", ErrGone, err)
+		}
+		return fd, nil
+	}
 	fd, err := unix.Open(r.path, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) {
 		return -1, fmt.Errorf("%w (%s: %v)", ErrGone, r.path, err)

@@ -185,3 +185,56 @@ func TestGoexitInside(t *testing.T) {
 	}
 	wg.Wait()
 }
+
+// A private namespace is one of its own, has no name, and ends with its closer.
+func TestPrivateNamespace(t *testing.T) {
+	labtest.Need(t, labtest.Root)
+	ref, c, err := netns.Private()
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := here(t)
+	var inside uint64
+	if err := ref.Do(func() error { inside = here(t); return nil }); err != nil {
+		t.Fatal(err)
+	}
+	if inside != ref.Inode() || inside == before || here(t) != before {
+		t.Errorf("was in %d, want %d; before %d, now %d", inside, ref.Inode(), before, here(t))
+	}
+	err = ref.File(func(fd int) error {
+		var st unix.Stat_t
+		if err := unix.Fstat(fd, &st); err != nil || st.Ino != ref.Inode() || here(t) != before {
+			t.Errorf("file of %d, %v, from %d", st.Ino, err, here(t))
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	c.Close()
+	if err := ref.Do(func() error { return nil }); !errors.Is(err, netns.ErrGone) {
+		t.Errorf("after the end: %v, want ErrGone", err)
+	}
+}
+
+// A Ref that leads in by another way is still the same namespace, and is gone
+// when that way says so.
+func TestThroughLeadsToTheSameNamespaceOnly(t *testing.T) {
+	a, err := netns.Named(space(t, "c"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := space(t, "d")
+	open := func(name string) func() (int, error) {
+		return func() (int, error) { return unix.Open("/run/netns/"+name, unix.O_RDONLY|unix.O_CLOEXEC, 0) }
+	}
+	same := a.Through(open(a.String()))
+	if err := same.Do(func() error { return nil }); err != nil || same.Cookie() != a.Cookie() || same.String() != a.String() {
+		t.Errorf("%v, %s", err, same)
+	}
+	for name, r := range map[string]netns.Ref{"another": a.Through(open(other)), "nothing": a.Through(open("none"))} {
+		if err := r.Do(func() error { t.Error("was in " + name); return nil }); !errors.Is(err, netns.ErrGone) {
+			t.Errorf("%s: %v, want ErrGone", name, err)
+		}
+	}
+}

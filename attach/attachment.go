@@ -1,0 +1,102 @@
+package attach
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"sync/atomic"
+	"time"
+
+	"cgtun/internal/netns"
+	"cgtun/steer"
+	"cgtun/tun"
+)
+
+// Attachment is one route's in one network namespace.
+type Attachment struct {
+	ID     string // of the namespace: "home", its name, a container's, "netns-INODE"
+	Route  string
+	NS     netns.Ref
+	Device *tun.Device // nil where the kernel routes
+	Since  time.Time
+
+	around  atomic.Pointer[surroundings] // the newest; never nil
+	missing func()                       // an address was asked for that is not known
+
+	route    *Route
+	steering *steer.Steering
+	asker    *asker // nil in another namespace than home, which it would keep alive
+
+	// Under the lock of the site.
+	plan steer.Plan // in force
+	err  error      // why what is wanted is not; nil: it is
+}
+
+// Local says whether an address is one of the namespace's own, or routed back by
+// one of its selected interfaces. It allocates nothing and may be called for
+// each packet.
+func (a *Attachment) Local(addr netip.Addr) bool {
+	if _, ok := a.around.Load().local[addr]; ok {
+		return true
+	}
+	a.missing()
+	return false
+}
+
+// kernel says that the kernel routes: there is no device of ours.
+func (a *Attachment) kernel() bool { return a.route != nil && a.route.Kernel }
+
+// attach begins an attachment: everything of it is there afterwards, but nothing is
+// steered. Who opened it closes it.
+func (s *site) attach(r *Route) (_ *Attachment, err error) {
+	a := &Attachment{ID: s.id, Route: r.Name, NS: s.ref(), Since: time.Now(), route: r, missing: func() {}}
+	a.around.Store(&surroundings{})
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, a.close())
+		}
+	}()
+	if !r.Kernel {
+		o := r.Tun
+		if !s.home() {
+			o.From, o.Yield = s.m.from, true
+			a.missing = func() { signal(s.again) }
+		}
+		// The device before the steering: in another namespace than home it
+		// is what leads in, when the task that did has gone.
+		if a.Device, err = tun.Open(a.NS, o); err != nil {
+			return nil, err
+		}
+		a.NS = a.Device.Netns()
+	}
+	if a.steering, err = steer.Open(a.NS, r.Instance); err != nil {
+		return nil, err
+	}
+	if s.home() {
+		err = a.NS.Do(func() (err error) {
+			a.asker, err = openAsker()
+			return err
+		})
+	}
+	if err != nil {
+		return nil, fmt.Errorf("attach %s: %w", s.id, err)
+	}
+	return a, nil
+}
+
+// close takes everything away. What has gone with its namespace is no error.
+func (a *Attachment) close() error {
+	var errs []error
+	if a.asker != nil {
+		a.asker.close()
+	}
+	if a.steering != nil {
+		if err := a.steering.Close(); !errors.Is(err, netns.ErrGone) {
+			errs = append(errs, err)
+		}
+	}
+	if a.Device != nil {
+		errs = append(errs, a.Device.Close())
+	}
+	return errors.Join(errs...)
+}

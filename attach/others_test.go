@@ -1,0 +1,340 @@
+package attach_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os/exec"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"cgtun/attach"
+	"cgtun/cgroupsel"
+	"cgtun/internal/labtest"
+	"cgtun/internal/netns"
+	"cgtun/steer"
+	"cgtun/tun"
+)
+
+// gate notes what a Manager says to it.
+type gate struct {
+	mu    sync.Mutex
+	said  map[uint64]string // the last word on each namespace
+	order []string
+}
+
+func (g *gate) note(ns netns.Ref, word string) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.said == nil {
+		g.said = map[uint64]string{}
+	}
+	if g.said[ns.Cookie()] != word {
+		g.order = append(g.order, word)
+	}
+	g.said[ns.Cookie()] = word
+	return nil
+}
+
+func (g *gate) Arm() error            { return nil }
+func (g *gate) Doubt(netns.Ref) error { return nil }
+
+func (g *gate) Admit(ns netns.Ref, a cgroupsel.Admission) error {
+	switch {
+	case a.Offline:
+		return g.note(ns, "offline")
+	case len(a.Devices) == 0 || a.Devices[0] == 0:
+		return g.note(ns, "waived")
+	}
+	return g.note(ns, "admitted")
+}
+func (g *gate) Deny(ns netns.Ref) error { return g.note(ns, "denied") }
+func (g *gate) Forget(ns netns.Ref)     { _ = g.note(ns, "forgotten") }
+
+func (g *gate) last(ns netns.Ref) string {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.said[ns.Cookie()]
+}
+
+// inner is a namespace that lives as long as a process in it:
+//
+//	home inN ──── eth0 (10.44.N.2, fd44:N::2) inner
+type inner struct {
+	t   *testing.T
+	ref netns.Ref
+	pid int
+	up  string // its end at home
+	end func()
+}
+
+func newInner(t *testing.T, n int) *inner {
+	t.Helper()
+	cmd := exec.Command("sleep", "300")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	i := &inner{t: t, pid: cmd.Process.Pid, up: fmt.Sprintf("in%d", n)}
+	i.end = sync.OnceFunc(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		labtest.Eventually(t, soon, func() bool {
+			return !i.linked()
+		}, "%s goes with its namespace", i.up)
+	})
+	t.Cleanup(i.end)
+	var err error
+	if i.ref, err = netns.Named("/proc/" + strconv.Itoa(i.pid) + "/ns/net"); err != nil {
+		t.Fatal(err)
+	}
+	return i
+}
+
+// linked says whether home has its end of the link.
+func (i *inner) linked() bool {
+	_, err := tool("ip", "link show dev "+i.up)
+	return err == nil
+}
+
+// connect gives it a link, with the addresses and default routes of both families.
+func (i *inner) connect(n int) {
+	ip(i.t, fmt.Sprintf("link add %s type veth peer name eth0 netns %d", i.up, i.pid))
+	ip(i.t, fmt.Sprintf("addr add 10.44.%d.1/24 dev %s", n, i.up))
+	ip(i.t, "link set "+i.up+" up")
+	i.ip("link set lo up")
+	i.ip(fmt.Sprintf("addr add 10.44.%d.2/24 dev eth0", n))
+	i.ip(fmt.Sprintf("addr add fd44:%d::2/64 dev eth0 nodad", n))
+	i.ip("link set eth0 up")
+	i.ip(fmt.Sprintf("route add default via 10.44.%d.1", n))
+	i.ip(fmt.Sprintf("route add default via fd44:%d::1", n))
+}
+
+func (i *inner) try(tool, args string) (string, error) {
+	out, err := exec.Command("nsenter", append([]string{"-t", strconv.Itoa(i.pid), "-n", tool}, strings.Fields(args)...)...).CombinedOutput()
+	return string(out), err
+}
+
+func (i *inner) ip(args string) string {
+	i.t.Helper()
+	out, err := i.try("ip", args)
+	if err != nil {
+		i.t.Fatalf("ip %s: %v: %s", args, err, out)
+	}
+	return out
+}
+
+// steered says what is there of our steering and device.
+func (i *inner) steered() string {
+	var parts []string
+	for _, p := range [][4]string{
+		{"device", "ip", "link show up", "alias cgtun_101"},
+		{"rule", "ip", "-4 rule", "fwmark 0x65 lookup 101"},
+		{"rule6", "ip", "-6 rule", "fwmark 0x65 lookup 101"},
+		{"nft", "nft", "list tables", "inet cgtun_101"},
+	} {
+		if out, err := i.try(p[1], p[2]); err == nil && strings.Contains(out, p[3]) {
+			parts = append(parts, p[0])
+		}
+	}
+	return strings.Join(parts, " ")
+}
+
+const allInside = "device rule rule6 nft"
+
+func (i *inner) namespace() cgroupsel.Namespace {
+	return cgroupsel.Namespace{Ref: i.ref, PID: i.pid, Running: true}
+}
+
+// others starts a Manager with a gate.
+func others(t *testing.T, change func(*attach.Options)) (*running, *gate) {
+	t.Helper()
+	g := new(gate)
+	o := options()
+	o.Gate = g
+	if change != nil {
+		change(&o)
+	}
+	return run(t, o), g
+}
+
+func (r *running) shows(list ...cgroupsel.Namespace) {
+	r.Reconcile(cgroupsel.Snapshot{Namespaces: list})
+}
+
+// state is what status says of a namespace, "" for nothing.
+func (r *running) state(ns netns.Ref) string {
+	for _, s := range r.States() {
+		if s.NetnsIno == ns.Inode() {
+			return s.State
+		}
+	}
+	return ""
+}
+
+// soon is how soon a busy machine must have followed what no event tells of.
+const soon = 15 * time.Second
+
+func (r *running) becomes(i *inner, state, inside, word string, g *gate) {
+	r.t.Helper()
+	labtest.Eventually(r.t, soon, func() bool {
+		return r.state(i.ref) == state && i.steered() == inside && g.last(i.ref) == word
+	}, "%q, %q inside, gate %q; want %q, %q, %q", r.state(i.ref), i.steered(), g.last(i.ref), state, inside, word)
+}
+
+// A namespace is attached when it is in the picture and has a way out, left as
+// it was when it is not in it any more, and goes with its last process.
+func TestOtherNamespacesAreAttachedAndLeft(t *testing.T) {
+	atHome(t, func(t *testing.T) {
+		served := make(chan *attach.Attachment, 10)
+		r, g := others(t, func(o *attach.Options) {
+			o.Serve = func(ctx context.Context, a *attach.Attachment) error {
+				served <- a
+				defer context.AfterFunc(ctx, func() { _ = a.Device.Queues()[0].SetReadDeadline(time.Unix(1, 0)) })()
+				for {
+					if _, _, err := a.Device.Queues()[0].ReadPacket([][]byte{make([]byte, 70000)}); tun.IsEnd(err) {
+						return err
+					}
+					if ctx.Err() != nil {
+						return nil
+					}
+				}
+			}
+		})
+		<-served
+		i := newInner(t, 1)
+		i.connect(1)
+		i.ip("link add tun0 type veth peer name other") // a name that is taken
+		before := i.ip("addr") + i.ip("rule") + i.ip("route show table all")
+		r.shows(i.namespace())
+		r.becomes(i, attach.StateUp, allInside, "admitted", g)
+		a := <-served
+		if a.Device.Name() != "tun1" || !a.Local(netip.MustParseAddr("10.44.1.2")) || a.Local(netip.MustParseAddr("10.44.1.9")) {
+			t.Errorf("%s, local addresses wrong", a.Device.Name())
+		}
+		s := r.States()[1]
+		if s.ID != i.ref.String() || s.Device != "tun1" || !s.V4 || !s.V6 || !slices.Contains(s.Bypass, netip.MustParsePrefix("10.9.0.1/32")) {
+			t.Errorf("state %+v", s)
+		}
+		r.shows()
+		r.becomes(i, "", "", "forgotten", g)
+		if after := i.ip("addr") + i.ip("rule") + i.ip("route show table all"); after != before {
+			t.Errorf("is\n%s\nwas\n%s", after, before)
+		}
+
+		r.shows(i.namespace())
+		r.becomes(i, attach.StateUp, allInside, "admitted", g)
+		i.end()
+		labtest.Eventually(t, soon, func() bool {
+			return r.state(i.ref) == "" && g.last(i.ref) == "forgotten" && !i.linked()
+		}, "the namespace ends with its last process, and its veth")
+		if err := r.stop(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// Without a default route there is nothing to capture: no device, but admitted
+// as soon as something runs there. Each family goes by its own route.
+func TestOfflineStaysOffline(t *testing.T) {
+	atHome(t, func(t *testing.T) {
+		r, g := others(t, nil)
+		i := newInner(t, 1)
+		forked := i.namespace()
+		forked.Running = false
+		r.shows(forked)
+		labtest.Eventually(t, soon, func() bool { return r.state(i.ref) == attach.StateGated }, "a task was only forked")
+		if word := g.last(i.ref); word != "" {
+			t.Errorf("gate: %s", word)
+		}
+		r.shows(i.namespace())
+		r.becomes(i, attach.StateOffline, "", "offline", g)
+		i.connect(1)
+		r.becomes(i, attach.StateUp, allInside, "admitted", g)
+		i.ip("-6 route del default")
+		labtest.Eventually(t, soon, func() bool { return i.steered() == "device rule nft" }, "v6 is left alone: %s", i.steered())
+		i.ip("route del default")
+		r.becomes(i, attach.StateOffline, "", "offline", g)
+		named := i.namespace()
+		named.All = true
+		r.shows(named)
+		r.becomes(i, attach.StateUp, allInside, "admitted", g)
+		if err := r.stop(); err != nil {
+			t.Error(err)
+		}
+		if got := i.steered(); got != "" {
+			t.Errorf("left: %s", got)
+		}
+	})
+}
+
+// What is taken inside makes the attachment fail; on_exit decides what becomes
+// of the namespace, and it is attached when it can be.
+func TestWhatIsTakenInside(t *testing.T) {
+	atHome(t, func(t *testing.T) {
+		for n, closed := range []bool{false, true} {
+			r, g := others(t, func(o *attach.Options) { o.Routes[0].Plan.Closed = closed })
+			i := newInner(t, n)
+			i.connect(n)
+			i.ip("rule add pref 7000 fwmark 0x65 lookup 9")
+			r.shows(i.namespace())
+			labtest.Eventually(t, soon, func() bool { return r.state(i.ref) == attach.StateFailed }, "failed")
+			var taken *steer.TakenError
+			if err := r.States()[1].Err; !errors.As(err, &taken) {
+				t.Errorf("why: %v", err)
+			}
+			want := map[bool]string{false: "waived", true: "denied"}[closed]
+			labtest.Eventually(t, soon, func() bool { return g.last(i.ref) == want }, "the gate is told %q", want)
+			i.ip("rule del pref 7000")
+			r.becomes(i, attach.StateUp, allInside, "admitted", g)
+			if err := r.stop(); err != nil {
+				t.Error(err)
+			}
+			// What blocks stays where on_exit is closed, in each namespace.
+			left := map[bool]string{false: "", true: "rule rule6 nft"}[closed]
+			if inside := i.steered(); inside != left || steered() != left {
+				t.Errorf("closed %v: left %q inside, %q at home", closed, inside, steered())
+			}
+			home, err := netns.Home()
+			for _, ns := range []netns.Ref{home, i.ref} {
+				err = errors.Join(err, steer.Remove(ns, "101"))
+			}
+			if err != nil {
+				t.Error(err)
+			}
+		}
+	})
+}
+
+// What others take away inside is back within a second or so.
+func TestOthersAreRepaired(t *testing.T) {
+	atHome(t, func(t *testing.T) {
+		r, g := others(t, nil)
+		i := newInner(t, 1)
+		i.connect(1)
+		r.shows(i.namespace())
+		r.becomes(i, attach.StateUp, allInside, "admitted", g)
+		for _, take := range [][2]string{
+			{"nft", "flush ruleset"}, {"ip", "rule del pref 10101"}, {"ip", "-6 rule del pref 10101"}, {"ip", "route del default table 101"},
+		} {
+			if out, err := i.try(take[0], take[1]); err != nil {
+				t.Fatalf("%v: %v: %s", take, err, out)
+			}
+			labtest.Eventually(t, soon, func() bool {
+				return i.steered() == allInside && strings.Contains(i.ip("route show table 101"), "default dev tun0")
+			}, "back after %v", take)
+		}
+		if _, err := i.try("ip", "link del tun0"); err != nil {
+			t.Fatal(err)
+		}
+		if err := r.stop(); err != nil {
+			t.Error(err)
+		}
+	})
+}

@@ -1,0 +1,553 @@
+package attach
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"reflect"
+	"slices"
+	"sync"
+	"time"
+
+	"cgtun/cgroupsel"
+	"cgtun/internal/netns"
+	"cgtun/steer"
+)
+
+// # Theory of operation
+//
+// A site is one network namespace with an attachment for each route. Home's is
+// driven by Manager.Run: the kernel's events say when to look around, errors at
+// its begin are fatal.
+//
+// Every other site has a goroutine of its own from the time that the selector
+// first sees a selected task inside, and is in one of these states:
+//
+//	gated     nothing is known yet: a task was forked there, and has not reached
+//	          its exec or first socket. What sets the namespace up is at work.
+//	offline   its main table has no default route: there is nothing to capture.
+//	          Admitted, without a device; looked at again each second and when
+//	          a task there execs or opens its first socket.
+//	up        attached, and admitted
+//	failed    it could not be attached: on_exit decides whether it is admitted
+//
+// No socket or descriptor of such a namespace is held open, as it would keep it
+// alive. The kernel's events come by sockets of home (events.go), and there is a
+// look each second at little; the device says when the namespace has ended. The
+// site ends with the namespace, and when the selector sees nobody selected in it
+// any more; then all is undone.
+//
+// A namespace that is selected by its name is never offline.
+
+const (
+	// tick is how often is looked at what no event tells of.
+	tick = time.Second
+	// idleTime is how long a namespace stays attached without anybody in it.
+	idleTime = 5 * time.Second
+)
+
+// The states of a site as status shows them.
+const (
+	StateUp      = "up"
+	StateOffline = "offline"
+	StateFailed  = "failed"
+	StateGated   = "gated"
+)
+
+type site struct {
+	m     *Manager
+	id    string
+	again chan struct{} // holds one token: look again
+	end   func()        // lets run return; not for home
+	// stopping is closed when all of the Manager ends.
+	stopping <-chan struct{}
+	// decided is closed when it is known for the first time whether there is
+	// anything to capture, and that is captured.
+	decided chan struct{}
+	decide  func()
+
+	// run's own:
+	idle    time.Time // since when nobody is in it; zero: somebody is
+	doubted bool      // the gate has to be told again
+
+	mu       sync.Mutex
+	ns       netns.Ref             // the way in can be another one later
+	news     []cgroupsel.Namespace // one, and one for each selection that names it
+	state    string
+	err      error // why it is failed
+	attached []*Attachment
+	since    time.Time
+}
+
+func (m *Manager) newSite(ns netns.Ref, id string) *site {
+	s := &site{
+		m: m, ns: ns, id: id, again: make(chan struct{}, 1), decided: make(chan struct{}),
+		state: StateGated, since: time.Now(),
+	}
+	s.decide = sync.OnceFunc(func() { close(s.decided) })
+	return s
+}
+
+func (s *site) home() bool { return s.id == Home }
+
+// seen takes what the selector knows of the namespace now.
+func (s *site) seen(news []cgroupsel.Namespace) {
+	same := func(a, b cgroupsel.Namespace) bool {
+		a.Ref, b.Ref = netns.Ref{}, netns.Ref{}
+		return a == b
+	}
+	s.mu.Lock()
+	changed := !slices.EqualFunc(news, s.news, same)
+	s.news = news
+	if len(news) > 0 {
+		s.ns = news[0].Ref
+	}
+	s.mu.Unlock()
+	if changed {
+		signal(s.again)
+	}
+}
+
+func (s *site) ref() netns.Ref {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.ns
+}
+
+func (s *site) set(state string, err error) {
+	s.mu.Lock()
+	s.state, s.err = state, err
+	s.mu.Unlock()
+	s.decide()
+}
+
+// open begins the attachments of all routes; on an error there are none.
+func (s *site) open() error {
+	var opened []*Attachment
+	for i := range s.m.opts.Routes {
+		r := &s.m.opts.Routes[i]
+		if r.Kernel && !s.home() {
+			continue
+		}
+		a, err := s.attach(r)
+		if err != nil {
+			return errors.Join(err, closeAll(opened))
+		}
+		opened = append(opened, a)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.attached, s.since = opened, time.Now()
+	return nil
+}
+
+func (s *site) close() error {
+	s.mu.Lock()
+	opened := s.attached
+	s.attached = nil
+	s.mu.Unlock()
+	return closeAll(opened)
+}
+
+func closeAll(attached []*Attachment) error {
+	var errs []error
+	for _, a := range slices.Backward(attached) {
+		errs = append(errs, a.close())
+	}
+	return errors.Join(errs...)
+}
+
+// run is the life of a site that is not home.
+func (s *site) run(ctx context.Context) {
+	log := s.m.opts.Logger.With("attachment", s.id)
+	defer s.decide()
+	defer s.forget()
+	failures := 0
+	for ctx.Err() == nil {
+		online, err := s.judge()
+		if err == nil && online {
+			err = s.capture(ctx)
+			failures = 0
+		}
+		switch {
+		case errors.Is(err, netns.ErrGone), ctx.Err() != nil:
+			return
+		case errors.Is(err, errIdle):
+			return
+		case errors.Is(err, errOffline):
+			continue
+		case err != nil:
+			if failures++; failures == 1 {
+				log.Error("a namespace with selected processes cannot be attached, trying on", "err", err, "on_exit_closed", s.m.closed())
+			}
+			s.set(StateFailed, err)
+			s.m.refuse(s.ref())
+		}
+		if s.idles() {
+			return
+		}
+		select {
+		case <-ctx.Done():
+		case <-s.again:
+			s.doubt()
+		case <-time.After(min(tick<<min(failures, 4), 10*tick)):
+		}
+	}
+}
+
+// doubt lets nobody begin to send in a namespace that has changed before it was
+// looked at again, if a family is left alone in it: it can have a way out now.
+func (s *site) doubt() {
+	s.mu.Lock()
+	alone := s.state == StateOffline
+	for _, a := range s.attached {
+		alone = alone || a.plan.No4 || a.plan.No6
+	}
+	s.mu.Unlock()
+	if s.m.opts.Gate == nil || s.home() || !alone {
+		return
+	}
+	s.doubted = true
+	if err := s.m.opts.Gate.Doubt(s.ref()); err != nil {
+		s.m.opts.Logger.Warn("a namespace is looked at again while its processes run", "attachment", s.id, "err", err)
+	}
+}
+
+func (s *site) forget() {
+	if s.m.opts.Gate != nil {
+		s.m.opts.Gate.Forget(s.ref())
+	}
+}
+
+// judge says whether there is anything to capture in the namespace, and admits
+// it if there is not.
+func (s *site) judge() (online bool, err error) {
+	var around *surroundings
+	err = s.ref().Do(func() (err error) {
+		around, err = look("")
+		return err
+	})
+	if err != nil {
+		return false, err
+	}
+	switch {
+	case s.named() || around.default4 || around.default6:
+		return true, nil
+	case !s.running():
+		s.set(StateGated, nil)
+		return false, nil
+	}
+	s.set(StateOffline, nil)
+	if s.m.opts.Gate == nil {
+		return false, nil
+	}
+	return false, s.m.opts.Gate.Admit(s.ref(), cgroupsel.Admission{Offline: true})
+}
+
+var (
+	// errOffline ends a capture: the namespace has lost its last default route.
+	errOffline = errors.New("no default route any more")
+	// errIdle ends a site: nobody selected is in the namespace any more.
+	errIdle = errors.New("no selected process any more")
+)
+
+// capture attaches until ctx ends, the namespace does, or goes offline.
+func (s *site) capture(ctx context.Context) error {
+	s.doubted = true
+	if err := s.open(); err != nil {
+		return err
+	}
+	err := s.serve(ctx, func() {
+		s.set(StateUp, nil)
+		s.m.opts.Logger.Debug("attached", "attachment", s.id)
+	})
+	if !s.home() && s.m.opts.Gate != nil && !errors.Is(err, netns.ErrGone) && s.m.closed() {
+		err = errors.Join(err, s.m.opts.Gate.Deny(s.ref()))
+	}
+	if closeErr := errors.Join(s.undo(), s.close()); closeErr != nil {
+		s.m.opts.Logger.Warn("something is left in a namespace that is not attached any more", "attachment", s.id, "err", closeErr)
+	}
+	return err
+}
+
+// undo takes away what blocks, too, where the namespace is left because nobody
+// selected is in it, not because cgtun stops.
+func (s *site) undo() error {
+	select {
+	case <-s.stopping:
+		return nil
+	default:
+	}
+	var errs []error
+	for _, a := range slices.Backward(s.attached) {
+		errs = append(errs, a.steering.Undo())
+	}
+	return errors.Join(errs...)
+}
+
+// serve runs what moves packets beside what keeps the steering new, and waits
+// for both. It calls inForce once.
+func (s *site) serve(ctx context.Context, inForce func()) error {
+	ctx, cancel := context.WithCancel(ctx)
+	var work sync.WaitGroup
+	defer work.Wait()
+	defer cancel()
+	served := make(chan error, len(s.attached))
+	for _, a := range s.attached {
+		if a.Device != nil {
+			work.Go(func() { served <- s.ending(ctx, a, s.m.opts.Serve(ctx, a)) })
+		}
+	}
+	if err := s.apply(); err != nil {
+		return err
+	}
+	if err := s.admit(); err != nil {
+		return err
+	}
+	var look <-chan time.Time
+	if s.home() {
+		s.watch(ctx, &work)
+	} else {
+		ticker := time.NewTicker(tick)
+		defer ticker.Stop()
+		look = ticker.C
+	}
+	inForce()
+	return s.keep(ctx, served, look)
+}
+
+// keep applies what is wanted whenever that may have changed.
+func (s *site) keep(ctx context.Context, served <-chan error, look <-chan time.Time) error {
+	again := s.again
+	var later, calmed <-chan time.Time
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case err := <-served:
+			if ctx.Err() != nil {
+				return nil
+			}
+			return err
+		case <-again:
+			s.doubt()
+			again, calmed = nil, time.After(calm)
+		case <-look:
+			if s.idles() {
+				return errIdle
+			}
+			continue
+		case <-calmed:
+			again, calmed = s.again, nil
+			continue
+		case <-later:
+		}
+		later = nil
+		if !s.home() {
+			s.repair()
+		}
+		switch err := s.refresh(); {
+		case errors.Is(err, errOffline), errors.Is(err, netns.ErrGone) && !s.home():
+			return err
+		case err != nil:
+			later = time.After(retry)
+			continue
+		}
+		if err := s.admit(); err != nil {
+			return err
+		}
+	}
+}
+
+// ending says why serving an attachment has ended by itself.
+func (s *site) ending(ctx context.Context, a *Attachment, err error) error {
+	switch {
+	case ctx.Err() != nil:
+		return nil
+	case err == nil:
+		err = errors.New("it ended by itself")
+	case errors.Is(err, netns.ErrGone) && s.home():
+		return fmt.Errorf("device %s was deleted by somebody; start cgtun again: %w", a.Device.Name(), err)
+	case errors.Is(err, netns.ErrGone) && s.ref().Do(func() error { return nil }) == nil:
+		// The namespace is there: somebody inside has deleted the device.
+		err = fmt.Errorf("device %s was deleted by somebody", a.Device.Name())
+	}
+	return fmt.Errorf("serve attachment %s: %w", s.id, err)
+}
+
+// admit lets the gate pass what leaves by our device. Not before something runs:
+// by then the namespace is set up, and what is in force is all of it.
+func (s *site) admit() error {
+	if s.m.opts.Gate == nil || s.home() || !s.doubted || !s.running() && !s.named() {
+		return nil
+	}
+	a := cgroupsel.Admission{Devices: make([]int, len(s.m.opts.Routes))}
+	for _, one := range s.attached {
+		a.Devices[s.m.indexOf(one.Route)] = one.around.Load().device
+	}
+	if err := s.m.opts.Gate.Admit(s.ref(), a); err != nil {
+		return err
+	}
+	s.doubted = false
+	return nil
+}
+
+// watch lets home's steering put back by itself what others take away.
+func (s *site) watch(ctx context.Context, work *sync.WaitGroup) {
+	log := s.m.opts.Logger
+	for _, a := range s.attached {
+		if err := a.steering.Missing(); err != nil {
+			log.Warn("the kernel offers less than is wanted", "err", err)
+		}
+		work.Go(func() {
+			if err := a.steering.Run(ctx, s.repaired); err != nil && ctx.Err() == nil {
+				log.Error("steering is not watched any more", "err", err)
+			}
+		})
+	}
+}
+
+// repair puts back what others took away, where no event tells of it.
+func (s *site) repair() {
+	for _, a := range s.attached {
+		if what, err := a.steering.Repair(); what != "" || err != nil {
+			s.repaired(what, err)
+		}
+	}
+}
+
+// repaired tells of what others took away from the steering.
+func (s *site) repaired(what string, err error) {
+	log := s.m.opts.Logger.With("attachment", s.id, "what", what)
+	switch {
+	case errors.Is(err, netns.ErrGone):
+	case err != nil:
+		log.Error("steering was changed by others and could not be put back", "err", err)
+	default:
+		log.Warn("steering was changed by others and is back")
+	}
+}
+
+// refresh applies what is wanted now. What fails is said once in a spell.
+func (s *site) refresh() error {
+	before := s.failing()
+	err := s.apply()
+	switch {
+	case errors.Is(err, errOffline), errors.Is(err, netns.ErrGone) && !s.home():
+	case err != nil && before == nil:
+		s.m.opts.Logger.Error("steering could not be renewed, trying on", "attachment", s.id, "err", err)
+	case err == nil && before != nil:
+		s.m.opts.Logger.Info("steering is in force again", "attachment", s.id)
+	}
+	return err
+}
+
+func (s *site) failing() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var errs []error
+	for _, a := range s.attached {
+		errs = append(errs, a.err)
+	}
+	return errors.Join(errs...)
+}
+
+// apply looks around and makes the plans be in force that are other ones than
+// before.
+func (s *site) apply() error {
+	var errs []error
+	for i, a := range s.attached {
+		err := s.applyOne(a)
+		s.mu.Lock()
+		a.err = err
+		s.mu.Unlock()
+		errs = append(errs, err)
+		if i == 0 && errors.Is(err, netns.ErrGone) {
+			break
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (s *site) applyOne(a *Attachment) error {
+	var around *surroundings
+	err := a.NS.Do(func() (err error) {
+		around, err = look(a.deviceName())
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	a.around.Store(around)
+	if s.home() {
+		s.m.homeMoved(around)
+	} else if !s.named() && !around.default4 && !around.default6 {
+		return errOffline
+	}
+	plan := s.wanted(a, around)
+	s.mu.Lock()
+	same := reflect.DeepEqual(plan, a.plan)
+	s.mu.Unlock()
+	if same {
+		return nil
+	}
+	if err := a.steering.Apply(plan); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	a.plan = plan
+	return nil
+}
+
+// any says whether something holds of what the selector knows.
+func (s *site) any(holds func(cgroupsel.Namespace) bool) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.ContainsFunc(s.news, holds)
+}
+
+// idles says whether nobody selected has been in the namespace for a while:
+// between two steps of a script nothing is taken down.
+func (s *site) idles() bool {
+	idle := !s.any(func(n cgroupsel.Namespace) bool { return n.All || !n.Idle })
+	switch {
+	case !idle:
+		s.idle = time.Time{}
+	case s.idle.IsZero():
+		s.idle = time.Now()
+	}
+	return idle && time.Since(s.idle) > idleTime
+}
+
+func (s *site) named() bool   { return s.any(func(n cgroupsel.Namespace) bool { return n.All }) }
+func (s *site) running() bool { return s.any(func(n cgroupsel.Namespace) bool { return n.Running }) }
+
+func (a *Attachment) deviceName() string {
+	if a.Device == nil {
+		return ""
+	}
+	return a.Device.Name()
+}
+
+// wanted is the plan for what is around and what is selected now.
+func (s *site) wanted(a *Attachment, around *surroundings) steer.Plan {
+	plan := a.route.Plan
+	plan.Device = a.deviceName()
+	plan.Bypass = slices.Concat(plan.Bypass, around.connected)
+	if !s.home() {
+		plan.Bypass = append(plan.Bypass, s.m.homeAddresses()...)
+		plan.Interfaces = nil
+	}
+	if !s.home() && !s.named() {
+		plan.No4, plan.No6 = !around.default4, !around.default6
+	}
+	route := s.m.indexOf(a.Route)
+	plan.All = s.any(func(n cgroupsel.Namespace) bool { return n.All && n.Selection == route })
+	for _, c := range s.m.picked.Load().Cgroups {
+		if c.Present && c.Selection == route {
+			plan.Cgroups = append(plan.Cgroups, steer.Cgroup{Path: c.Path, ID: c.ID, Level: c.Level})
+		}
+	}
+	return plan
+}

@@ -1,0 +1,178 @@
+package attach
+
+import (
+	"maps"
+	"net/netip"
+	"path"
+	"slices"
+	"strings"
+	"time"
+
+	"cgtun/cgroupsel"
+	"cgtun/steer"
+)
+
+// State is an attachment as status shows it: one for each route and namespace.
+// Of a namespace that is not attached there is one, without a route.
+type State struct {
+	ID        string // "home", a name of /run/netns, a container's first 12 digits, "netns-INODE"
+	Route     string
+	Netns     string // its name in /run/netns, if it has one
+	Container string // the container's first 12 digits, if it is one
+	NetnsIno  uint64
+	Device    string
+	Kernel    bool   // the kernel routes: there is no device of ours
+	All       bool   // everything inside is captured
+	State     string // StateUp, …
+	Addresses []netip.Prefix
+	Bypass    []netip.Prefix
+	V4, V6    bool
+	Err       error // why what is wanted is not in force; nil: it is
+	Missing   error // what the kernel does not offer
+	Dropped   steer.Counters
+	Since     time.Time
+}
+
+// States returns those of all attachments, first home's in the order of the
+// routes; none before Run and after.
+func (m *Manager) States() []State {
+	m.mu.Lock()
+	home := m.home
+	sites := make([]*site, 0, len(m.sites))
+	for _, s := range m.sites {
+		sites = append(sites, s)
+	}
+	m.mu.Unlock()
+	if home == nil {
+		return nil
+	}
+	states := home.states()
+	slices.SortFunc(sites, func(a, b *site) int { return strings.Compare(a.id, b.id) })
+	for _, s := range sites {
+		states = append(states, s.states()...)
+	}
+	return states
+}
+
+func (s *site) states() []State {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	base := State{ID: s.id, NetnsIno: s.ns.Inode(), State: s.state, Err: s.err, Since: s.since}
+	switch name := s.ns.String(); {
+	case isContainer(s.id):
+		base.Container = s.id
+	case !s.home() && name == s.id && !strings.HasPrefix(name, anonymous):
+		base.Netns = name
+	}
+	if len(s.attached) == 0 || s.state != StateUp && !s.home() {
+		return []State{base}
+	}
+	states := make([]State, 0, len(s.attached))
+	for _, a := range s.attached {
+		states = append(states, s.stateOf(a, base))
+	}
+	return states
+}
+
+// stateOf is called with the lock held.
+func (s *site) stateOf(a *Attachment, st State) State {
+	st.Route, st.Kernel, st.Since, st.State = a.Route, a.kernel(), a.Since, StateUp
+	if a.Device != nil {
+		st.Device, st.Addresses = a.Device.Name(), a.Device.Addresses()
+	}
+	st.Bypass = slices.Concat(steer.Builtin(), a.plan.Bypass)
+	st.All, st.V4, st.V6 = a.plan.All, !a.plan.No4, a.steering.V6() && !a.plan.No6
+	if st.Missing = a.steering.Missing(); a.err != nil {
+		st.State, st.Err = StateFailed, a.err
+	}
+	var err error
+	if st.Dropped, err = a.steering.Counters(); err != nil {
+		s.m.opts.Logger.Debug("counters of steering could not be read", "attachment", s.id, "err", err)
+	}
+	return st
+}
+
+// Selects says whether the steering in a namespace has a cgroup, by its id.
+func (m *Manager) Selects(netnsIno, cgroup uint64) bool {
+	m.mu.Lock()
+	sites := append(slices.Collect(maps.Values(m.sites)), m.home)
+	m.mu.Unlock()
+	return slices.ContainsFunc(sites, func(s *site) bool {
+		return s != nil && s.ref().Inode() == netnsIno && s.selects(cgroup)
+	})
+}
+
+func (s *site) selects(cgroup uint64) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, a := range s.attached {
+		if slices.ContainsFunc(a.plan.Cgroups, func(c steer.Cgroup) bool { return c.ID == cgroup }) {
+			return true
+		}
+	}
+	return false
+}
+
+// indexOf is the number of a route, which is that of its selection.
+func (m *Manager) indexOf(route string) int {
+	return slices.IndexFunc(m.opts.Routes, func(r Route) bool { return r.Name == route })
+}
+
+// find returns an attachment that is served, or nil.
+func (m *Manager) find(id string) *Attachment {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, s := range m.sites {
+		if s.id == id {
+			return s.served()
+		}
+	}
+	if m.home != nil && id == Home {
+		return m.home.served()
+	}
+	return nil
+}
+
+func (s *site) served() *Attachment {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, a := range s.attached {
+		if !a.kernel() {
+			return a
+		}
+	}
+	return nil
+}
+
+const (
+	anonymous = "netns-"
+	// shownDigits is how many digits of its id name a container.
+	shownDigits = 12
+)
+
+// siteID names a namespace: by the container that its first task is of, as
+// docker and its kin name their cgroups, else as the namespace is called.
+func siteID(news []cgroupsel.Namespace, cgroupPath func(uint64) (string, bool)) string {
+	name := news[0].Ref.String()
+	if cgroupPath == nil || !strings.HasPrefix(name, anonymous) {
+		return name
+	}
+	var p string
+	for _, n := range news {
+		if n.Cgroup != 0 {
+			p, _ = cgroupPath(n.Cgroup)
+		}
+	}
+	base := strings.TrimSuffix(path.Base(p), ".scope")
+	if i := strings.LastIndexByte(base, '-'); i >= 0 {
+		base = base[i+1:]
+	}
+	if len(base) == 64 && strings.Trim(base, "0123456789abcdef") == "" {
+		return base[:shownDigits]
+	}
+	return name
+}
+
+func isContainer(id string) bool {
+	return len(id) == shownDigits && strings.Trim(id, "0123456789abcdef") == ""
+}

@@ -1,0 +1,204 @@
+package main_test
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"cgtun/attach"
+	"cgtun/control"
+	"cgtun/internal/labtest"
+)
+
+func init() {
+	probes["birth"] = birth
+	probes["shoot"] = shoot
+}
+
+// birth makes a process in a new network namespace as runc does: a clone that
+// waits, without an exec, until its network is set up, and then becomes the
+// step. It prints the clone's pid, and hands on what it reads as the go-ahead.
+func birth(q probe) error {
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	shot := probe{Do: "shoot", To: q.To}
+	path, _ := unix.BytePtrFromString(self)
+	argv, _ := syscall.SlicePtrFromStrings([]string{self})
+	envv, _ := syscall.SlicePtrFromStrings([]string{probeArgs(shot)[0]})
+	var pipe [2]int
+	if err := unix.Pipe(pipe[:]); err != nil { // without CLOEXEC: the clone reads it
+		return err
+	}
+	pid, errno := cloneWaiting(pipe[0], path, argv, envv)
+	if errno != 0 {
+		return errno
+	}
+	fmt.Println(pid)
+	if _, err := io.ReadFull(os.Stdin, make([]byte, 1)); err != nil {
+		return err
+	}
+	if _, err := unix.Write(pipe[1], []byte{1}); err != nil {
+		return err
+	}
+	p, err := os.FindProcess(pid)
+	if err != nil {
+		return err
+	}
+	state, err := p.Wait()
+	if err == nil && !state.Success() {
+		err = fmt.Errorf("the step: %v", state)
+	}
+	return err
+}
+
+// cloneWaiting does nothing in the child but system calls: it has one thread,
+// and no runtime that could change it.
+//
+//go:norace
+func cloneWaiting(wait int, path *byte, argv, envv []*byte) (int, syscall.Errno) {
+	var b [1]byte
+	pid, _, errno := syscall.RawSyscall6(syscall.SYS_CLONE, uintptr(syscall.SIGCHLD)|unix.CLONE_NEWNET, 0, 0, 0, 0, 0)
+	if errno != 0 || pid != 0 {
+		return int(pid), errno
+	}
+	syscall.RawSyscall(syscall.SYS_READ, uintptr(wait), uintptr(unsafe.Pointer(&b[0])), 1)
+	syscall.RawSyscall(syscall.SYS_EXECVE, uintptr(unsafe.Pointer(path)), uintptr(unsafe.Pointer(&argv[0])), uintptr(unsafe.Pointer(&envv[0])))
+	syscall.RawSyscall(syscall.SYS_EXIT, 1, 0, 0)
+	return 0, 0
+}
+
+// shoot sends a datagram as its first act, and waits for the answer.
+func shoot(q probe) error {
+	c, err := net.Dial("udp", q.To)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	if _, err := c.Write([]byte("first")); err != nil {
+		return err
+	}
+	_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+	buf := make([]byte, 5)
+	if _, err := io.ReadFull(c, buf); err != nil {
+		return err
+	}
+	fmt.Println("answered")
+	return nil
+}
+
+// joined gives a process's namespace a link to the machine, which routes for it:
+//
+//	machine inN (10.50.N.1, fd50:N::1) ──── eth0 (10.50.N.2, fd50:N::2) namespace
+func (w *world) join(n, pid int) {
+	w.t.Helper()
+	dev, p := fmt.Sprintf("in%d", n), strconv.Itoa(pid)
+	w.machine.Run("ip", "link", "add", dev, "type", "veth", "peer", "name", "eth0", "netns", p)
+	w.machine.Run("ip", "addr", "add", fmt.Sprintf("10.50.%d.1/24", n), "dev", dev)
+	w.machine.Run("ip", "addr", "add", fmt.Sprintf("fd50:%d::1/64", n), "dev", dev, "nodad")
+	w.machine.Run("ip", "link", "set", dev, "up")
+	script := fmt.Sprintf(`echo 0 > /proc/sys/net/ipv6/conf/eth0/accept_dad
+		ip link set lo up; ip addr add 10.50.%[1]d.2/24 dev eth0; ip addr add fd50:%[1]d::2/64 dev eth0 nodad; ip link set eth0 up
+		ip -6 route add default via fd50:%[1]d::1; ip route add default via 10.50.%[1]d.1`, n)
+	if out, err := exec.Command("nsenter", "-t", p, "-n", "sh", "-ec", script).CombinedOutput(); err != nil {
+		w.t.Fatalf("set up the namespace of %d: %v: %s", pid, err, out)
+	}
+}
+
+// routed lets the machine route for namespaces, and the router know the way back.
+func (w *world) routed() {
+	w.machine.Forward()
+	w.router.Run("ip", "route", "add", "10.50.0.0/16", "via", "10.1.0.2")
+	w.router.Run("ip", "-6", "route", "add", "fd50::/16", "via", "fd01::2")
+}
+
+// step runs a step in a namespace of its own and returns what it said.
+func (w *world) step(n int, to string) (string, error) {
+	w.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience())
+	defer cancel()
+	cmd := w.command(ctx, inside, "env", probeArgs(probe{Do: "birth", To: to})...)
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		return "", err
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return "", err
+	}
+	var errs strings.Builder
+	cmd.Stderr = &errs
+	if err := cmd.Start(); err != nil {
+		return "", err
+	}
+	var pid int
+	if _, err := fmt.Fscanln(out, &pid); err != nil {
+		return "", fmt.Errorf("no pid: %w: %s", err, errs.String())
+	}
+	w.join(n, pid)
+	if _, err := stdin.Write([]byte{1}); err != nil {
+		return "", err
+	}
+	said, _ := io.ReadAll(out)
+	if err := cmd.Wait(); err != nil {
+		return string(said), fmt.Errorf("%w: %s", err, errs.String())
+	}
+	return string(said), nil
+}
+
+// attachments are those of status but home's.
+func (w *world) attachments() (list []control.Attachment) {
+	w.t.Helper()
+	for _, a := range w.status().Attachments {
+		if a.ID != attach.Home {
+			list = append(list, a)
+		}
+	}
+	return list
+}
+
+// A step whose first act is a datagram, in a namespace of its own: nothing
+// leaves it uncaptured and nothing is dropped, on a busy machine too. Afterwards
+// the namespaces have ended, and all of their attachments.
+func TestStepsInNamespacesAreCapturedFromTheFirstPacket(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.routed()
+	w.server.ServeUDPEcho(port(far4, 7000))
+	w.server.ServeUDPEcho(port(far6, 7000))
+	w.start(w.config(second))
+	steps := 40
+	if labtest.Soak() {
+		steps = 500
+	}
+	for range 4 {
+		w.lab.StartCommand(exec.Command("sh", "-c", "while :; do :; done"))
+	}
+	for n := range steps {
+		to := port(far4, 7000)
+		if n%2 == 1 {
+			to = port(far6, 7000)
+		}
+		if said, err := w.step(n%250, to); err != nil || said != "answered\n" {
+			t.Fatalf("step %d: %q, %v; gate %d", n, said, err, w.status().Counters.GateDropsTotal)
+		}
+	}
+	w.noLeak("steps")
+	if n := w.status().Counters.GateDropsTotal; n != 0 {
+		t.Errorf("%d packets were dropped by the gate", n)
+	}
+	labtest.Eventually(t, patience(), func() bool { return len(w.attachments()) == 0 }, "all attachments have ended")
+	labtest.Eventually(t, patience(), func() bool { return !strings.Contains(w.machine.Run("ip", "-br", "link"), "in") }, "all links have gone")
+}
