@@ -50,7 +50,7 @@ func (s *Selector) trace() error {
 		}
 		reals = append(reals, real)
 	}
-	if err := s.maps.free(reals); err != nil {
+	if err := s.maps.free(s.opts.Instance, reals); err != nil {
 		return err
 	}
 	s.traces, err = attachTracepoints(s.maps, l)

@@ -298,9 +298,21 @@ func (p *spaceProgram) stop(done string) asm.Instructions {
 	ins = append(ins,
 		asm.Mov.Imm(asm.R1, int32(unix.SIGSTOP)),
 		asm.FnSendSignal.Call(),
-		asm.JEq.Imm(asm.R0, 0, "stopped"),
+		asm.JNE.Imm(asm.R0, 0, "undo"),
 	)
-	ins = append(ins, mapCall(p.m.held.FD(), slotPids, asm.FnMapDeleteElem)...)
+	// Whoever ends the hold takes the sign of life away and continues all after
+	// that: if it is still there now, this task is among them.
+	ins = append(ins, mapCall(p.m.beat.FD(), slotIndex, asm.FnMapLookupElem)...)
+	ins = append(ins,
+		asm.JEq.Imm(asm.R0, 0, "undo"),
+		asm.LoadMem(asm.R1, asm.R0, 0, asm.DWord),
+		asm.JNE.Imm(asm.R1, 0, "stopped"),
+		asm.Mov.Imm(asm.R1, int32(unix.SIGCONT)),
+		asm.FnSendSignal.Call(),
+	)
+	undo := mapCall(p.m.held.FD(), slotPids, asm.FnMapDeleteElem)
+	undo[0] = undo[0].WithSymbol("undo")
+	ins = append(ins, undo...)
 	ins = append(ins,
 		asm.Ja.Label(done),
 		asm.Mov.Imm(asm.R1, 1).WithSymbol("stopped"),

@@ -17,6 +17,7 @@ const (
 	FeatureTasks     = "records of new tasks"
 	FeatureHold      = "stopping a task in the kernel"
 	FeatureGate      = "egress gate at the root of cgroup2"
+	FeaturePin       = "pinned programs"
 	// Without this one (6.13), who is held when cgtun is killed waits for its
 	// next start. It is too rare to be told of.
 	featureLetGo = "letting go in the kernel"
@@ -31,6 +32,7 @@ var facts = map[string]struct{ kernel, lost string }{
 	FeatureProcess:   {"6.10", "flows do not tell their process, and rules with `process` do not match"},
 	FeatureTasks:     {"5.15", "selected processes in other network namespaces than home and select.netns are not found: what they send is not captured"},
 	FeatureHold:      {"5.15", "a selected process can be earlier than the attachment of its network namespace: its first packets are dropped by the gate"},
+	FeaturePin:       {"5.8", "with on_exit = \"closed\" nothing is shut in other namespaces than home when cgtun is gone"},
 	FeatureGate:      {"6.15", "what a selected process sends from a network namespace that is not attached is not dropped"},
 }
 
@@ -68,6 +70,14 @@ func (s *Selector) Features() []Feature {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return append([]Feature(nil), s.features...)
+}
+
+// missing notes a feature and returns why it is not there, or nil.
+func (s *Selector) missing(name string, err error) error {
+	if s.note(name, err) {
+		return nil
+	}
+	return featureError(name, err)
 }
 
 // note records how the try of a feature ended, and says so if it is news. It

@@ -33,6 +33,8 @@ func TestMain(m *testing.M) {
 		err = helperFirst()
 	case "stay":
 		err = helperStay()
+	case "sender":
+		err = helperSender()
 	case "hold":
 		err = helperHold()
 	case "select":

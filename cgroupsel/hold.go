@@ -59,13 +59,11 @@ func (s *Selector) Arm() error {
 	if err == nil {
 		d.arms, err = attachSockets(s.tree.root, []*ebpf.ProgramSpec{d.program.gateProgram()})
 	}
-	if !s.note(FeatureGate, err) {
-		err = featureError(FeatureGate, err)
-	}
+	errs := []error{s.missing(FeatureGate, err), d.settle()}
 	d.alive()
-	_, errScan := d.scan()
+	_, err = d.scan()
 	d.tellRun()
-	return errors.Join(err, errScan)
+	return errors.Join(append(errs, err)...)
 }
 
 // Admit makes a namespace known to the gate, and lets go who is held in it: it

@@ -119,7 +119,18 @@ func (p *spaceProgram) exitProgram(k *kfuncs) *ebpf.ProgramSpec {
 // letAllGo continues all that are in held, through the queue of them: the
 // program cannot walk a map.
 func (p *spaceProgram) letAllGo(k *kfuncs) asm.Instructions {
-	ins := asm.Instructions{asm.Mov.Imm(asm.R8, maxHeld).WithSymbol("own")}
+	ins := asm.Instructions{
+		asm.Mov.Imm(asm.R1, 0).WithSymbol("own"),
+		asm.StoreMem(asm.RFP, slotIndex, asm.R1, asm.Word),
+	}
+	// First nobody may be held any more: see stop.
+	ins = append(ins, mapCall(p.m.beat.FD(), slotIndex, asm.FnMapLookupElem)...)
+	ins = append(ins,
+		asm.JEq.Imm(asm.R0, 0, "out"),
+		asm.Mov.Imm(asm.R1, 0),
+		asm.StoreMem(asm.R0, 0, asm.R1, asm.DWord),
+		asm.Mov.Imm(asm.R8, maxHeld),
+	)
 	next := mapCall(p.m.order.FD(), slotPids, asm.FnMapPopElem)
 	next[0] = next[0].WithSymbol("next")
 	ins = append(ins, next...)

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -56,8 +57,9 @@ func helperStay() error {
 	}
 }
 
-// helperHold holds with the options in its first argument, and decides nothing
-// until it is killed.
+// helperHold holds with the options in its first argument until it is killed.
+// It decides nothing; if they are closed it admits home and all namespaces,
+// with eth1 as their tun.
 func helperHold() error {
 	var o cgroupsel.Options
 	if err := json.Unmarshal([]byte(os.Args[1]), &o); err != nil {
@@ -67,12 +69,46 @@ func helperHold() error {
 	if err != nil {
 		return err
 	}
-	return s.Run(context.Background(), func(cgroupsel.Snapshot) {
+	home, err := netns.Home()
+	if err != nil {
+		return err
+	}
+	return s.Run(context.Background(), func(now cgroupsel.Snapshot) {
+		if o.Selections[0].Closed {
+			for _, ns := range append(now.Namespaces, cgroupsel.Namespace{Ref: home}) {
+				if err := admitWithEth1(s, ns.Ref); err != nil {
+					fmt.Println(err)
+				}
+			}
+		}
 		if err := s.Arm(); err != nil {
 			fmt.Println(err)
 		}
 		fmt.Println("armed")
 	})
+}
+
+func admitWithEth1(s *cgroupsel.Selector, ns netns.Ref) error {
+	var a cgroupsel.Admission
+	err := ns.Do(func() error {
+		dev, err := net.InterfaceByName("eth1")
+		if err == nil {
+			a.Devices = []int{dev.Index}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	return s.Admit(ns, a)
+}
+
+// helperSender sends to far a thousand times a second until it is killed.
+func helperSender() error {
+	for range time.Tick(time.Millisecond) {
+		sendFar()
+	}
+	return nil
 }
 
 func sendFar() string {

@@ -56,17 +56,22 @@ func (e *TakenError) Error() string {
 // free returns a TakenError if another selector overlaps with paths: soon if
 // the process that has it is seen, else when it should have gone if it were
 // dead. The own trie has to be filled before: of two that start together, one
-// at least sees the other.
-func (m *maps) free(paths []string) error {
+// at least sees the other. What a dead instance of this name pinned is no other.
+func (m *maps) free(instance string, paths []string) error {
 	own, err := m.paths.Info()
 	if err != nil {
 		return fmt.Errorf("look for other instances: %w", err)
 	}
 	self, _ := own.ID()
+	pass, err := pinnedTries(instance)
+	if err != nil {
+		return err
+	}
+	pass[self] = true
 	start := time.Now()
 	seen, since := 0, start // who holds it, and since when
 	for ; ; time.Sleep(20 * time.Millisecond) {
-		taken, trie := overlap(self, paths)
+		taken, trie := overlap(pass, paths)
 		if taken == nil {
 			return nil
 		}
@@ -80,12 +85,12 @@ func (m *maps) free(paths []string) error {
 	}
 }
 
-// overlap looks at the tries of all selectors on this machine but one's own,
-// and returns the first that is in the way, too. What cannot be read is passed
+// overlap looks at the tries of all selectors on this machine but those to be
+// passed over, and returns the first that is in the way, too. What cannot be read is passed
 // over: it ended meanwhile.
-func overlap(self ebpf.MapID, paths []string) (*TakenError, ebpf.MapID) {
+func overlap(pass map[ebpf.MapID]bool, paths []string) (*TakenError, ebpf.MapID) {
 	for id, err := ebpf.MapGetNextID(0); err == nil; id, err = ebpf.MapGetNextID(id) {
-		if id == self {
+		if pass[id] {
 			continue
 		}
 		if taken := overlapOne(id, paths); taken != nil {
