@@ -37,10 +37,14 @@ func (d *spaces) adopt() error {
 	return nil
 }
 
-// Release continues the processes that a killed instance left stopped, in
-// cgroups for which selected is true, and returns them. No instance may be live
-// that selects these cgroups.
-func Release(selected func(cgroup string) bool) ([]int, error) {
+// Release continues the processes in selected cgroups that a killed instance
+// left stopped, and returns them. No instance may be live that selects these
+// cgroups.
+func Release(selections ...Selection) ([]int, error) {
+	pick, err := newPicker(Options{Selections: selections})
+	if err != nil {
+		return nil, fmt.Errorf("look for stopped processes: %w", err)
+	}
 	stats, err := filepath.Glob("/proc/[0-9]*/stat")
 	if err != nil {
 		return nil, fmt.Errorf("look for stopped processes: %w", err)
@@ -50,7 +54,7 @@ func Release(selected func(cgroup string) bool) ([]int, error) {
 	for _, file := range stats {
 		pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(file)))
 		cgroup, err := CgroupOf(pid)
-		if err != nil || !selected(cgroup) {
+		if err != nil || strings.HasPrefix(cgroup, "/..") || pick.find(cgroup).selection == none {
 			continue
 		}
 		ok, err := release(pid)

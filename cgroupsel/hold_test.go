@@ -98,7 +98,8 @@ func TestHeldTaskGoesOnInTime(t *testing.T) {
 			sel := lab.Cgroup("sel")
 			sels := one(sel.Path)
 			sels[0].Closed = tt.closed
-			s := newSelector(t, cgroupsel.Options{Selections: sels})
+			t.Cleanup(func() { cgroupsel.RemovePins(pinner) })
+			s := newSelector(t, cgroupsel.Options{Selections: sels, Instance: pinner})
 			manage(t, s, undecided()).arm()
 			space, meter := newSpace(lab, "s")
 			says(t, stopFirst(t, lab, space, sel, false), tt.want)
@@ -174,7 +175,7 @@ func TestHeldTaskGoesOnWhenTheOwnerIsKilled(t *testing.T) {
 			switch tt.name {
 			case "by the kernel":
 			case "by cleanup":
-				pids, err := cgroupsel.Release(func(cgroup string) bool { return cgroup == sel.Path })
+				pids, err := cgroupsel.Release(one(sel.Path)...)
 				if err != nil || len(pids) != 1 || pids[0] != p.Pid {
 					t.Errorf("released %v, %v, want %d", pids, err, p.Pid)
 				}

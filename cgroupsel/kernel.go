@@ -32,7 +32,7 @@ func newMaps(cgroups int) (*maps, error) {
 	}{
 		// Preallocated (no flag): an update in cgroup_mkdir never waits for
 		// memory and never fails for want of it.
-		{&m.sel, ebpf.MapSpec{Name: "cgtun_sel", Type: ebpf.Hash, KeySize: 8, ValueSize: valueBytes, MaxEntries: uint32(cgroups)}},
+		{&m.sel, ebpf.MapSpec{Name: selMap, Type: ebpf.Hash, KeySize: 8, ValueSize: valueBytes, MaxEntries: uint32(cgroups)}},
 		{&m.paths, ebpf.MapSpec{Name: pathsMap, Type: ebpf.LPMTrie, KeySize: 4 + pathBytes, ValueSize: pathValueBytes, MaxEntries: maxPaths, Flags: noPrealloc}},
 		{&m.marks, ebpf.MapSpec{Name: "cgtun_marks", Type: ebpf.Array, KeySize: 4, ValueSize: valueBytes, MaxEntries: maxSelections}},
 		{&m.news, ebpf.MapSpec{Name: "cgtun_news", Type: ebpf.RingBuf, MaxEntries: newsBytes}},

@@ -46,36 +46,70 @@ type Pins struct {
 	Instance string
 	Dir      string // as seen from the mount namespace that it is in
 	Objects  int
+	PID      int // the live process that pinned them, 0: it is dead, or not seen from here
+
+	maps []ebpf.MapID
 }
 
 // FindPins lists what these instances pinned, or any instance if none is named:
 // also of live ones. It needs no Selector.
 func FindPins(instances ...string) ([]Pins, error) {
-	var found []Pins
-	err := eachPlace(func(dir string) error {
+	found, err := findPins(instances)
+	for i := range found {
+		found[i].PID = found[i].holder()
+	}
+	return found, err
+}
+
+func findPins(instances []string) (found []Pins, err error) {
+	err = eachPlace(func(dir string) error {
 		entries, err := os.ReadDir(dir)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
 		for _, e := range entries {
 			prefix, instance, _ := strings.Cut(e.Name(), "_")
-			if prefix+"_" != pinPrefix && prefix+"_" != fillPrefix || !e.IsDir() || (len(instances) > 0 && !slices.Contains(instances, instance)) {
+			if prefix+"_" != pinPrefix && prefix+"_" != fillPrefix {
 				continue
 			}
-			p := Pins{Instance: instance, Dir: filepath.Join(dir, e.Name())}
-			objects, err := os.ReadDir(p.Dir)
-			if err != nil {
-				return err
+			if e.IsDir() && (len(instances) == 0 || slices.Contains(instances, instance)) {
+				found = append(found, readPins(instance, filepath.Join(dir, e.Name())))
 			}
-			p.Objects = len(objects)
-			found = append(found, p)
 		}
-		return nil
+		return err
 	})
 	if err != nil {
 		return nil, fmt.Errorf("look for pinned programs: %w", err)
 	}
 	return found, nil
+}
+
+// readPins looks into a directory of pins. What cannot be read is passed over:
+// then the instance counts as live.
+func readPins(instance, dir string) Pins {
+	p := Pins{Instance: instance, Dir: dir}
+	entries, _ := os.ReadDir(dir)
+	p.Objects = len(entries)
+	for _, e := range entries {
+		p.maps = append(p.maps, mapsOf(filepath.Join(dir, e.Name()))...)
+	}
+	slices.Sort(p.maps)
+	p.maps = slices.Compact(p.maps)
+	return p
+}
+
+// holder is the process that has the map of selected cgroups open, as each live
+// selector does.
+func (p *Pins) holder() int {
+	for _, id := range p.maps {
+		m, err := ebpf.NewMapFromID(id)
+		if err != nil {
+			continue
+		}
+		info, err := m.Info()
+		m.Close() // or we would be the holder
+		if err == nil && info.Name == selMap {
+			return holderOf(id)
+		}
+	}
+	return 0
 }
 
 // RemovePins takes away what a dead instance pinned, and so opens what it left
@@ -186,32 +220,19 @@ func (h hooks) pin(name string) error {
 	return nil
 }
 
-// pinnedTries are the maps by which a dead instance of the same name seems to
-// select. One that a process has open is not dead.
-func pinnedTries(instance string) (map[ebpf.MapID]bool, error) {
-	tries := make(map[ebpf.MapID]bool)
-	err := eachPlace(func(dir string) error {
-		for _, name := range pinDirs(instance) {
-			links, err := os.ReadDir(filepath.Join(dir, name))
-			if err != nil && !errors.Is(err, fs.ErrNotExist) {
-				return err
-			}
-			for _, lk := range links {
-				for _, id := range mapsOf(filepath.Join(dir, name, lk.Name())) {
-					tries[id] = holderOf(id) == 0
-				}
-			}
+// pinnedMaps are those that an instance of this name, live or dead, pinned.
+func pinnedMaps(instance string) (map[ebpf.MapID]bool, error) {
+	maps := make(map[ebpf.MapID]bool)
+	found, err := findPins([]string{instance})
+	for _, p := range found {
+		for _, id := range p.maps {
+			maps[id] = true
 		}
-		return nil
-	})
-	if err != nil {
-		return nil, fmt.Errorf("look for pinned programs: %w", err)
 	}
-	return tries, nil
+	return maps, err
 }
 
-// mapsOf lists the maps of the program of a pinned link. What cannot be read is
-// passed over: then the instance counts as live.
+// mapsOf lists the maps of the program of a pinned link.
 func mapsOf(file string) []ebpf.MapID {
 	lk, err := link.LoadPinnedLink(file, nil)
 	if err != nil {

@@ -13,6 +13,7 @@ import (
 
 const (
 	pathsMap = "cgtun_paths" // the trie's name: how instances find each other
+	selMap   = "cgtun_sel"   // that of the map of selected cgroups
 	// lingers is how long the programs and maps of a killed instance can stay:
 	// the kernel takes them away in the background.
 	lingers = 2 * time.Second
@@ -63,11 +64,11 @@ func (m *maps) free(instance string, paths []string) error {
 		return fmt.Errorf("look for other instances: %w", err)
 	}
 	self, _ := own.ID()
-	pass, err := pinnedTries(instance)
+	pinned, err := pinnedMaps(instance)
 	if err != nil {
 		return err
 	}
-	pass[self] = true
+	pass := map[ebpf.MapID]bool{self: true}
 	start := time.Now()
 	seen, since := 0, start // who holds it, and since when
 	for ; ; time.Sleep(20 * time.Millisecond) {
@@ -76,6 +77,10 @@ func (m *maps) free(instance string, paths []string) error {
 			return nil
 		}
 		taken.PID = holderOf(trie)
+		if taken.PID == 0 && pinned[trie] {
+			pass[trie] = true // ours, and dead
+			continue
+		}
 		if taken.PID != seen {
 			seen, since = taken.PID, time.Now()
 		}

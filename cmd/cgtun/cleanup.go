@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"cgtun/cgroupsel"
+	"cgtun/config"
 	"cgtun/control"
 	"cgtun/internal/netns"
 	"cgtun/steer"
@@ -18,8 +19,8 @@ import (
 )
 
 const cleanupLong = `It looks at the kernel's tables of this network namespace, at the cgroups that
-cgtun made, and at the control socket (that of -s or -c, else the default one).
-Instances that run are left alone. Nothing to remove is no error.`
+cgtun made, at the programs that it pinned, for processes that it stopped, and at
+the control socket (that of -s or -c, else the default one). Instances that run are left alone. Nothing to remove is no error.`
 
 // runCleanup removes what dead instances left, and says what that was.
 func runCleanup(ctx context.Context, c *call) error {
@@ -38,7 +39,7 @@ func runCleanup(ctx context.Context, c *call) error {
 	if st, _, err := client.Status(ctx); err == nil {
 		w.answers = strconv.Itoa(st.Instance)
 	}
-	err = errors.Join(w.tables(home), w.devices(home), w.cgroups(), w.socket(client.Socket))
+	err = errors.Join(w.tables(home), w.devices(home), w.pins(), w.stopped(), w.cgroups(), w.socket(client.Socket))
 	if err == nil && c.out.Len() == 0 {
 		fmt.Fprintln(c.out, "nothing was left")
 	}
@@ -88,6 +89,44 @@ func (w *cleaner) devices(home netns.Ref) error {
 	removed, err := tun.RemoveLeftovers(home)
 	for _, name := range removed {
 		w.removed("device", name)
+	}
+	return err
+}
+
+// pins removes the programs that dead instances pinned.
+func (w *cleaner) pins() error {
+	found, err := cgroupsel.FindPins()
+	errs := []error{err}
+	for _, p := range found {
+		if p.PID != 0 || p.Instance == w.answers {
+			continue
+		}
+		removed, err := cgroupsel.RemovePins(p.Instance)
+		if removed {
+			w.removed("pinned programs", p.Dir)
+		}
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
+// stopped continues the processes that a killed instance left stopped, in the
+// cgroups that the file of -c selects, else the default one.
+func (w *cleaner) stopped() error {
+	path := w.c.config
+	if _, err := os.Stat(config.DefaultPath); path == "" && err == nil {
+		path = config.DefaultPath
+	}
+	if path == "" || w.answers != "" {
+		return nil
+	}
+	file, err := config.Load(path)
+	if err != nil {
+		return err
+	}
+	pids, err := cgroupsel.Release(selections(file.Routes())...)
+	for _, pid := range pids {
+		fmt.Fprintf(w.c.out, "continued process %d\n", pid)
 	}
 	return err
 }

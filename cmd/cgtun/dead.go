@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"slices"
 
+	"cgtun/cgroupsel"
 	"cgtun/internal/netns"
 	"cgtun/steer"
 )
@@ -40,6 +41,26 @@ func deadInstances(home netns.Ref, alive string) ([]dead, error) {
 		}
 		found[i].closed = found[i].closed || o.Closed
 		found[i].objects = append(found[i].objects, o.Kind+" "+o.Text)
+	}
+	return withPins(found, alive)
+}
+
+// withPins adds what dead instances pinned: that is for blocks alone.
+func withPins(found []dead, alive string) ([]dead, error) {
+	pins, err := cgroupsel.FindPins()
+	if err != nil {
+		return nil, fmt.Errorf("look for what dead instances left: %w", err)
+	}
+	for _, p := range pins {
+		if p.PID != 0 || p.Instance == alive {
+			continue
+		}
+		i := slices.IndexFunc(found, func(d dead) bool { return d.instance == p.Instance })
+		if i < 0 {
+			i, found = len(found), append(found, dead{instance: p.Instance})
+		}
+		found[i].closed = true
+		found[i].objects = append(found[i].objects, "pinned programs "+p.Dir)
 	}
 	return found, nil
 }
