@@ -122,6 +122,18 @@ func (s *Selector) armRoot() error {
 	return err
 }
 
+// armNamed attaches socket programs at the root that go by the namespace, where
+// those that go by the cgroup as well are refused.
+func (s *Selector) armNamed() {
+	if s.maps == nil || s.maps.named == nil {
+		return
+	}
+	root, err := attachSockets(s.tree.root, socketPrograms(s.maps, byNamed(s.maps, s.exempt())))
+	if s.note(FeatureNetns, err) {
+		s.root = root
+	}
+}
+
 // dropTraces gives up what is of no use without programs at the root.
 func (s *Selector) dropTraces() {
 	if err := s.traces.Close(); err != nil {

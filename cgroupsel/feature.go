@@ -14,6 +14,7 @@ const (
 	FeaturePerCgroup = "socket programs on each selected cgroup"
 	FeatureInotify   = "inotify on cgroups"
 	FeatureProcess   = "the process in socket programs"
+	FeatureNetns     = "the network namespace in socket programs"
 	FeatureTasks     = "records of new tasks"
 	FeatureHold      = "stopping a task in the kernel"
 	FeatureGate      = "egress gate at the root of cgroup2"
@@ -29,6 +30,7 @@ var facts = map[string]struct{ kernel, lost string }{
 	FeatureRoot:      {"5.8", "a selected cgroup that is made again is found by inotify: its first packets can pass uncaptured"},
 	FeaturePerCgroup: {"5.8", "the firewall alone marks: capture needs a default route, MPTCP subflows and sockets older than their process's move are missed"},
 	FeatureInotify:   {"5.15", "a selected cgroup that is made again is looked for every two seconds"},
+	FeatureNetns:     {"5.8", "the firewall alone marks in the namespaces of select.netns: capture needs a default route there"},
 	FeatureProcess:   {"6.10", "flows do not tell their process, and rules with `process` do not match"},
 	FeatureTasks:     {"5.15", "selected processes in other network namespaces than home and select.netns are not found: what they send is not captured"},
 	FeatureHold:      {"5.15", "a selected process can be earlier than the attachment of its network namespace: its first packets are dropped by the gate"},

@@ -153,6 +153,8 @@ type told struct {
 	Error   string
 	Missing []string // features
 	Path    string   // PathByID of the first cgroup
+	// Namespaces are names.
+	Namespaces []string
 }
 
 // helperSelect makes a selector from the options in its first argument, says
@@ -168,6 +170,9 @@ func helperSelect() error {
 	}
 	say := told{Cgroups: s.Snapshot().Cgroups}
 	say.Self, say.IsSelf = s.Self()
+	for _, n := range s.Snapshot().Namespaces {
+		say.Namespaces = append(say.Namespaces, n.Ref.String())
+	}
 	for _, f := range s.Features() {
 		if f.Err != nil {
 			say.Error += f.Err.Error() + "\n"

@@ -19,6 +19,7 @@ type maps struct {
 	start   int32     // its first row
 	marks   *ebpf.Map // selection → value, of what the automaton matches
 	news    *ebpf.Map // ring of ids of cgroups that were selected or forgotten
+	named   *ebpf.Map // cookie of a network namespace → value; nil: none is selected
 	senders *ebpf.Map // socket cookie → sender; nil: this kernel does not tell
 	scratch *ebpf.Map // per CPU: the trie key being made, too large for the stack
 	count   *ebpf.Map // counters
@@ -56,6 +57,15 @@ const (
 	newsBytes = 64 << 10
 )
 
+// addNamed makes the map of selected namespaces.
+func (m *maps) addNamed() (err error) {
+	m.named, err = ebpf.NewMap(&ebpf.MapSpec{Name: "cgtun_named", Type: ebpf.Hash, KeySize: 8, ValueSize: valueBytes, MaxEntries: maxNamed})
+	if err != nil {
+		return fmt.Errorf("make map cgtun_named: %w", err)
+	}
+	return nil
+}
+
 // setGlobs puts an automaton where the program at cgroup_mkdir finds it.
 func (m *maps) setGlobs(a *automaton) error {
 	made, err := ebpf.NewMap(&ebpf.MapSpec{Name: "cgtun_globs", Type: ebpf.Array, KeySize: 4, ValueSize: classBytes + cellsBytes, MaxEntries: 1})
@@ -71,7 +81,7 @@ func (m *maps) setGlobs(a *automaton) error {
 
 func (m *maps) Close() error {
 	var errs []error
-	for _, one := range []*ebpf.Map{m.sel, m.paths, m.globs, m.marks, m.news, m.senders, m.scratch, m.count} {
+	for _, one := range []*ebpf.Map{m.sel, m.paths, m.globs, m.marks, m.news, m.named, m.senders, m.scratch, m.count} {
 		if one != nil {
 			errs = append(errs, one.Close())
 		}
@@ -119,6 +129,18 @@ func socketPrograms(m *maps, choose chooser) []*ebpf.ProgramSpec {
 		connectProgram("cgtun_connect4", ebpf.AttachCGroupInet4Connect, m, choose),
 		connectProgram("cgtun_connect6", ebpf.AttachCGroupInet6Connect, m, choose),
 	}
+}
+
+// tryPrograms loads programs and lets them go again.
+func tryPrograms(specs []*ebpf.ProgramSpec) error {
+	for _, spec := range specs {
+		p, err := ebpf.NewProgram(spec)
+		if err != nil {
+			return fmt.Errorf("load %s: %w", spec.Name, err)
+		}
+		p.Close()
+	}
+	return nil
 }
 
 // attachSockets attaches the socket programs to one cgroup: they run for it and

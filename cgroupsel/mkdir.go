@@ -37,7 +37,7 @@ func mkdirProgram(m *maps, l *layout) *ebpf.ProgramSpec {
 	)
 	ins = append(ins, mapCall(m.sel.FD(), slotID, asm.FnMapUpdateElem)...)
 	ins = append(ins, asm.JNE.Imm(asm.R0, 0, "full"))
-	ins = append(ins, tell(m)...)
+	ins = append(ins, report(m)...)
 	ins = append(ins, asm.Ja.Label("out"))
 	ins = append(ins, count(m, countFull, "full")...)
 	ins = append(ins, asm.Ja.Label("out"))
@@ -225,8 +225,8 @@ func lookupPath(m *maps) asm.Instructions {
 	)
 }
 
-// tell wakes Run if what has just been selected is of interest to it.
-func tell(m *maps) asm.Instructions {
+// report wakes Run if what has just been selected is of interest to it.
+func report(m *maps) asm.Instructions {
 	return append(asm.Instructions{
 		asm.LoadMem(asm.R1, asm.RFP, slotValue+valueFlags, asm.Word),
 		asm.And.Imm(asm.R1, flagTop|flagRival),

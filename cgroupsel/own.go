@@ -24,14 +24,15 @@ func (s *Selector) Self() (Cgroup, bool) {
 	return self, moved || at.selection == none && !s.pick.mayBegin(at)
 }
 
-// stepOut finds our own cgroup. If it is selected, this process moves into a
-// child of it that is not.
+// stepOut finds our own cgroup. If it is selected, or namespaces are, this
+// process moves into a child of it that is not.
 func (s *Selector) stepOut() error {
 	home, err := cgroupOf("self")
 	if err != nil {
 		return err
 	}
-	if _, selected := s.inSelection(home); !selected {
+	// In a selected namespace our sockets are known by our cgroup alone.
+	if _, selected := s.inSelection(home); !selected && len(s.names.all) == 0 {
 		id, err := s.tree.id(home)
 		s.setSelf(Cgroup{Path: home, ID: id, Level: level(home), Present: err == nil}, "")
 		return nil
@@ -52,11 +53,11 @@ func (s *Selector) stepOut() error {
 		}
 	}
 	if err := s.tree.move(own, "0"); err != nil {
-		err = fmt.Errorf("leave selected cgroup %s (start cgtun in a cgroup that is not selected): %w", home, err)
+		err = fmt.Errorf("leave cgroup %s (start cgtun in a cgroup that is not selected): %w", home, err)
 		return errors.Join(err, s.tree.remove(own))
 	}
 	s.setSelf(Cgroup{Path: own, ID: id, Level: level(own), Present: true}, home)
-	s.log.Info("cgtun was started in a selected cgroup and moved", "cgroup", own)
+	s.log.Info("cgtun moved into a cgroup of its own, which is never captured", "cgroup", own)
 	return nil
 }
 

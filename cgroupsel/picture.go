@@ -7,8 +7,11 @@ import (
 	"slices"
 )
 
-// resolve looks at the cgroups again and tells whether the picture changed.
-func (s *Selector) resolve(w *watcher) bool {
+// resolve looks at cgroups and names again and tells whether the picture
+// changed.
+func (s *Selector) resolve(w *watcher, afresh bool) bool {
+	w.followNames(s.names.dirs())
+	s.names.resolve(afresh)
 	var tops []Cgroup
 	if s.held && s.each == nil {
 		w.follow(s.tree, s.plain)
@@ -16,10 +19,13 @@ func (s *Selector) resolve(w *watcher) bool {
 	} else {
 		tops = s.walked(w)
 	}
-	next := Snapshot{Cgroups: s.withPlain(tops)}
+	next := Snapshot{Cgroups: s.withPlain(tops), Namespaces: s.namespaces()}
+	if err := s.fillNamed(next.Namespaces); err != nil {
+		s.note(FeatureNetns, err)
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	changed := !slices.Equal(s.snapshot.Cgroups, next.Cgroups)
+	changed := !slices.Equal(s.snapshot.Cgroups, next.Cgroups) || !slices.Equal(s.snapshot.Namespaces, next.Namespaces)
 	s.snapshot = next
 	return changed
 }

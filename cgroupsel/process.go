@@ -9,7 +9,6 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 	"golang.org/x/sys/unix"
 )
@@ -81,14 +80,8 @@ func (s *Selector) tryRemember() error {
 	if err == nil && st.Ino != firstPIDNamespace {
 		err = errors.New("cgtun is in a pid namespace, and BPF numbers processes outside of it")
 	}
-	for _, spec := range socketPrograms(s.maps, always(value{}, 0)) {
-		if err != nil {
-			break
-		}
-		var p *ebpf.Program
-		if p, err = ebpf.NewProgram(spec); err == nil {
-			p.Close()
-		}
+	if err == nil {
+		err = tryPrograms(socketPrograms(s.maps, always(value{}, 0)))
 	}
 	if err != nil {
 		err = errors.Join(err, s.maps.senders.Close())

@@ -135,6 +135,9 @@ type chooser asm.Instructions
 
 // bySel asks the map: for programs at the root.
 func bySel(m *maps) chooser {
+	if m.named != nil {
+		return orNamed(m)
+	}
 	ins := asm.Instructions{
 		asm.FnGetCurrentCgroupId.Call(),
 		asm.StoreMem(asm.RFP, slotID, asm.R0, asm.DWord),

@@ -84,8 +84,9 @@ type Snapshot struct {
 	// Cgroups are the selected ones that are not below another one of the same
 	// selection; plain paths are there in any case, whether Present or not.
 	Cgroups []Cgroup
-	// Namespaces are those in which selected tasks were seen, home and
-	// select.netns apart. They stay until Forget.
+	// Namespaces are those of select.netns, as long as their names lead there,
+	// and those others than home in which selected tasks were seen. The latter
+	// stay until Forget.
 	Namespaces []Namespace
 }
 
@@ -109,6 +110,7 @@ type Selector struct {
 	log    *slog.Logger
 	tree   *tree
 	ids    *idCache
+	names  *names
 	plain  []entry
 	pick   *picker
 	maps   *maps   // nil: no BPF at all
@@ -148,7 +150,7 @@ func New(o Options) (*Selector, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Selector{opts: o, log: o.Logger, tree: t, ids: newIDCache(t), every: lookAgain, plain: o.plain(), pick: pick, rivals: make(map[[2]int]bool)}
+	s := &Selector{opts: o, log: o.Logger, tree: t, ids: newIDCache(t), every: lookAgain, names: newNames(o), plain: o.plain(), pick: pick, rivals: make(map[[2]int]bool)}
 	if err := s.begin(); err != nil {
 		return nil, errors.Join(err, s.Close())
 	}
@@ -185,15 +187,23 @@ func (s *Selector) begin() error {
 	if s.maps != nil {
 		s.note(FeatureProcess, s.tryRemember())
 	}
+	if s.maps != nil && len(s.names.all) > 0 {
+		err := s.maps.addNamed()
+		if err == nil {
+			err = s.tryNamed()
+		}
+		s.note(FeatureNetns, err)
+	}
 	if traced && s.note(FeatureRoot, s.armRoot()) {
 		s.held = true
 		s.spaces, refused = s.openSpaces()
 		s.note(FeatureTasks, refused)
 	} else {
 		s.dropTraces()
+		s.armNamed()
 		s.useEach()
 	}
-	s.resolve(&watcher{})
+	s.resolve(&watcher{}, true)
 	s.lookForSpaces()
 	return nil
 }
@@ -293,33 +303,52 @@ func (s *Selector) Run(ctx context.Context, changed func(Snapshot)) error {
 	defer wait()
 	tick := time.NewTicker(s.every)
 	defer tick.Stop()
-	s.look(w)
+	var again pause
+	s.look(w, true)
 	changed(s.Snapshot())
 	for {
+		afresh := w.names == nil
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-s.spaces.changed():
 			changed(s.Snapshot())
 			continue
+		case <-w.names:
+			afresh = true
 		case <-w.events:
 		case <-tick.C:
+		case <-again.after(s.names.soon):
 		}
-		if s.look(w) {
+		if s.look(w, afresh) {
 			changed(s.Snapshot())
 		}
 	}
 }
 
+// pause grows from a millisecond to a second, and begins anew when
+// nothing is to be waited for.
+type pause time.Duration
+
+func (p *pause) after(wait bool) <-chan time.Time {
+	if !wait {
+		*p = 0
+		return nil
+	}
+	*p = min(max(2**p, pause(time.Millisecond)), pause(time.Second))
+	return time.After(time.Duration(*p))
+}
+
 // look brings watches, programs and picture up to date. The watches come
-// first: what happens after them wakes Run again.
-func (s *Selector) look(w *watcher) bool {
+// first: what happens after them wakes Run again. afresh says that names of
+// namespaces may lead to others now.
+func (s *Selector) look(w *watcher, afresh bool) bool {
 	if full := s.Counters().Full; full > s.full.Load() {
 		s.log.Warn("too many selected cgroups for the map", "limit", s.opts.MaxCgroups, "missed", full)
 		s.useEach() // needs no entry in the map
 		s.full.Store(full)
 	}
-	news := s.resolve(w)
+	news := s.resolve(w, afresh)
 	return s.lookForSpaces() || news
 }
 

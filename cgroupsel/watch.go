@@ -15,8 +15,9 @@ import (
 // The zero watcher watches nothing.
 type watcher struct {
 	events  chan struct{}
-	fd      int             // inotify's: File.Fd would make it block
-	file    *os.File        // nil: no inotify
+	names   chan struct{} // in the directories of names; nil: no inotify
+	cgroups inotify
+	netns   inotify
 	news    *ringbuf.Reader // what the programs tell; nil: nothing
 	readers sync.WaitGroup
 }
@@ -26,11 +27,17 @@ func (s *Selector) watch() *watcher {
 	w := &watcher{events: make(chan struct{}, 1)}
 	err := s.allowed(FeatureInotify)
 	if err == nil {
-		w.fd, err = unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
+		err = w.cgroups.open()
+	}
+	if err == nil && len(s.names.all) > 0 {
+		err = w.netns.open()
 	}
 	if s.note(FeatureInotify, err) {
-		w.file = os.NewFile(uintptr(w.fd), "inotify")
-		w.readers.Go(w.readInotify)
+		w.readers.Go(func() { w.cgroups.read(w.events) })
+	}
+	if w.netns.file != nil {
+		w.names = make(chan struct{}, 1)
+		w.readers.Go(func() { w.netns.read(w.names) })
 	}
 	if s.traces == nil {
 		return w
@@ -43,13 +50,47 @@ func (s *Selector) watch() *watcher {
 	return w
 }
 
-func (w *watcher) readInotify() {
+// inotify is one queue of inotify(7). The zero value watches nothing.
+type inotify struct {
+	fd   int // File.Fd would make it block
+	file *os.File
+}
+
+func (i *inotify) open() error {
+	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
+	if err == nil {
+		i.fd, i.file = fd, os.NewFile(uintptr(fd), "inotify")
+	}
+	return err
+}
+
+// read tells of events until the file is closed.
+func (i *inotify) read(events chan<- struct{}) {
+	if i.file == nil {
+		return
+	}
 	buf := make([]byte, 16<<10)
 	for {
-		if _, err := w.file.Read(buf); err != nil {
+		if _, err := i.file.Read(buf); err != nil {
 			return
 		}
-		w.tell()
+		tell(events)
+	}
+}
+
+// add watches a directory, and says whether it is there. A watch that is there
+// already stays.
+func (i *inotify) add(path string) bool {
+	if i.file == nil {
+		return false
+	}
+	_, err := unix.InotifyAddWatch(i.fd, path, unix.IN_CREATE|unix.IN_DELETE|unix.IN_MOVED_FROM|unix.IN_MOVED_TO|unix.IN_ONLYDIR)
+	return err == nil
+}
+
+func (i *inotify) close() {
+	if i.file != nil {
+		i.file.Close()
 	}
 }
 
@@ -59,13 +100,13 @@ func (w *watcher) readNews() {
 		if err := w.news.ReadInto(&r); err != nil {
 			return
 		}
-		w.tell()
+		tell(w.events)
 	}
 }
 
-func (w *watcher) tell() {
+func tell(events chan<- struct{}) {
 	select {
-	case w.events <- struct{}{}:
+	case events <- struct{}{}:
 	default: // one is waiting already
 	}
 }
@@ -74,7 +115,7 @@ func (w *watcher) tell() {
 // that is made after its own parent is watched makes an event. A watch that is
 // there already stays; one of a removed cgroup ends with it.
 func (w *watcher) follow(t *tree, plain []entry) {
-	if w.file == nil {
+	if w.cgroups.file == nil {
 		return
 	}
 	seen := make(map[string]bool)
@@ -100,16 +141,21 @@ func (w *watcher) open(t *tree, name string) {
 }
 
 // add needs a path, and makes one of a descriptor.
-func (w *watcher) add(dir *os.File) {
-	if w.file != nil {
-		_, _ = unix.InotifyAddWatch(w.fd, fdPath(dir), unix.IN_CREATE|unix.IN_DELETE|unix.IN_ONLYDIR)
+func (w *watcher) add(dir *os.File) { w.cgroups.add(fdPath(dir)) }
+
+// followNames watches the directories of names, or what is above one that is
+// not there yet.
+func (w *watcher) followNames(dirs []string) {
+	for _, dir := range dirs {
+		for !w.netns.add(dir) && w.netns.file != nil && dir != "/" {
+			dir = path.Dir(dir)
+		}
 	}
 }
 
 func (w *watcher) close() {
-	if w.file != nil {
-		w.file.Close()
-	}
+	w.cgroups.close()
+	w.netns.close()
 	if w.news != nil {
 		w.news.Close()
 	}
