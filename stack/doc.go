@@ -8,17 +8,19 @@
 //
 // What is done where:
 //
-//	stack.go    Options, New, Run
-//	link.go     packets out of netstack, with their offloads
-//	reader.go   packets in: what is let in, what is counted and turned away
-//	ring.go     what large segments are read into
-//	tcp.go      a SYN becomes a flow.Stream: held until the outbound is there
-//	early.go    SYNs and RSTs that come before netstack can take them
-//	pending.go  the table of SYNs that are held, its bounds, who gave up
-//	conn.go     an answered client as a flow.Conn
-//	direct.go   the same for relay, without a copy and without a goroutine
-//	udp*.go     datagrams (RFC 768, RFC 4787)
-//	icmp.go     ICMP errors (RFC 792, RFC 4443)
+//	stack.go      Options, New, Run
+//	link.go       packets out of netstack, with their offloads
+//	reader.go     packets in: what is let in, what is counted and turned away
+//	fragments.go  TCP in fragments, until its sum is right
+//	ring.go       what large segments are read into
+//	tcp.go        a SYN becomes a flow.Stream: held until the outbound is there
+//	early.go      SYNs and RSTs that come before netstack can take them
+//	pending.go    the table of SYNs that are held, its bounds, who gave up
+//	conn.go       an answered client as a flow.Conn
+//	buffers.go    how much all of them may hold together
+//	direct.go     the same for relay, without a copy and without a goroutine
+//	udp*.go       datagrams (RFC 768, RFC 4787)
+//	icmp.go       ICMP errors (RFC 792, RFC 4443)
 //
 // TCP is RFC 9293 as netstack has it, with SACK (RFC 2018), window scaling and
 // timestamps (RFC 7323).

@@ -100,6 +100,10 @@ func (r *reader) packet(off tun.Offload, n int) {
 		c.multicast.Add(1)
 		return
 	}
+	if h.fragment && h.proto == protoTCP {
+		r.s.fragments.take(h, r.inOnePiece(n))
+		return
+	}
 	if h.fragment {
 		r.deliver(h, n)
 		return

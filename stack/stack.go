@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv6"
@@ -101,6 +102,8 @@ type Stack struct {
 	udp    *udp
 	count  counters
 	past   time.Time
+
+	fragments fragments
 }
 
 // New makes a stack on the queues of a device. Nothing happens before Run,
@@ -111,6 +114,7 @@ func New(queues []Queue, h flow.Handler, o Options) (*Stack, error) {
 	}
 	o.setDefaults()
 	s := &Stack{o: o, queues: queues, past: time.Unix(1, 0)}
+	s.fragments.s = s
 	s.link = newLink(queues, uint32(o.MTU), &s.count)
 	s.gv = gvstack.New(gvstack.Options{
 		NetworkProtocols: []gvstack.NetworkProtocolFactory{ipv4.NewProtocol, ipv6.NewProtocol},
@@ -164,6 +168,18 @@ func (s *Stack) setUp() error {
 // came in fragments or behind extension headers.
 func (s *Stack) reassembled(id gvstack.TransportEndpointID, pkt *gvstack.PacketBuffer) bool {
 	payload := pkt.Data().AsRange().ToSlice()
+	udp := header.UDP(pkt.TransportHeader().Slice())
+	if len(udp) < header.UDPMinimumSize || int(udp.Length()) != len(udp)+len(payload) {
+		s.count.malformed.Add(1)
+		return true
+	}
+	if udp.Checksum() != 0 || id.LocalAddress.Len() == header.IPv6AddressSize {
+		sum := header.PseudoHeaderChecksum(header.UDPProtocolNumber, id.RemoteAddress, id.LocalAddress, udp.Length())
+		if checksum.Checksum(payload, checksum.Checksum(udp, sum)) != 0xffff {
+			s.count.badSum.Add(1)
+			return true
+		}
+	}
 	s.udp.deliverReassembled(addrPort(id.RemoteAddress, id.RemotePort), addrPort(id.LocalAddress, id.LocalPort), payload)
 	return true
 }

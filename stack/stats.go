@@ -11,6 +11,7 @@ type Stats struct {
 	BadChecksum   uint64 // wrong sums of raw sockets
 	Multicast     uint64 // to more than one host, or to none in particular
 	OtherProtocol uint64 // neither TCP, UDP nor ICMP: answered with protocol unreachable
+	Fragmented    uint64 // TCP segments in fragments that made room for others
 	ICMP          uint64 // ICMP that nobody is there for
 	Unread        uint64 // reads of the device that failed
 	Unwritten     uint64 // packets that the device did not take
@@ -34,7 +35,7 @@ type Stats struct {
 }
 
 type counters struct {
-	notLocal, malformed, badSum, multicast, otherProto, icmp, unread, unwritten atomic.Uint64
+	notLocal, malformed, badSum, multicast, otherProto, icmp, unread, unwritten, fragmented atomic.Uint64
 
 	oddSYN, lateSYN, evicted, evictedSource, evictedDest, gaveUp, handshakeFailed atomic.Uint64
 	cut, accepted, rejected, limited                                              atomic.Uint64
@@ -50,6 +51,7 @@ func (s *Stack) Stats() Stats {
 		BadChecksum:       c.badSum.Load(),
 		Multicast:         c.multicast.Load(),
 		OtherProtocol:     c.otherProto.Load(),
+		Fragmented:        c.fragmented.Load(),
 		ICMP:              c.icmp.Load(),
 		Unread:            c.unread.Load(),
 		Unwritten:         c.unwritten.Load(),

@@ -64,7 +64,7 @@ func count(c control.Counts, n stack.Stats) {
 		"malformed": n.Malformed + n.UDP.Malformed, "bad_checksum": n.BadChecksum + n.UDP.BadSum,
 		"multicast": n.Multicast, "other_protocol": n.OtherProtocol, "icmp": n.ICMP,
 		"unwritten": n.Unwritten + n.UDP.Unwritten, "icmp_rate": n.ICMPErrorsLimited + n.UDP.ICMPLimit,
-		"late_syn": n.LateSYN, "receive_cut": n.Cut,
+		"late_syn": n.LateSYN, "receive_cut": n.Cut, "tcp_fragments": n.Fragmented,
 		"odd_syn": n.OddSYN, "udp_queue": n.UDP.QueueFull, "udp_sessions": n.UDP.Evicted,
 		"pending": n.Evicted, "pending_source": n.EvictedSource, "pending_destination": n.EvictedDest,
 	} {
