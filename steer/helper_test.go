@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"os/signal"
 	"strings"
 	"syscall"
 	"time"
@@ -26,6 +27,12 @@ func helper(args []string) int {
 	switch verb := args[0]; verb {
 	case "ask":
 		err = ask(args[1], args[2], args[3:])
+	case "insist":
+		for {
+			// Where it is not let, it tries again.
+			_ = send(args[1], args[2], args[3:])
+			time.Sleep(time.Millisecond)
+		}
 	case "send":
 		err = send(args[1], args[2], args[3:])
 	case "forge":
@@ -39,7 +46,7 @@ func helper(args []string) int {
 	case "connect":
 		err = connectOnly(args[1], args[2:])
 	case "steer":
-		err = steerForever()
+		err = steerForever(args[1:])
 	default:
 		err = fmt.Errorf("no verb %q", verb)
 	}
@@ -210,27 +217,41 @@ func connectOnly(addr string, opts []string) error {
 	return err
 }
 
-// steerForever is a cgtun that does nothing but steer, in its home.
-func steerForever() error {
+// steerForever is a cgtun that does nothing but steer, in its home, until it
+// is told to end. With the id and the level of a cgroup it steers that, and
+// closed, by a device of its own.
+func steerForever(closed []string) error {
 	home, err := netns.Home()
 	if err != nil {
 		return err
+	}
+	p := plan()
+	if len(closed) == 2 {
+		p.Closed, p.Device = true, "tun1"
+		c := steer.Cgroup{Path: "selected"}
+		fmt.Sscan(closed[0], &c.ID)
+		fmt.Sscan(closed[1], &c.Level)
+		p.Cgroups = []steer.Cgroup{c}
+		p.Bypass = []netip.Prefix{netip.MustParsePrefix("10.9.0.0/24"), netip.MustParsePrefix("fd09::/64")}
 	}
 	s, err := steer.Open(home, "101")
 	if err != nil {
 		return err
 	}
-	dev, err := openTun("tun0")
+	dev, err := openTun(p.Device)
 	if err != nil {
 		return err
 	}
 	defer dev.Close()
-	if err := upTun("tun0"); err != nil {
+	if err := upTun(p.Device); err != nil {
 		return err
 	}
-	if err := s.Apply(plan()); err != nil {
+	if err := s.Apply(p); err != nil {
 		return err
 	}
+	term := make(chan os.Signal, 1)
+	signal.Notify(term, syscall.SIGTERM)
 	fmt.Println("ready")
-	select {}
+	<-term
+	return s.Close()
 }

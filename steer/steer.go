@@ -64,7 +64,8 @@ func (s *Steering) Check(p Plan) error {
 	if err := s.valid(&p); err != nil || s.made {
 		return err
 	}
-	return s.free(&p, true)
+	_, err := s.free(&p, true)
+	return err
 }
 
 func (s *Steering) valid(p *Plan) error {
@@ -83,23 +84,23 @@ func (s *Steering) valid(p *Plan) error {
 	return nil
 }
 
-// free says whether the plan's numbers are free, and those of the device too
-// if it is asked for. What a dead run of this instance left is no obstacle.
-func (s *Steering) free(p *Plan, device bool) error {
-	mine := false
+// free says whether the plan's numbers are free, and the name of its device if
+// that is asked for. What a dead run of this instance left, mine, is no
+// obstacle.
+func (s *Steering) free(p *Plan, device bool) (mine bool, err error) {
 	objects, err := Find(s.ns)
 	if err != nil {
-		return err
+		return false, err
 	}
 	for _, o := range objects {
 		if o.Instance != strconv.Itoa(s.number) {
 			continue
 		}
 		if mine = !o.Alive && o.Home == s.table.at.home; !mine {
-			return s.tableTaken()
+			return false, s.tableTaken()
 		}
 	}
-	return withRoutes(s.ns, func(h *netlink.Handle) error { return taken(h, p, device, mine) })
+	return mine, withRoutes(s.ns, func(h *netlink.Handle) error { return taken(h, p, device, mine) })
 }
 
 func (s *Steering) tableTaken() error {
@@ -141,10 +142,18 @@ func (s *Steering) Apply(p Plan) error {
 
 // claim takes the number: in home by making the empty table.
 func (s *Steering) claim(p *Plan) error {
-	if err := s.free(p, false); err != nil {
+	mine, err := s.free(p, false)
+	if err != nil {
 		return err
 	}
 	if !s.table.at.away {
+		if mine && !p.Closed {
+			// It cannot be made into one that ends with us. The routes block
+			// until the new one is whole.
+			if err := s.table.remove(); err != nil {
+				return err
+			}
+		}
 		if err := s.create(p); err != nil {
 			return err
 		}

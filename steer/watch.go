@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"os"
 	"strings"
 	"sync"
 	"time"
@@ -114,16 +115,20 @@ func closeAll(conns []*mdl.Conn) {
 }
 
 // signs turns whatever comes into one sign, until the socket is closed. What
-// the messages say does not matter, nor whether some were lost.
+// the messages say does not matter, nor whether some were lost: an error, as
+// that of a buffer that has overflowed, is a sign like any other.
 func signs(c *mdl.Conn, again chan<- struct{}) {
 	for {
 		_, err := c.Receive()
-		if err != nil && !errors.Is(err, unix.ENOBUFS) {
+		if errors.Is(err, os.ErrClosed) {
 			return
 		}
 		select {
 		case again <- struct{}{}:
 		default:
+		}
+		if err != nil {
+			time.Sleep(settle) // should it come at once again
 		}
 	}
 }
