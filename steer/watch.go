@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"os"
 	"strings"
 	"sync"
 	"time"
@@ -35,7 +34,7 @@ func (s *Steering) Run(ctx context.Context, repaired func(what string, err error
 	again := make(chan struct{}, 1)
 	var wg sync.WaitGroup
 	for _, c := range conns {
-		wg.Go(func() { signs(c, again) })
+		wg.Go(func() { signs(ctx, c, again) })
 	}
 	defer wg.Wait()
 	defer closeAll(conns)
@@ -114,13 +113,13 @@ func closeAll(conns []*mdl.Conn) {
 	}
 }
 
-// signs turns whatever comes into one sign, until the socket is closed. What
-// the messages say does not matter, nor whether some were lost: an error, as
-// that of a buffer that has overflowed, is a sign like any other.
-func signs(c *mdl.Conn, again chan<- struct{}) {
+// signs turns whatever comes into one sign, until ctx has ended and the socket
+// is closed. What the messages say does not matter, nor whether some were lost:
+// an error, as that of a buffer that has overflowed, is a sign like any other.
+func signs(ctx context.Context, c *mdl.Conn, again chan<- struct{}) {
 	for {
 		_, err := c.Receive()
-		if errors.Is(err, os.ErrClosed) {
+		if ctx.Err() != nil {
 			return
 		}
 		select {
