@@ -117,6 +117,10 @@ func isNotYet(path string) bool {
 	if key, ok := strings.CutPrefix(path, "outbound."); ok && slices.Contains(proxy, key) {
 		path = "outbound.type"
 	}
+	// Of the ways in table form one is listed, by its value.
+	if key, ok := strings.CutPrefix(path, "route.via."); ok {
+		return key == "container"
+	}
 	for _, listed := range config.NotYet() {
 		listed = strings.ReplaceAll(listed, "[]", "")
 		if path == listed || strings.HasPrefix(path, listed+".") {

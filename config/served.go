@@ -28,9 +28,7 @@ type notYet struct {
 // that serves a key deletes its row, here and in docs/config.md.
 var notServed = []notYet{
 	{"select.docker", isNot(cgroupsel.DockerOff), "false"},
-	{"select.netns", filled, "[]"},
-	{"select.interfaces", filled, "[]"},
-	{"route.via", func(v any) bool { return v.(steer.Via).Mode != steer.ViaTun }, `"tun"`},
+	{"route.via", ownProgram, `"tun", {gateway, gateway6, dev}, {dev}, {tproxy}`},
 	{"route.on_exit", isNot(steer.OnExitOpen), `"open"`},
 	{"dns.mode", isNot(dns.ModeOff), `"off"`},
 	{"dns.upstreams", filled, "[]"},
@@ -50,9 +48,6 @@ var notServed = []notYet{
 	{"control.metrics", filled, `""`},
 }
 
-// maxRoutes is how many [[route]] this version serves.
-const maxRoutes = 1
-
 const ruleKeys = "cidr, cidr_file, src, port, proto, cgroup, process, user, netns"
 
 // standIns are the defaults among the values that are not served: what acts in
@@ -69,6 +64,12 @@ var standIns = []struct {
 	}, `select.docker is not written and its default "auto" is not in this version: docker is not captured`},
 	{"dns.mode", func(f *File) { f.DNS.Mode = dns.ModeOff },
 		`dns.mode is not written and its default "forward" is not in this version: queries are ordinary flows`},
+}
+
+// ownProgram: a transparent listener of ours, or a container as a router.
+func ownProgram(v any) bool {
+	via := v.(steer.Via)
+	return via.Mode == steer.ViaTProxy || via.Container != ""
 }
 
 func always(any) bool   { return true }
@@ -105,9 +106,6 @@ func (d *decoder) served(l *layout) {
 				d.bad(path, shown(v)+"is not in this version; allowed: "+row.allowed)
 			}
 		}
-	}
-	if len(l.Route) > maxRoutes {
-		d.bad(at("route", maxRoutes), "is a second one, which is not in this version; allowed: one route")
 	}
 	for _, s := range standIns {
 		written := false

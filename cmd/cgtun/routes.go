@@ -15,7 +15,8 @@ func selections(routes []config.Route) []cgroupsel.Selection {
 	all := make([]cgroupsel.Selection, len(routes))
 	for i, r := range routes {
 		all[i] = cgroupsel.Selection{
-			Cgroups: r.Select.Cgroups, Create: r.Select.Create, Mark: r.Mark, Mask: r.Mask,
+			Cgroups: r.Select.Cgroups, Netns: r.Select.Netns, Create: r.Select.Create,
+			Mark: r.Mark, Mask: r.Mask, Closed: r.OnExit == steer.OnExitClosed,
 		}
 	}
 	return all
