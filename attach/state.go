@@ -1,6 +1,7 @@
 package attach
 
 import (
+	"cmp"
 	"maps"
 	"net/netip"
 	"path"
@@ -82,8 +83,9 @@ func (s *site) stateOf(a *Attachment, st State) State {
 	}
 	st.Bypass = slices.Concat(steer.Builtin(), a.plan.Bypass)
 	st.All, st.V4, st.V6 = a.plan.All, !a.plan.No4, a.steering.V6() && !a.plan.No6
-	if st.Missing = a.steering.Missing(); a.err != nil {
-		st.State, st.Err = StateFailed, a.err
+	st.Missing = a.steering.Missing()
+	if st.Err = cmp.Or(a.err, a.steering.Down()); st.Err != nil {
+		st.State = StateFailed
 	}
 	var err error
 	if st.Dropped, err = a.steering.Counters(); err != nil {

@@ -1,0 +1,137 @@
+package main_test
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"cgtun/attach"
+	"cgtun/internal/labtest"
+)
+
+// A namespace that is selected by its name: everything in it is captured, in
+// whatever cgroup, from cgtun's start on and when it comes later; what is
+// forwarded in through an interface that is selected, too.
+//
+//	lab1 eth0 (10.60.0.2, fd60::2) ──── eth2 (10.60.0.1, fd60::1) machine
+func TestLabsAreCaptured(t *testing.T) {
+	t.Parallel()
+	for name, choice := range map[string]string{
+		"netns":      "netns = [%q]",
+		"interfaces": "interfaces = [%q]",
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t)
+			echo := w.server.ServeEcho(":7000")
+			w.server.ServeUDPEcho(port(far4, 7000))
+			w.server.ServeUDPEcho(port(far6, 7000))
+			w.machine.Forward()
+			lab1 := w.lab.Host("lab1")
+			link := w.lab.Link(w.machine, lab1, "10.60.0.1/24", "10.60.0.2/24", "fd60::1/64", "fd60::2/64")
+			lab1.Run("ip", "route", "add", "default", "via", "10.60.0.1")
+			lab1.Run("ip", "-6", "route", "add", "default", "via", "fd60::1")
+			chosen := fmt.Sprintf(choice, map[string]string{"netns": lab1.Name, "interfaces": link.A}[name])
+			w.start(strings.Replace(w.config(second), "[select]", "[select]\n"+chosen, 1))
+			for _, far := range []string{far4, far6} {
+				for _, network := range []string{"tcp", "udp"} {
+					labtest.Eventually(t, patience(), func() bool { return askEcho(lab1, network, port(far, 7000)) == nil }, "%s to %s", network, far)
+				}
+			}
+			w.noLeak(name)
+			for _, seen := range echo.Clients() {
+				if !isSecond(seen) {
+					t.Errorf("the server saw %v", seen)
+				}
+			}
+			// Who is not meant, is not touched.
+			w.run(outside, "env", probeArgs(probe{Do: "dial", Network: "tcp", To: port(far4, 7000), Say: "x"})...)
+			if n := w.leaks.Packets(); n == 0 {
+				t.Error("who is not selected was captured")
+			}
+			if name == "netns" {
+				list := w.attachments()
+				if len(list) != 1 || list[0].ID != lab1.Name || string(list[0].Netns) != lab1.Name || list[0].State != attach.StateUp || list[0].Flows < 0 {
+					t.Errorf("attachments %+v", list)
+				}
+			}
+		})
+	}
+}
+
+// Two routes at once, each with its own cgroup, mark, table and way: one by the
+// stack, one by a router that the kernel is told. Neither touches the other's,
+// nor who is not selected.
+func TestSeveralRoutes(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	echo := w.server.ServeEcho(":7000")
+	by := w.lab.Cgroup("by")
+	d := w.start(fmt.Sprintf(`
+[[route]]
+name = "stack"
+mark = %[1]d
+table = %[1]d
+priority = 10101
+[route.select]
+cgroups = [%[2]q]
+[route.tun]
+name = "tun0"
+
+[[route]]
+name = "router"
+mark = %[3]d
+table = %[3]d
+priority = 10102
+via = {gateway = "10.2.0.1", gateway6 = "fd02::1", dev = "eth1"}
+[route.select]
+cgroups = [%[4]q]
+
+[control]
+socket = %[5]q
+[log]
+level = "debug"
+`, w.number, w.sel.Path, w.number+1_000_000_000, by.Path, w.socket))
+	s := w.status()
+	if len(s.Routes) != 2 || len(s.Attachments) != 2 || s.Attachments[0].Capture != "tun" || s.Attachments[1].Capture != "kernel" ||
+		s.Attachments[1].Route != "router" || s.Attachments[1].State != attach.StateUp {
+		t.Fatalf("status %+v", s)
+	}
+	dial := probeArgs(probe{Do: "dial", Network: "tcp", To: port(far4, 7000), Say: "x"})
+	for _, far := range []string{far4, far6} {
+		dial = probeArgs(probe{Do: "dial", Network: "tcp", To: port(far, 7000), Say: "x"})
+		if out, err := by.In(t.Context(), w.machine, "env", dial...).Output(); err != nil {
+			t.Fatalf("by the router: %v %s", err, out)
+		}
+		w.noLeak("by the router, to " + far)
+	}
+	sent, _ := w.device()
+	w.run(inside, "env", dial...)
+	if now, _ := w.device(); now == sent {
+		t.Error("who is selected by the first route did not go into tun0")
+	}
+	w.leaks.Reset()
+	w.run(outside, "env", dial...)
+	if w.leaks.Packets() == 0 {
+		t.Error("who is not selected did not go by the uplink")
+	}
+	if n := len(echo.Clients()); n != 4 {
+		t.Errorf("the server saw %d connections", n)
+	}
+	// The way goes away, and comes back.
+	w.machine.Run("ip", "link", "set", "eth1", "down")
+	labtest.Eventually(t, patience(), func() bool { return w.status().Attachments[1].State == attach.StateFailed }, "the way is down")
+	w.leaks.Reset()
+	if out, err := by.In(t.Context(), w.machine, "env", dial...).Output(); err != nil || !strings.Contains(string(out), "Errno") || strings.Contains(string(out), `"Heard":"x"`) {
+		t.Errorf("without its way: %v %s", err, out)
+	}
+	w.noLeak("without its way")
+	w.machine.Run("ip", "link", "set", "eth1", "up")
+	w.machine.Run("ip", "addr", "add", "fd02::2/64", "dev", "eth1", "nodad")
+	labtest.Eventually(t, patience(), func() bool { return w.status().Attachments[1].State == attach.StateUp }, "the way is back")
+	labtest.Eventually(t, patience(), func() bool {
+		out, err := by.In(t.Context(), w.machine, "env", probeArgs(probe{Do: "dial", Network: "tcp", To: port(far4, 7000), Say: "x", Wait: time.Second})...).Output()
+		return err == nil && strings.Contains(string(out), `"Heard":"x"`)
+	}, "it is gone again")
+	d.stop()
+}
