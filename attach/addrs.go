@@ -17,6 +17,7 @@ type surroundings struct {
 	local     map[netip.Addr]struct{}
 	connected []netip.Prefix // sorted, without doubles
 	device    int            // the index of ours; 0: not there
+	behind    []netip.Prefix // routed to the selected interfaces
 	// Whether the main table has a default route of the family.
 	default4, default6 bool
 }
@@ -24,29 +25,31 @@ type surroundings struct {
 // interruptions is how often in a row a dump may be cut short by changes.
 const interruptions = 20
 
-// look reads the addresses and connected routes of the namespace it runs in.
-// The routes of device, which is ours, are not somebody's. It begins again
-// when the kernel says that a list changed while it was read: on a host that
-// makes containers all the time that is no reason not to start.
-func look(device string) (s *surroundings, err error) {
+// look reads the addresses and routes of the namespace it runs in. The routes of
+// device, which is ours, are not somebody's. It begins again when the kernel
+// says that a list changed while it was read: on a host that makes containers
+// all the time that is no reason not to start.
+func look(device string, interfaces []string) (s *surroundings, err error) {
 	for range interruptions {
-		if s, err = lookOnce(device); !errors.Is(err, netlink.ErrDumpInterrupted) {
+		if s, err = lookOnce(device, interfaces); !errors.Is(err, netlink.ErrDumpInterrupted) {
 			break
 		}
 	}
 	return s, err
 }
 
-func lookOnce(device string) (*surroundings, error) {
+func lookOnce(device string, interfaces []string) (*surroundings, error) {
 	links, err := netlink.LinkList()
 	if err != nil {
 		return nil, fmt.Errorf("list links: %w", err)
 	}
 	s := &surroundings{local: map[netip.Addr]struct{}{}}
+	selected := map[int]bool{}
 	for _, l := range links {
 		if l.Attrs().Name == device {
 			s.device = l.Attrs().Index
 		}
+		selected[l.Attrs().Index] = slices.Contains(interfaces, l.Attrs().Name)
 	}
 	addrs, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
 	if err != nil {
@@ -76,6 +79,9 @@ func lookOnce(device string) (*surroundings, error) {
 			s.default4 = s.default4 || r.Family == unix.AF_INET
 			s.default6 = s.default6 || r.Family == unix.AF_INET6
 		}
+		if prefix, ok := prefixOf(r.Dst); ok && selected[r.LinkIndex] && prefix.Bits() > 0 {
+			s.behind = append(s.behind, prefix.Masked())
+		}
 		// The kernel's own routes are those that came with an address.
 		if r.Protocol != unix.RTPROT_KERNEL || r.Gw != nil || r.LinkIndex == s.device || r.Dst == nil {
 			continue
@@ -99,6 +105,20 @@ func (s *surroundings) own() []netip.Prefix {
 	}
 	slices.SortFunc(own, comparePrefix)
 	return own
+}
+
+// has says whether an address is of the namespace or routed to a selected
+// interface.
+func (s *surroundings) has(addr netip.Addr) bool {
+	if _, ok := s.local[addr]; ok {
+		return true
+	}
+	for _, p := range s.behind {
+		if p.Contains(addr) {
+			return true
+		}
+	}
+	return false
 }
 
 func isDefault(r *netlink.Route) bool {

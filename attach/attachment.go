@@ -32,11 +32,11 @@ type Attachment struct {
 	err  error      // why what is wanted is not; nil: it is
 }
 
-// Local says whether an address is one of the namespace's own, or routed back by
-// one of its selected interfaces. It allocates nothing and may be called for
+// Local says whether an address is one of the namespace's own, or routed to one
+// of the selected interfaces. It allocates nothing and may be called for
 // each packet.
 func (a *Attachment) Local(addr netip.Addr) bool {
-	if _, ok := a.around.Load().local[addr]; ok {
+	if a.around.Load().has(addr) {
 		return true
 	}
 	a.missing()

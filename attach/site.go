@@ -224,7 +224,7 @@ func (s *site) forget() {
 func (s *site) judge() (online bool, err error) {
 	var around *surroundings
 	err = s.ref().Do(func() (err error) {
-		around, err = look("")
+		around, err = look("", nil)
 		return err
 	})
 	if err != nil {
@@ -472,7 +472,7 @@ func (s *site) apply() error {
 func (s *site) applyOne(a *Attachment) error {
 	var around *surroundings
 	err := a.NS.Do(func() (err error) {
-		around, err = look(a.deviceName())
+		around, err = look(a.deviceName(), a.interfaces(s))
 		return err
 	})
 	if err != nil {
@@ -523,6 +523,14 @@ func (s *site) idles() bool {
 func (s *site) named() bool   { return s.any(func(n cgroupsel.Namespace) bool { return n.All }) }
 func (s *site) running() bool { return s.any(func(n cgroupsel.Namespace) bool { return n.Running }) }
 
+// interfaces are those through which packets are selected: at home alone.
+func (a *Attachment) interfaces(s *site) []string {
+	if !s.home() {
+		return nil
+	}
+	return a.route.Plan.Interfaces
+}
+
 func (a *Attachment) deviceName() string {
 	if a.Device == nil {
 		return ""
@@ -533,11 +541,10 @@ func (a *Attachment) deviceName() string {
 // wanted is the plan for what is around and what is selected now.
 func (s *site) wanted(a *Attachment, around *surroundings) steer.Plan {
 	plan := a.route.Plan
-	plan.Device = a.deviceName()
+	plan.Device, plan.Interfaces = a.deviceName(), a.interfaces(s)
 	plan.Bypass = slices.Concat(plan.Bypass, around.connected)
 	if !s.home() {
 		plan.Bypass = append(plan.Bypass, s.m.homeAddresses()...)
-		plan.Interfaces = nil
 	}
 	if !s.home() && !s.named() {
 		plan.No4, plan.No6 = !around.default4, !around.default6
