@@ -62,6 +62,7 @@ type spaces struct {
 	mu     sync.Mutex
 	by     map[uint64]*space // by cookie
 	exempt map[uint64]bool   // home and select.netns
+	holds  bool              // tasks are held; before Run
 	armed  time.Time         // since when gate and hold are in force; zero: not
 	arms   hooks             // gate and hold
 	excess uint64
@@ -177,6 +178,7 @@ func (d *spaces) attach() error {
 		held = d.attachTasks(whatAgain | whatHold)
 	}
 	if d.s.note(FeatureHold, held) {
+		d.holds = true
 		return d.attachAll()
 	}
 	return errors.Join(d.attachTasks(whatAgain), d.attachAll())
@@ -242,7 +244,9 @@ func (d *spaces) close() error {
 func (d *spaces) see(r record) (news bool) {
 	d.mu.Lock()
 	sp := d.by[r.Cookie]
-	running := r.Held == 1 || r.Again == 1 || d.armed.IsZero()
+	// Where nobody is held nothing tells a task that sets the namespace up from
+	// one that begins to run in it.
+	running := r.Held == 1 || r.Again == 1 || !d.holds || d.armed.IsZero()
 	if sp != nil {
 		news = sp.Idle || (r.Again == 1 && !sp.Again) || (running && !sp.Running)
 		if running && !sp.Running {

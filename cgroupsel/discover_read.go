@@ -140,7 +140,8 @@ func (d *spaces) scan() (news bool, err error) {
 }
 
 // missed makes good for records that were lost: any of them can have been of a
-// namespace that is to be looked at again.
+// namespace that is to be looked at again, or of a task that runs and was not
+// held, as nobody would have been told.
 func (d *spaces) missed() (news bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -150,10 +151,17 @@ func (d *spaces) missed() (news bool) {
 	}
 	d.lost = lost
 	for _, sp := range d.by {
-		news = news || (sp.tells && !sp.Again)
-		sp.Again = sp.tells
+		news = news || (sp.tells && !sp.Again) || !sp.Running
+		sp.Again, sp.Running = sp.tells, true
 	}
 	return news
+}
+
+// lose says whether records were lost since the last look at all tasks.
+func (d *spaces) lose() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.m.counter(countLost) != d.lost
 }
 
 // tasks are all selected ones but our own, in all namespaces.

@@ -244,3 +244,30 @@ func TestManyShortNamespacesLeaveNothing(t *testing.T) {
 		t.Errorf("%d namespaces known, %d guards, %d held; want home alone", known, guards, held)
 	}
 }
+
+// The ring of records overflows: what was missed is found by a look at all
+// tasks.
+func TestLostRecordsAreMadeGood(t *testing.T) {
+	lab, _, _ := newLab(t)
+	sel := lab.Cgroup("sel")
+	s := newSelector(t, cgroupsel.Options{Selections: one(sel.Path), Without: []string{cgroupsel.FeatureHold}})
+	s.LookEvery(time.Hour)
+	m := manage(t, s, &manager{}).arm()
+	noisy, quiet := lab.Host("noisy"), lab.Host("quiet")
+	goOn := s.Stall()
+	defer func() { goOn() }()
+	cmd := noisy.Command(t.Context(), "sh", "-c", "for i in $(seq 1000); do env true; done")
+	if out, err := sel.Command(cmd).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	p := stay(t, lab, quiet, sel)
+	goOn()
+	goOn = func() {}
+	labtest.Eventually(t, 10*time.Second, func() bool {
+		ns, ok := m.find(quiet)
+		return ok && ns.PID == p.proc.Pid && ns.Running
+	})
+	if n := s.Counters(); n.Lost == 0 {
+		t.Errorf("counters %+v: the ring did not overflow", n)
+	}
+}

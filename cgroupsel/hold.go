@@ -186,9 +186,15 @@ func (d *spaces) giveUp(cookie uint64, counter *uint64) bool {
 	return true
 }
 
-// watch keeps the deadlines of namespaces until ctx ends.
+// watch keeps the deadlines of namespaces until ctx ends, and makes good for
+// lost records without waiting for Run.
 func (d *spaces) watch(ctx context.Context) {
 	everyWatch(ctx, func() {
+		if d.lose() {
+			if news, err := d.scan(); err != nil || news {
+				d.tellRun()
+			}
+		}
 		for _, cookie := range d.overdue() {
 			if d.giveUp(cookie, &d.waived) {
 				d.s.log.Warn("a namespace was not attached in time: on_exit decides", "netns_cookie", cookie)
