@@ -551,10 +551,17 @@ func (s *site) wanted(a *Attachment, around *surroundings) steer.Plan {
 	}
 	route := s.m.indexOf(a.Route)
 	plan.All = s.any(func(n cgroupsel.Namespace) bool { return n.All && n.Selection == route })
-	for _, c := range s.m.picked.Load().Cgroups {
+	if s.any(func(n cgroupsel.Namespace) bool { return n.All && n.Selection != route }) {
+		return plan // whatever the cgroup: all is another route's
+	}
+	picture := s.m.picked.Load()
+	for _, c := range picture.Cgroups {
 		if c.Present && c.Selection == route {
 			plan.Cgroups = append(plan.Cgroups, steer.Cgroup{Path: c.Path, ID: c.ID, Level: c.Level})
 		}
+	}
+	for _, c := range picture.Within(route) {
+		plan.Others = append(plan.Others, steer.Cgroup{Path: c.Path, ID: c.ID, Level: c.Level})
 	}
 	return plan
 }

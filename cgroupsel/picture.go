@@ -30,6 +30,24 @@ func (s *Selector) resolve(w *watcher, afresh bool) bool {
 	return changed
 }
 
+// Within lists the cgroups below those of one selection that belong to others.
+func (s Snapshot) Within(selection int) []Cgroup {
+	mine := make(map[string]bool)
+	for _, c := range s.Cgroups {
+		if c.Present && c.Selection == selection {
+			mine[c.Path] = true
+		}
+	}
+	var others []Cgroup
+	for _, c := range s.Cgroups {
+		below := func(above string) bool { return mine[above] }
+		if c.Present && c.Selection != selection && (mine["/"] || slices.ContainsFunc(lineage(c.Path), below)) {
+			others = append(others, c)
+		}
+	}
+	return others
+}
+
 // withPlain puts the plain paths in front, whether they are there or not. The
 // others are sorted.
 func (s *Selector) withPlain(tops []Cgroup) []Cgroup {

@@ -53,6 +53,7 @@ func TestPlanAsText(t *testing.T) {
 			p.Cgroups = []steer.Cgroup{
 				{Path: "/c", ID: 0x10003, Level: 1}, {Path: "/a/b", ID: 0x10002, Level: 2}, {Path: "/a", ID: 0x10001, Level: 1},
 			}
+			p.Others = []steer.Cgroup{{Path: "/a/c", ID: 0x10005, Level: 2}, {Path: "/a/b/d", ID: 0x10004, Level: 3}}
 			p.Bypass = []netip.Prefix{
 				netip.MustParsePrefix("10.1.0.0/24"), netip.MustParsePrefix("10.1.1.7/24"),
 				netip.MustParsePrefix("10.1.1.64/26"), netip.MustParsePrefix("::ffff:192.0.2.0/120"),

@@ -43,6 +43,9 @@ type Plan struct {
 	// No4 and No6 leave a family alone: there is no way out of this namespace
 	// for it, and there is none with cgtun.
 	No4, No6 bool
+	// Others are below some of Cgroups and belong to another plan: what they
+	// send is that one's alone.
+	Others []Cgroup
 	// Self is the cgroup of cgtun itself: what it sends is never captured. At
 	// level 0, the zero value and the root, that is left to the marks.
 	Self Cgroup
@@ -106,7 +109,7 @@ func (p *Plan) validate() error {
 			return fmt.Errorf("interface name %q has not 1 to 15 bytes", dev)
 		}
 	}
-	for _, c := range p.Cgroups {
+	for _, c := range slices.Concat(p.Cgroups, p.Others) {
 		if c.Level < 1 || c.Level > 255 {
 			return fmt.Errorf("cgroup %q cannot be told apart at level %d", c.Path, c.Level)
 		}

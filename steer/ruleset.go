@@ -183,6 +183,10 @@ func (r *ruleset) out(p *Plan, bypass []*nftables.Set) {
 	if p.Self.Level > 0 {
 		r.add(out, cgroupIs(p.Self), leave())
 	}
+	levels, sets := r.cgroups("other", p.Others)
+	for i, set := range sets {
+		r.add(out, cgroupIn(levels[i], set), leave())
+	}
 	r.add(out, reply(), ctMarkIs(cameIn, cameIn), goTo(unmark.Name))
 	for _, set := range bypass {
 		r.add(out, daddrIn(set), goTo(unmark.Name))
@@ -197,7 +201,7 @@ func (r *ruleset) out(p *Plan, bypass []*nftables.Set) {
 	r.add(out, reply(), captured, setMark(p.Mask, p.Mark))
 	r.add(out, related(), captured, setMark(p.Mask, p.Mark))
 	r.add(out, syn(), captured, setCtMark(p.ctMask(), 0))
-	levels, sets := r.cgroups(p)
+	levels, sets = r.cgroups("level", p.Cgroups)
 	for i, set := range sets {
 		r.add(out, syn(), fresh(), cgroupIn(levels[i], set), setCtMark(p.ctMask(), p.ctMark()))
 	}
@@ -258,10 +262,10 @@ func (r *ruleset) interfaces(p *Plan) {
 }
 
 // cgroups returns one set a level, by level, for the level is part of the
-// question that a rule asks.
-func (r *ruleset) cgroups(p *Plan) (levels []int, sets []*nftables.Set) {
+// question that a rule asks. Its name is kind with the level.
+func (r *ruleset) cgroups(kind string, all []Cgroup) (levels []int, sets []*nftables.Set) {
 	ids := map[int][]uint64{}
-	for _, c := range p.Cgroups {
+	for _, c := range all {
 		if len(ids[c.Level]) == 0 {
 			levels = append(levels, c.Level)
 		}
@@ -275,7 +279,7 @@ func (r *ruleset) cgroups(p *Plan) (levels []int, sets []*nftables.Set) {
 			elems = append(elems, nftables.SetElement{Key: binaryutil.NativeEndian.PutUint64(id)})
 		}
 		sets = append(sets, r.set(&nftables.Set{
-			Name: fmt.Sprintf("level%d", level), KeyType: nftables.TypeCGroupV2, KeyByteOrder: binaryutil.NativeEndian,
+			Name: fmt.Sprintf("%s%d", kind, level), KeyType: nftables.TypeCGroupV2, KeyByteOrder: binaryutil.NativeEndian,
 		}, elems))
 	}
 	return levels, sets
