@@ -37,6 +37,7 @@ type Leftover struct {
 	Path     string
 	ID       uint64
 	Instance string
+	Alive    bool // who made it runs
 }
 
 // Find lists the cgroups that these instances made, or any instance if none is
@@ -58,15 +59,15 @@ func (t *tree) find(instances []string) ([]Leftover, error) {
 			return nil
 		}
 		id, err := inode(dir)
-		found = append(found, Leftover{Path: name, ID: id, Instance: by})
+		found = append(found, Leftover{Path: name, ID: id, Instance: by, Alive: isHeld(dir)})
 		return err
 	})
 	return found, err
 }
 
-// Remove removes the cgroups that a dead instance made, children first, and
-// returns those that it removed. It leaves what has processes or children of
-// others in it; it is for the caller to know that the instance is dead.
+// Remove removes the cgroups that dead runs of an instance made, children first,
+// and returns those that it removed. It leaves those of a live one, and what
+// has processes or children of others in it.
 func Remove(instance string) ([]string, error) {
 	t, err := openTree()
 	if err != nil {
@@ -80,6 +81,9 @@ func Remove(instance string) ([]string, error) {
 	var removed []string
 	var errs []error
 	for _, l := range slices.Backward(found) {
+		if l.Alive {
+			continue
+		}
 		ok, err := t.removeOurs(l.Path, instance)
 		if ok {
 			removed = append(removed, l.Path)

@@ -53,6 +53,32 @@ func TestMadeCgroupsGoAtTheEnd(t *testing.T) {
 	}
 }
 
+// An instance that lives holds what it made, empty or not; one of the same
+// number in another namespace neither removes it nor takes it for its own.
+func TestMadeCgroupsOfTheLivingStay(t *testing.T) {
+	lab, _, _ := newLab(t)
+	top := lab.Cgroup("top")
+	path := top.Path + "/sel"
+	s := newSelector(t, cgroupsel.Options{Selections: []cgroupsel.Selection{{Cgroups: []string{path}, Create: true}}, Instance: "twice"})
+	found, err := cgroupsel.Find("twice")
+	if err != nil || len(found) != 1 || !found[0].Alive {
+		t.Errorf("Find: %+v %v", found, err)
+	}
+	if removed, err := cgroupsel.Remove("twice"); err != nil || len(removed) != 0 {
+		t.Errorf("removed %q of a live instance, %v", removed, err)
+	}
+	ours, err := cgroupsel.MakeAgain(path, "twice")
+	if err != nil || len(ours) != 0 {
+		t.Errorf("the second of the number takes %q for its own, %v", ours, err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if there(filepath.Join(top.Dir, "sel")) {
+		t.Error("the cgroup is still there")
+	}
+}
+
 func TestWithoutCreateNothingIsMade(t *testing.T) {
 	lab, _, _ := newLab(t)
 	top := lab.Cgroup("top")

@@ -75,3 +75,13 @@ func Picked(o Options, cgroup string) (selection int, top string, err error) {
 func (s *Selector) SetSender(cookie uint64, pid int, boot uint64) {
 	_ = s.maps.senders.Put(cookie, sender{Boot: boot, PID: uint64(pid)})
 }
+
+// MakeAgain does what another instance does with a cgroup that it is to make.
+func MakeAgain(path, instance string) ([]string, error) {
+	t, err := openTree()
+	if err != nil {
+		return nil, err
+	}
+	defer t.close()
+	return t.make(path, instance)
+}

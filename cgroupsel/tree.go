@@ -8,6 +8,8 @@ import (
 	"os"
 	"path"
 	"strings"
+	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -23,6 +25,9 @@ type tree struct {
 	// name is what the kernel calls the root in /proc/self/fd: the mount
 	// point, or "/" for a mount that is nowhere.
 	name string
+
+	mu   sync.Mutex
+	held map[string]*os.File // cgroups that we made, by path; see hold
 }
 
 func openTree() (*tree, error) {
@@ -37,7 +42,17 @@ func openTree() (*tree, error) {
 	return &tree{root: root, name: name}, nil
 }
 
-func (t *tree) close() error { return t.root.Close() }
+// close lets go of what this tree holds, too.
+func (t *tree) close() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	errs := []error{t.root.Close()}
+	for _, d := range t.held {
+		errs = append(errs, d.Close())
+	}
+	t.held = nil
+	return errors.Join(errs...)
+}
 
 // fdPath is a name for an open file that works where its own path may not.
 func fdPath(f *os.File) string { return fmt.Sprintf("/proc/self/fd/%d", f.Fd()) }
@@ -141,21 +156,72 @@ func (t *tree) make(name, instance string) ([]string, error) {
 }
 
 // claim marks a cgroup that was just made, and tells of an older one whether
-// an earlier run of this instance made it.
+// an earlier run of this instance made it. From then on this process holds it.
 func (t *tree) claim(name, instance string, fresh bool) (bool, error) {
 	d, err := t.dir(name)
 	if err != nil {
 		return false, err
 	}
 	defer d.Close()
-	if !fresh {
-		return owner(d) == instance, nil
+	if !fresh && owner(d) != instance {
+		return false, nil
+	}
+	alive, err := t.hold(name)
+	if err != nil || !alive || !fresh {
+		return alive, err
 	}
 	if err := unix.Fsetxattr(int(d.Fd()), xattr, []byte(instance), 0); err != nil {
 		err = fmt.Errorf("mark cgroup %s as ours: %w", name, err)
 		return false, errors.Join(err, t.remove(name))
 	}
 	return true, nil
+}
+
+// hold locks a cgroup that is ours for as long as the tree is open: that is how
+// others see that its maker lives, whatever namespaces they and it are in. It
+// is false if another process holds it.
+func (t *tree) hold(name string) (bool, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	d, err := t.dir(name)
+	if err != nil {
+		return false, err
+	}
+	if old := t.held[name]; old != nil {
+		was, _ := inode(old)
+		if now, err := inode(d); err == nil && now == was {
+			return true, d.Close()
+		}
+		old.Close()
+		delete(t.held, name)
+	}
+	// One who only looks holds it for a moment, too.
+	for range 20 {
+		if err = unix.Flock(int(d.Fd()), unix.LOCK_EX|unix.LOCK_NB); !errors.Is(err, unix.EWOULDBLOCK) {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
+	switch {
+	case errors.Is(err, unix.EWOULDBLOCK):
+		return false, d.Close()
+	case err != nil:
+		return false, errors.Join(&fs.PathError{Op: "lock cgroup", Path: name, Err: err}, d.Close())
+	}
+	if t.held == nil {
+		t.held = map[string]*os.File{}
+	}
+	t.held[name] = d
+	return true, nil
+}
+
+// isHeld says whether some process holds a cgroup.
+func isHeld(d *os.File) bool {
+	if err := unix.Flock(int(d.Fd()), unix.LOCK_SH|unix.LOCK_NB); err != nil {
+		return errors.Is(err, unix.EWOULDBLOCK)
+	}
+	_ = unix.Flock(int(d.Fd()), unix.LOCK_UN) // its close does the same
+	return false
 }
 
 // owner is the instance that made a cgroup, "" for none of ours.

@@ -111,8 +111,8 @@ func (f *foundRoutes) find(h *netlink.Handle, family int) error {
 			f.objects = append(f.objects, Object{Instance: instance, Kind: "route table", Text: instance})
 		}
 		f.blocks[instance] = f.blocks[instance] || r.Type == unix.RTN_UNREACHABLE
-		if r.Type == unix.RTN_UNICAST && !f.live[instance] {
-			f.live[instance] = isRead(h, r.LinkIndex)
+		if link := keyOf(&r).link; link != 0 && !f.live[instance] {
+			f.live[instance] = isRead(h, link)
 		}
 	}
 	return nil

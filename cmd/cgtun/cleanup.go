@@ -5,10 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"strconv"
-
-	"golang.org/x/sys/unix"
 
 	"cgtun/cgroupsel"
 	"cgtun/config"
@@ -18,7 +15,8 @@ import (
 	"cgtun/tun"
 )
 
-const cleanupLong = `It looks at the kernel's tables of this network namespace, at the cgroups that
+const cleanupLong = `It looks at the kernel's tables of this network namespace, and of others where
+cgtun was started from here, at the cgroups that
 cgtun made, at the programs that it pinned, for processes that it stopped, and at
 the control socket (that of -s or -c, else the default one). Instances that run are left alone. Nothing to remove is no error.`
 
@@ -39,7 +37,7 @@ func runCleanup(ctx context.Context, c *call) error {
 	if st, _, err := client.Status(ctx); err == nil {
 		w.answers = strconv.Itoa(st.Instance)
 	}
-	err = errors.Join(w.tables(home), w.devices(home), w.pins(), w.stopped(), w.cgroups(), w.socket(client.Socket))
+	err = errors.Join(w.tables(home), w.elsewhere(home), w.devices(home), w.pins(), w.stopped(), w.cgroups(), w.socket(client.Socket))
 	if err == nil && c.out.Len() == 0 {
 		fmt.Fprintln(c.out, "nothing was left")
 	}
@@ -131,9 +129,19 @@ func (w *cleaner) stopped() error {
 	return err
 }
 
+// elsewhere removes what dead instances of this home left in other namespaces,
+// and opens what they closed.
+func (w *cleaner) elsewhere(home netns.Ref) error {
+	removed, err := removeElsewhere(home, true)
+	for _, o := range removed {
+		w.removed(o.Kind, o.Text)
+	}
+	return err
+}
+
 // cgroups removes the empty ones that dead instances made.
 func (w *cleaner) cgroups() error {
-	removed, err := removeDeadCgroups(w.answers)
+	removed, err := removeDeadCgroups()
 	for _, path := range removed {
 		w.removed("cgroup", path)
 	}
@@ -141,24 +149,16 @@ func (w *cleaner) cgroups() error {
 }
 
 // removeDeadCgroups removes the empty cgroups of instances that are not alive,
-// and returns their paths. spare names an instance that is known to live, or
-// none.
-func removeDeadCgroups(spare string) (removed []string, err error) {
+// and returns their paths.
+func removeDeadCgroups() (removed []string, err error) {
 	left, err := cgroupsel.Find()
 	if err != nil {
 		return nil, fmt.Errorf("find cgroups that were left: %w", err)
 	}
-	if len(left) == 0 {
-		return nil, nil
-	}
-	done, err := liveInstances()
-	if err != nil {
-		return nil, err
-	}
-	done[spare] = true
 	var errs []error
+	done := map[string]bool{}
 	for _, l := range left {
-		if done[l.Instance] {
+		if l.Alive || done[l.Instance] {
 			continue
 		}
 		done[l.Instance] = true // all of its cgroups go with the first
@@ -166,37 +166,6 @@ func removeDeadCgroups(spare string) (removed []string, err error) {
 		removed, errs = append(removed, gone...), append(errs, err)
 	}
 	return removed, errors.Join(errs...)
-}
-
-// liveInstances looks for running instances in the network namespaces of all
-// processes and names: cgroups are the whole machine's. A namespace that ends
-// meanwhile has none.
-func liveInstances() (map[string]bool, error) {
-	if _, err := netns.Home(); err != nil {
-		return nil, err
-	}
-	files, _ := filepath.Glob("/proc/[0-9]*/ns/net")
-	names, _ := filepath.Glob("/run/netns/*")
-	alive, seen := map[string]bool{}, map[uint64]bool{}
-	for _, path := range append(files, names...) {
-		var st unix.Stat_t
-		if unix.Stat(path, &st) != nil || seen[st.Ino] {
-			continue
-		}
-		seen[st.Ino] = true
-		ns, err := netns.Named(path)
-		if err != nil {
-			continue
-		}
-		objects, err := steer.Find(ns)
-		if err != nil {
-			continue
-		}
-		for _, o := range objects {
-			alive[o.Instance] = alive[o.Instance] || o.Alive
-		}
-	}
-	return alive, nil
 }
 
 // socket removes the file of a dead instance's control socket, and the

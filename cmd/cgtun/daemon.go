@@ -22,6 +22,7 @@ import (
 	"cgtun/config"
 	"cgtun/control"
 	"cgtun/dialer"
+	"cgtun/internal/netns"
 	"cgtun/router"
 	"cgtun/rules"
 	"cgtun/stack"
@@ -86,8 +87,8 @@ func runDaemon(ctx context.Context, file *config.File, log *slog.Logger) (err er
 			return err
 		}
 	}
-	if _, err := removeDeadCgroups(""); err != nil {
-		log.Warn("cgroups of a dead instance are left", "err", err)
+	if err := in.removeDead(); err != nil {
+		log.Warn("something of a dead instance is left", "err", err)
 	}
 	in.selector, err = cgroupsel.New(cgroupsel.Options{
 		Selections: selections(in.routes), Instance: in.id(), Logger: log,
@@ -103,6 +104,18 @@ func runDaemon(ctx context.Context, file *config.File, log *slog.Logger) (err er
 	}
 	in.setManager(routes)
 	return in.run(ctx, server)
+}
+
+// removeDead takes away what dead instances left outside of home, but for what
+// blocks on purpose.
+func (in *instance) removeDead() error {
+	home, err := netns.Home()
+	if err != nil {
+		return err
+	}
+	_, err = removeElsewhere(home, false)
+	_, cgroupErr := removeDeadCgroups()
+	return errors.Join(err, cgroupErr)
 }
 
 // run runs the parts that have goroutines until ctx ends or one of them fails.
