@@ -29,7 +29,6 @@ type notYet struct {
 var notServed = []notYet{
 	{"select.docker", isNot(cgroupsel.DockerOff), "false"},
 	{"route.via", ownProgram, `"tun", {gateway, gateway6, dev}, {dev}, {tproxy}`},
-	{"route.on_exit", isNot(steer.OnExitOpen), `"open"`},
 	{"dns.mode", isNot(dns.ModeOff), `"off"`},
 	{"dns.upstreams", filled, "[]"},
 	{"dns.outbound", filled, `""`},

@@ -202,3 +202,139 @@ func TestStepsInNamespacesAreCapturedFromTheFirstPacket(t *testing.T) {
 	labtest.Eventually(t, patience(), func() bool { return len(w.attachments()) == 0 }, "all attachments have ended")
 	labtest.Eventually(t, patience(), func() bool { return !strings.Contains(w.machine.Run("ip", "-br", "link"), "in") }, "all links have gone")
 }
+
+// waiting is a selected process in a namespace of its own, which waits.
+type waiting struct {
+	cmd   *exec.Cmd
+	stdin io.Closer
+	pid   int // of the process that is in the namespace
+}
+
+// wait starts one that has executed something in its namespace: it is offline
+// until join gives it a way out.
+func (w *world) wait() *waiting {
+	w.t.Helper()
+	// The pid is that of the shell: unshare executes it.
+	cmd := w.command(context.Background(), inside, "unshare", "-n", "sh", "-c", "echo $$; read x")
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		w.t.Fatal(err)
+	}
+	p := &waiting{cmd: cmd, stdin: stdin}
+	w.t.Cleanup(func() { p.stdin.Close(); _ = p.cmd.Wait() })
+	if _, err := fmt.Fscanln(out, &p.pid); err != nil {
+		w.t.Fatal(err)
+	}
+	return p
+}
+
+func (p *waiting) end() {
+	p.stdin.Close()
+	_ = p.cmd.Wait()
+}
+
+// state is that of the attachment of a process's namespace, "" for none.
+func (w *world) stateOf(pid int) string {
+	w.t.Helper()
+	ino := inodeOf(pid)
+	for _, a := range w.attachments() {
+		if uint64(a.NetnsIno) == ino {
+			return a.State
+		}
+	}
+	return ""
+}
+
+func inodeOf(pid int) uint64 {
+	var st unix.Stat_t
+	_ = unix.Stat(fmt.Sprintf("/proc/%d/ns/net", pid), &st)
+	return st.Ino
+}
+
+// A namespace without a way out is left offline, is captured when it gets one,
+// and shows so; a stop gives it back as it was.
+func TestOfflineNamespaceStaysOfflineUntilItHasAWayOut(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.routed()
+	d := w.start(w.config(second))
+	p := w.wait()
+	in := func(args ...string) string {
+		out, err := exec.Command("nsenter", append([]string{"-t", strconv.Itoa(p.pid), "-n"}, args...)...).CombinedOutput()
+		if err != nil {
+			t.Fatalf("%v: %v %s", args, err, out)
+		}
+		return string(out)
+	}
+	labtest.Eventually(t, patience(), func() bool { return w.stateOf(p.pid) == attach.StateOffline }, "it is offline")
+	if links := in("ip", "-br", "link"); strings.Contains(links, "tun") {
+		t.Errorf("an offline namespace got a device:\n%s", links)
+	}
+	s := ask[control.PIDStatus](w, "status", strconv.Itoa(p.pid))
+	if s.Captured || !strings.Contains(s.Why, "no default route") {
+		t.Errorf("offline: %+v", s)
+	}
+	w.join(1, p.pid)
+	labtest.Eventually(t, patience(), func() bool { return w.stateOf(p.pid) == attach.StateUp }, "it is up")
+	s = ask[control.PIDStatus](w, "status", strconv.Itoa(p.pid))
+	if !s.Captured || string(s.Attachment) != fmt.Sprintf("netns-%d", inodeOf(p.pid)) {
+		t.Errorf("up: %+v", s)
+	}
+	d.stop()
+	for _, what := range []string{in("ip", "rule"), in("ip", "-6", "rule"), in("nft", "list", "tables"), in("ip", "-br", "link"), in("ip", "route", "show", "table", "all")} {
+		if strings.Contains(what, strconv.Itoa(w.number)) || strings.Contains(what, "tun0") || strings.Contains(what, "proto 197") {
+			t.Errorf("left inside:\n%s", what)
+		}
+	}
+}
+
+// Many namespaces at once are all attached, in little memory each, and all end.
+// A stop with ten of them takes no longer than one without.
+func TestManyNamespacesAtOnce(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.routed()
+	d := w.start(w.config(second))
+	n := 50
+	if labtest.Soak() {
+		n = 200
+	}
+	before := memoryOf(t, d.pid(), "VmRSS")
+	var all []*waiting
+	for range n {
+		all = append(all, w.wait())
+	}
+	labtest.Eventually(t, patience(), func() bool { return len(w.attachments()) == n }, "all are seen")
+	if now := memoryOf(t, d.pid(), "VmRSS"); now-before > n*100<<10 {
+		t.Errorf("%d KiB for each offline namespace, want nothing", (now-before)/n>>10)
+	}
+	began := time.Now()
+	for i, p := range all {
+		w.join(i, p.pid)
+	}
+	up := func() (up int) {
+		for _, a := range w.attachments() {
+			if a.State == attach.StateUp {
+				up++
+			}
+		}
+		return up
+	}
+	labtest.Eventually(t, 4*patience(), func() bool { return up() == n }, "all are up, %d of %d are", up(), n)
+	t.Logf("%d attachments: %d KiB and %v each, with the making of their links", n, (memoryOf(t, d.pid(), "VmRSS")-before)/n>>10, time.Since(began)/time.Duration(n))
+	for _, p := range all[10:] {
+		p.end()
+	}
+	labtest.Eventually(t, patience(), func() bool { return len(w.attachments()) == 10 }, "ten are left")
+	d.stop()
+}
+
+// pid is that of cgtun itself.
+func (d *daemon) pid() int { return d.w.status().PID }
