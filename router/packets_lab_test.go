@@ -90,12 +90,7 @@ func newDatagramLab(t testing.TB) *datagramLab {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l.client.Run("ip", "route", "add", "default", "dev", "tun0")
-	l.client.Run("ip", "-6", "route", "add", "default", "dev", "tun0")
-	// The kernel makes an IPv6 address one to receive with a little later.
-	labtest.Eventually(t, 10*time.Second, func() bool {
-		return strings.Contains(l.client.Run("ip", "-6", "route", "show", "table", "local"), "fd09::1")
-	}, "no local route to the client's address")
+	l.client.DefaultDevice("tun0")
 
 	set, err := rules.Compile([]rules.Config{
 		{CIDR: []netip.Prefix{netip.MustParsePrefix("10.8.0.66/32"), netip.MustParsePrefix("fd08::66/128")}, Use: "reject"},
@@ -118,21 +113,8 @@ func newDatagramLab(t testing.TB) *datagramLab {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- l.stack.Run(ctx) }()
-	t.Cleanup(func() {
-		cancel()
-		select {
-		case err := <-done:
-			if err != nil {
-				t.Errorf("stack ended with %v", err)
-			}
-		case <-time.After(10 * time.Second):
-			t.Error("stack does not end")
-		}
-		device.Close()
-	})
+	t.Cleanup(func() { device.Close() })
+	labtest.Background(t, "the stack", l.stack.Run)
 	return l
 }
 

@@ -1,7 +1,6 @@
 package router_test
 
 import (
-	"context"
 	"errors"
 	"io"
 	"net"
@@ -11,6 +10,7 @@ import (
 
 	"cgtun/dialer"
 	"cgtun/flow"
+	"cgtun/internal/labtest"
 	"cgtun/router"
 	"cgtun/rules"
 )
@@ -30,15 +30,7 @@ func TestServerThatDoesNotReadForLongIsNotCutOff(t *testing.T) {
 	}
 	r := router.New(router.Options{})
 	reload(t, r, []rules.Config{{Use: "up"}}, direct)
-	ctx, cancel := context.WithCancel(context.Background())
-	ran := make(chan error, 1)
-	go func() { ran <- r.Run(ctx) }()
-	defer func() {
-		cancel()
-		if err := <-ran; err != nil {
-			t.Error(err)
-		}
-	}()
+	labtest.Background(t, "the router", r.Run)
 
 	const size = 32 << 20
 	c := newClient("198.51.100.1:80")

@@ -1,7 +1,6 @@
 package router_test
 
 import (
-	"context"
 	"io"
 	"runtime"
 	"runtime/debug"
@@ -42,9 +41,7 @@ func TestGarbageIsNotMemoryInUse(t *testing.T) {
 	for range 3 * budget >> 20 {
 		runtime.KeepAlive(make([]byte, 1<<20))
 	}
-	ctx, cancel := context.WithCancel(t.Context())
-	ended := make(chan struct{})
-	go func() { defer close(ended); _ = r.Run(ctx) }()
+	stop := labtest.Background(t, "the router", r.Run)
 	used := <-told
 	if used > budget/2 {
 		t.Errorf("%d MiB are said to be in use", used>>20)
@@ -52,8 +49,7 @@ func TestGarbageIsNotMemoryInUse(t *testing.T) {
 	if isRefused(t, r) {
 		t.Error("a flow was refused")
 	}
-	cancel()
-	<-ended
+	stop()
 }
 
 // What flows have piled up turns new ones away, and they are served again when
@@ -63,10 +59,7 @@ func TestMemoryIsBounded(t *testing.T) {
 	debug.FreeOSMemory() // garbage of other tests is not what the router starts with
 	out := serving(t, "up", func(c *memConn) { _, _ = io.Copy(io.Discard, c) })
 	r := route(t, router.Options{MaxMemory: budget}, out)
-	ctx, cancel := context.WithCancel(t.Context())
-	ended := make(chan struct{})
-	go func() { defer close(ended); _ = r.Run(ctx) }()
-	defer func() { cancel(); <-ended }()
+	defer labtest.Background(t, "the router", r.Run)()
 
 	refused := func() bool { return isRefused(t, r) }
 	if refused() {

@@ -9,13 +9,11 @@ import (
 	"testing"
 	"time"
 
-	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 
 	"cgtun/flow"
 	"cgtun/internal/labtest"
 	"cgtun/stack"
-	"cgtun/tun"
 )
 
 // streamFunc handles streams by a function.
@@ -23,10 +21,13 @@ type streamFunc func(context.Context, flow.Stream)
 
 func (f streamFunc) ServeStream(ctx context.Context, s flow.Stream)  { f(ctx, s) }
 func (streamFunc) ServePackets(_ context.Context, c flow.PacketConn) { c.Close() }
-func checked(pkt []byte) wirePacket                                  { return wirePacket{tun.Offload{DataValid: true}, pkt} }
+
+// tcpFrom is the next segment to a port with all of these flags; nil: none came.
 func (w *wire) tcpFrom(port uint16, flags header.TCPFlags) header.TCP {
 	return w.tcpThat(port, flags, flags)
 }
+
+// tcpThat is the same with flags, and no others of mask.
 func (w *wire) tcpThat(port uint16, mask, flags header.TCPFlags) (tcp header.TCP) {
 	pkt := w.answer(func(b []byte) bool {
 		return len(b) >= 40 && b[9] == 6 && binary.BigEndian.Uint16(b[22:]) == port && header.TCP(b[20:]).Flags()&mask == flags
@@ -47,20 +48,13 @@ type hand struct {
 
 // segment is the next one.
 func (h *hand) segment(flags header.TCPFlags, data []byte) wirePacket {
-	size := header.TCPMinimumSize + len(data)
-	pkt := make([]byte, header.IPv4MinimumSize+size)
-	src, dst := tcpip.AddrFrom4([4]byte{10, 9, 0, 1}), tcpip.AddrFrom4([4]byte{10, 7, 0, 2})
-	ip := header.IPv4(pkt)
-	ip.Encode(&header.IPv4Fields{TotalLength: uint16(len(pkt)), TTL: 64, Protocol: 6, SrcAddr: src, DstAddr: dst})
-	ip.SetChecksum(^ip.CalculateChecksum())
-	header.TCP(pkt[header.IPv4MinimumSize:]).Encode(&header.TCPFields{SrcPort: h.port, DstPort: 80, SeqNum: h.seq,
-		AckNum: h.ack, DataOffset: header.TCPMinimumSize, Flags: flags, WindowSize: 65535})
-	copy(pkt[header.IPv4MinimumSize+header.TCPMinimumSize:], data)
+	pkt := encode(header.TCPFields{SrcPort: h.port, DstPort: 80, SeqNum: h.seq, AckNum: h.ack,
+		DataOffset: header.TCPMinimumSize, Flags: flags, WindowSize: 65535}, data)
 	h.seq += uint32(len(data))
 	if flags&(header.TCPFlagSyn|header.TCPFlagFin) != 0 {
 		h.seq++
 	}
-	return checked(pkt)
+	return wirePacket{pkt: pkt}
 }
 
 // shake sends a SYN behind other segments and notes the answer.

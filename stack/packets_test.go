@@ -10,9 +10,11 @@ import (
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 
 	"cgtun/flow"
+	"cgtun/internal/labtest"
 	"cgtun/stack"
 	"cgtun/tun"
 )
@@ -136,30 +138,28 @@ func startWireFor(t testing.TB, h flow.Handler, o stack.Options) (*wire, *stack.
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- s.Run(ctx) }()
-	t.Cleanup(func() {
-		cancel()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-	})
+	labtest.Background(t, "the stack", s.Run)
 	return w, s
 }
 
 // segment is a TCP segment from 10.9.0.1 with a right checksum.
 func segment(srcPort, dstPort uint16, flags header.TCPFlags, seq uint32, options []byte) []byte {
-	size := header.TCPMinimumSize + len(options)
+	return encode(header.TCPFields{SrcPort: srcPort, DstPort: dstPort, SeqNum: seq, Flags: flags, WindowSize: 65535,
+		DataOffset: uint8(header.TCPMinimumSize + len(options))}, options)
+}
+
+// encode is the packet of a segment; options are followed by data.
+func encode(f header.TCPFields, optionsAndData []byte) []byte {
+	size := header.TCPMinimumSize + len(optionsAndData)
 	pkt := make([]byte, header.IPv4MinimumSize+size)
 	src, dst := tcpip.AddrFrom4([4]byte{10, 9, 0, 1}), tcpip.AddrFrom4([4]byte{10, 7, 0, 2})
 	ip := header.IPv4(pkt)
 	ip.Encode(&header.IPv4Fields{TotalLength: uint16(len(pkt)), TTL: 64, Protocol: 6, SrcAddr: src, DstAddr: dst})
 	ip.SetChecksum(^ip.CalculateChecksum())
 	tcp := header.TCP(pkt[header.IPv4MinimumSize:])
-	tcp.Encode(&header.TCPFields{SrcPort: srcPort, DstPort: dstPort, SeqNum: seq, DataOffset: uint8(size), Flags: flags, WindowSize: 65535})
-	copy(tcp[header.TCPMinimumSize:], options)
-	tcp.SetChecksum(^tcp.CalculateChecksum(header.PseudoHeaderChecksum(6, src, dst, uint16(size))))
+	tcp.Encode(&f)
+	copy(tcp[header.TCPMinimumSize:], optionsAndData)
+	tcp.SetChecksum(^checksum.Checksum(tcp, header.PseudoHeaderChecksum(6, src, dst, uint16(size))))
 	return pkt
 }
 

@@ -59,8 +59,7 @@ func newWorld(t *testing.T, o stack.Options, dial func(context.Context, *flow.Fl
 	if err != nil {
 		t.Fatal(err)
 	}
-	w.client.Run("ip", "route", "add", "default", "dev", "tun0")
-	w.client.Run("ip", "-6", "route", "add", "default", "dev", "tun0")
+	w.client.DefaultDevice("tun0")
 	if dial == nil {
 		dial = w.dial
 	}
@@ -72,23 +71,12 @@ func newWorld(t *testing.T, o stack.Options, dial func(context.Context, *flow.Fl
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- w.stack.Run(ctx) }()
 	t.Cleanup(func() {
-		cancel()
-		select {
-		case err := <-done:
-			if err != nil {
-				t.Errorf("stack ended with %v", err)
-			}
-		case <-time.After(10 * time.Second):
-			t.Error("stack does not end")
-		}
 		if err := w.device.Close(); err != nil {
 			t.Error(err)
 		}
 	})
+	labtest.Background(t, "the stack", w.stack.Run)
 	return w
 }
 

@@ -82,6 +82,18 @@ func (h *Host) Forward() {
 	h.Sysctl("net.ipv6.conf.all.forwarding", "1")
 }
 
+// DefaultDevice sends what has no other way into a device, and returns when the
+// namespace receives by the IPv6 address that it has: the kernel makes it one a
+// little later.
+func (h *Host) DefaultDevice(dev string) {
+	h.lab.t.Helper()
+	h.Run("ip", "route", "add", "default", "dev", dev)
+	h.Run("ip", "-6", "route", "add", "default", "dev", dev)
+	Eventually(h.lab.t, 10*time.Second, func() bool {
+		return strings.Contains(h.Run("ip", "-6", "route", "show", "table", "local", "dev", dev), "local ")
+	}, "no local route to the address of %s", dev)
+}
+
 // Do calls f on a thread that is inside the namespace. What f opens stays
 // there; goroutines that it starts do not. f must not end the test by Fatal.
 func (h *Host) Do(f func() error) (err error) {
