@@ -15,8 +15,10 @@ import (
 // what the connections would take if they were idle:
 //
 //	below 4    buffers are as large as they grow by need
-//	from 4 on  with each, the largest send buffer is half of what it was;
-//	           receive buffers do not grow; new ones begin smaller
+//	4 to 9     with each, the largest send buffer is half of what it was: 64 KiB
+//	           at last, which is one packet of the device; receive buffers do
+//	           not grow; new ones begin smaller, with 64 KiB at least
+//	from 12    with every second again, down to 16 KiB
 //	24         receive buffers are cut, until it is below 20
 //
 // A send buffer can shrink at any time: it takes nothing until it is below its
@@ -32,6 +34,7 @@ import (
 const (
 	parts    = 32
 	freely   = 4 // below: no bound but TCPOptions.Buffer
+	slowly   = 12
 	cutAt    = 24
 	uncutAt  = 20
 	leastOut = 16 << 10
@@ -63,7 +66,7 @@ func (b *Buffers) Fit(used, limit int64) {
 	defer b.mu.Unlock()
 	idle := int64(len(b.conns)) * idleConn
 	share := int32(max(used-idle, 0) * parts / max(limit-idle, 1))
-	b.halved.Store(min(max(share-freely+1, 0), parts))
+	b.halved.Store(halvings(share))
 	cut := share >= cutAt || b.cut && share >= uncutAt
 	if cut == b.cut {
 		return
@@ -72,6 +75,18 @@ func (b *Buffers) Fit(used, limit int64) {
 	for c := range b.conns {
 		b.fit(c)
 	}
+}
+
+// halvings is how often the largest send buffer is halved at a share of the limit.
+func halvings(share int32) int32 {
+	const packet = 6 // 4 MiB to 64 KiB
+	switch {
+	case share < freely:
+		return 0
+	case share < slowly:
+		return min(share-freely+1, packet)
+	}
+	return min(packet+1+(share-slowly)/2, parts)
 }
 
 // largest is how large the send buffers of a stack may be now.

@@ -159,7 +159,7 @@ func TestStalledFlowsStayWithinTheMemory(t *testing.T) {
 	}
 	peak = memoryOf(t, d.Pid, "VmHWM")
 	t.Logf("at most %d MiB until the end", peak>>20)
-	if peak > start+limit {
+	if peak > start+limit && !raceEnabled {
 		t.Errorf("%d MiB at most, want %d at the start and %d more", peak>>20, start>>20, limit>>20)
 	}
 	w.noLeak("stalled flows")
