@@ -64,6 +64,12 @@ func (c *call) checks(ctx context.Context) []doctor.Named {
 	}
 	all = append(all, cgroupsel.Checks(selections(p.file.Routes())...)...)
 	all = append(all, tun.Checks(p.home, devices...)...)
+	var plans []steer.Plan
+	for _, r := range attachRoutes(p.file.Routes()) {
+		r.Plan.Device = r.Tun.Name
+		plans = append(plans, r.Plan)
+	}
+	all = append(all, steer.Checks(p.home, plans...)...)
 	return append(all,
 		doctor.Named{Name: "leftovers", Check: p.leftovers},
 		doctor.Named{Name: "limits", Check: p.limits},
