@@ -9,6 +9,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"cgtun/tun"
 )
 
 // surroundings is what a namespace has of its own: the addresses that a packet
@@ -17,6 +19,7 @@ type surroundings struct {
 	local     map[netip.Addr]struct{}
 	connected []netip.Prefix // sorted, without doubles
 	device    int            // the index of ours; 0: not there
+	down      bool           // ours is there, and somebody has set it down
 	behind    []netip.Prefix // routed to the selected interfaces
 	// Whether the main table has a default route of the family.
 	default4, default6 bool
@@ -47,7 +50,7 @@ func lookOnce(device string, interfaces []string) (*surroundings, error) {
 	selected := map[int]bool{}
 	for _, l := range links {
 		if l.Attrs().Name == device {
-			s.device = l.Attrs().Index
+			s.device, s.down = l.Attrs().Index, l.Attrs().Flags&net.FlagUp == 0
 		}
 		selected[l.Attrs().Index] = slices.Contains(interfaces, l.Attrs().Name)
 	}
@@ -93,6 +96,16 @@ func lookOnce(device string, interfaces []string) (*surroundings, error) {
 	slices.SortFunc(s.connected, comparePrefix)
 	s.connected = slices.Compact(s.connected)
 	return s, nil
+}
+
+// whole says whether our device is as it was opened.
+func (s *surroundings) whole(d *tun.Device) bool {
+	for _, p := range d.Addresses() {
+		if _, ok := s.local[p.Addr()]; !ok {
+			return false
+		}
+	}
+	return !s.down
 }
 
 // own returns the addresses that somebody elsewhere could mean, sorted.

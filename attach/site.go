@@ -67,14 +67,16 @@ type site struct {
 	decide  func()
 
 	// run's own:
-	idle    time.Time // since when nobody is in it; zero: somebody is
-	doubted bool      // the gate has to be told again
+	idle    time.Time     // since when nobody is in it; zero: somebody is
+	doubted bool          // the gate has to be told again
+	lasted  time.Duration // for how long the last capture was in force
 
 	mu       sync.Mutex
 	ns       netns.Ref             // the way in can be another one later
 	news     []cgroupsel.Namespace // one, and one for each selection that names it
 	state    string
-	err      error // why it is failed
+	err      error  // why it is failed
+	said     string // of the last repair
 	attached []*Attachment
 	since    time.Time
 }
@@ -166,8 +168,11 @@ func (s *site) run(ctx context.Context) {
 	for ctx.Err() == nil {
 		online, err := s.judge()
 		if err == nil && online {
+			s.lasted = 0
 			err = s.capture(ctx)
-			failures = 0
+			if s.lasted > 0 {
+				failures = 0
+			}
 		}
 		switch {
 		case errors.Is(err, netns.ErrGone), ctx.Err() != nil:
@@ -175,6 +180,11 @@ func (s *site) run(ctx context.Context) {
 		case errors.Is(err, errIdle):
 			return
 		case errors.Is(err, errOffline):
+			continue
+		case err != nil && s.lasted > tick:
+			// Somebody inside took it apart: it counts as not attached until it is
+			// back, and that is at once.
+			log.Warn("a namespace is attached anew", "err", err)
 			continue
 		case err != nil:
 			if failures++; failures == 1 {
@@ -214,7 +224,8 @@ func (s *site) doubt() {
 }
 
 func (s *site) forget() {
-	if s.m.opts.Gate != nil {
+	// Until the selector lets go of all, a stop leaves the gate as it is.
+	if s.m.opts.Gate != nil && !s.stops() {
 		s.m.opts.Gate.Forget(s.ref())
 	}
 }
@@ -257,12 +268,14 @@ func (s *site) capture(ctx context.Context) error {
 	if err := s.open(); err != nil {
 		return err
 	}
+	began := time.Now()
 	err := s.serve(ctx, func() {
 		s.set(StateUp, nil)
 		s.m.opts.Logger.Debug("attached", "attachment", s.id)
 	})
-	if !s.home() && s.m.opts.Gate != nil && !errors.Is(err, netns.ErrGone) && s.m.closed() {
-		err = errors.Join(err, s.m.opts.Gate.Deny(s.ref()))
+	s.lasted = time.Since(began)
+	if s.m.opts.Gate != nil && !errors.Is(err, netns.ErrGone) {
+		err = errors.Join(err, s.shut())
 	}
 	if closeErr := errors.Join(s.undo(), s.close()); closeErr != nil {
 		s.m.opts.Logger.Warn("something is left in a namespace that is not attached any more", "attachment", s.id, "err", closeErr)
@@ -270,13 +283,33 @@ func (s *site) capture(ctx context.Context) error {
 	return err
 }
 
+// shut lets nobody send any more, until the next word or for good; when cgtun
+// stops and on_exit is open it lets everything pass instead.
+func (s *site) shut() error {
+	switch {
+	case s.m.closed():
+		return s.m.opts.Gate.Deny(s.ref())
+	case s.stops():
+		return s.m.opts.Gate.Admit(s.ref(), cgroupsel.Admission{})
+	}
+	return s.m.opts.Gate.Doubt(s.ref())
+}
+
+// stops says whether all of the Manager ends.
+func (s *site) stops() bool {
+	select {
+	case <-s.stopping:
+		return true
+	default:
+		return false
+	}
+}
+
 // undo takes away what blocks, too, where the namespace is left because nobody
 // selected is in it, not because cgtun stops.
 func (s *site) undo() error {
-	select {
-	case <-s.stopping:
+	if s.stops() {
 		return nil
-	default:
 	}
 	var errs []error
 	for _, a := range slices.Backward(s.attached) {
@@ -343,15 +376,15 @@ func (s *site) keep(ctx context.Context, served <-chan error, look <-chan time.T
 		case <-later:
 		}
 		later = nil
-		if !s.home() {
-			s.repair()
-		}
 		switch err := s.refresh(); {
 		case errors.Is(err, errOffline), errors.Is(err, netns.ErrGone) && !s.home():
 			return err
 		case err != nil:
 			later = time.After(retry)
 			continue
+		}
+		if !s.home() {
+			s.repair()
 		}
 		if err := s.admit(); err != nil {
 			return err
@@ -416,11 +449,17 @@ func (s *site) repair() {
 	}
 }
 
-// repaired tells of what others took away from the steering.
+// repaired tells of what others took away from the steering; of an error once.
 func (s *site) repaired(what string, err error) {
 	log := s.m.opts.Logger.With("attachment", s.id, "what", what)
+	text := fmt.Sprint(err)
+	s.mu.Lock()
+	again := text == s.said
+	s.said = text
+	s.mu.Unlock()
 	switch {
 	case errors.Is(err, netns.ErrGone):
+	case err != nil && again:
 	case err != nil:
 		log.Error("steering was changed by others and could not be put back", "err", err)
 	default:
@@ -470,11 +509,13 @@ func (s *site) apply() error {
 }
 
 func (s *site) applyOne(a *Attachment) error {
-	var around *surroundings
-	err := a.NS.Do(func() (err error) {
-		around, err = look(a.deviceName(), a.interfaces(s))
-		return err
-	})
+	around, err := a.look(s)
+	if err == nil && a.Device != nil && around.device != 0 && !around.whole(a.Device) {
+		if err = a.Device.Restore(); err == nil {
+			s.repaired("device", nil)
+			around, err = a.look(s)
+		}
+	}
 	if err != nil {
 		return err
 	}
@@ -498,6 +539,14 @@ func (s *site) applyOne(a *Attachment) error {
 	defer s.mu.Unlock()
 	a.plan = plan
 	return nil
+}
+
+func (a *Attachment) look(s *site) (around *surroundings, err error) {
+	err = a.NS.Do(func() (err error) {
+		around, err = look(a.deviceName(), a.interfaces(s))
+		return err
+	})
+	return around, err
 }
 
 // any says whether something holds of what the selector knows.

@@ -106,17 +106,7 @@ func setAddresses(h *netlink.Handle, link netlink.Link, want []netip.Prefix, use
 		}
 	}
 	for _, p := range want {
-		a := &netlink.Addr{
-			IPNet: &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())},
-			Flags: unix.IFA_F_NOPREFIXROUTE,
-		}
-		if p.Addr().Is6() {
-			a.Flags |= unix.IFA_F_NODAD
-		} else {
-			// The library would make a broadcast address of its own.
-			a.Broadcast = net.IPv4zero
-		}
-		err := h.AddrAdd(link, a)
+		err := addAddress(h, link, p)
 		if p.Addr().Is6() && isV6Off(err) {
 			continue
 		}
@@ -126,6 +116,45 @@ func setAddresses(h *netlink.Handle, link netlink.Link, want []netip.Prefix, use
 		set = append(set, p)
 	}
 	return set, nil
+}
+
+func addAddress(h *netlink.Handle, link netlink.Link, p netip.Prefix) error {
+	a := &netlink.Addr{
+		IPNet: &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())},
+		Flags: unix.IFA_F_NOPREFIXROUTE,
+	}
+	if p.Addr().Is6() {
+		a.Flags |= unix.IFA_F_NODAD
+	} else {
+		// The library would make a broadcast address of its own.
+		a.Broadcast = net.IPv4zero
+	}
+	return h.AddrAdd(link, a)
+}
+
+// Restore sets the device up and gives it its addresses back, if somebody took
+// those: a device that is set down loses the v6 ones. The error wraps
+// netns.ErrGone if its namespace has ended.
+func (d *Device) Restore() error {
+	err := inside(d.ns, func(h *netlink.Handle) error {
+		link, err := h.LinkByName(d.name)
+		if err == nil {
+			err = h.LinkSetUp(link)
+		}
+		if err != nil {
+			return err
+		}
+		for _, p := range d.addresses {
+			if err := addAddress(h, link, p); err != nil && !errors.Is(err, unix.EEXIST) {
+				return fmt.Errorf("add address %s: %w", p, err)
+			}
+		}
+		return d.awaitLocal(h, link.Attrs().Index)
+	})
+	if err != nil {
+		return fmt.Errorf("restore device %s: %w", d.name, err)
+	}
+	return nil
 }
 
 // localTime bounds awaitLocal.

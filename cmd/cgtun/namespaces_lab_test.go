@@ -183,7 +183,7 @@ func TestStepsInNamespacesAreCapturedFromTheFirstPacket(t *testing.T) {
 	if labtest.Soak() {
 		steps = 500
 	}
-	for range 4 {
+	for range 8 {
 		w.lab.StartCommand(exec.Command("sh", "-c", "while :; do :; done"))
 	}
 	for n := range steps {
@@ -295,6 +295,47 @@ func TestOfflineNamespaceStaysOfflineUntilItHasAWayOut(t *testing.T) {
 	}
 }
 
+// A privileged step that takes our things away inside of its own namespace gains
+// nothing: they are back at once, and until then nothing gets out.
+func TestStepThatTakesItsNamespaceApart(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.routed()
+	w.server.ServeUDPEcho(port(far4, 7000))
+	w.server.ServeUDPEcho(port(far6, 7000))
+	w.start(w.config(second))
+	p := w.wait()
+	w.join(1, p.pid)
+	labtest.Eventually(t, patience(), func() bool { return w.stateOf(p.pid) == attach.StateUp }, "it is up")
+	step := func(args ...string) *exec.Cmd {
+		return w.command(context.Background(), inside, "nsenter", append([]string{"-t", strconv.Itoa(p.pid), "-n"}, args...)...)
+	}
+	senders := []*labtest.Proc{}
+	for _, far := range []string{far4, far6} {
+		cmd := step(append([]string{"env"}, probeArgs(probe{Do: "every", Network: "udp", To: port(far, 7000)})...)...)
+		senders = append(senders, w.lab.StartCommand(cmd))
+	}
+	for _, take := range []string{"nft flush ruleset", "ip rule del pref 10101", "ip -6 rule del pref 10101", "ip link set tun0 down", "ip link del tun0"} {
+		if out, err := step(strings.Fields(take)...).CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v %s", take, err, out)
+		}
+		for _, far := range []string{far4, far6} {
+			labtest.Eventually(t, patience(), func() bool {
+				out, err := step(append([]string{"env"}, probeArgs(probe{Do: "dial", Network: "udp", To: port(far, 7000), Say: "x", Wait: time.Second})...)...).Output()
+				return err == nil && strings.Contains(string(out), `"Heard":"x"`)
+			}, "after %s, to %s", take, far)
+		}
+		if n := w.leaks.Packets(); n != 0 {
+			t.Errorf("%s: %d packets left", take, n)
+			w.leaks.Reset()
+		}
+	}
+	for _, s := range senders {
+		s.Signal(syscall.SIGKILL)
+		_ = s.Wait()
+	}
+}
+
 // Many namespaces at once are all attached, in little memory each, and all end.
 // A stop with ten of them takes no longer than one without.
 func TestManyNamespacesAtOnce(t *testing.T) {
@@ -338,3 +379,104 @@ func TestManyNamespacesAtOnce(t *testing.T) {
 
 // pid is that of cgtun itself.
 func (d *daemon) pid() int { return d.w.status().PID }
+
+// A namespace ends with its last process, although it is attached and a flow of
+// it lives: its link at the machine goes with it.
+func TestNamespacesEndWithTheirLastProcess(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.routed()
+	w.server.ServeEcho(":7000")
+	w.start(w.config(second))
+	rounds := 100
+	if labtest.Soak() {
+		rounds = 1000
+	}
+	if raceEnabled {
+		rounds /= 5
+	}
+	const atOnce = 10
+	for round := 0; round < rounds; round += atOnce {
+		var all []*waiting
+		for i := range atOnce {
+			p := w.wait()
+			w.join(i, p.pid)
+			all = append(all, p)
+		}
+		var held []*labtest.Proc
+		for _, p := range all[:atOnce/2] {
+			hold := probeArgs(probe{Do: "late", To: port(far4, 7000)}) // a connection, and then it waits
+			held = append(held, w.lab.StartCommand(w.command(context.Background(), inside, "nsenter", append([]string{"-t", strconv.Itoa(p.pid), "-n", "env"}, hold...)...)))
+		}
+		for _, h := range held {
+			h.WaitOutput("ready", patience())
+			h.Signal(syscall.SIGKILL)
+			_ = h.Wait()
+		}
+		for _, p := range all {
+			p.end()
+		}
+		labtest.Eventually(t, 2*patience(), func() bool {
+			return len(w.attachments()) == 0 && !strings.Contains(w.machine.Run("ip", "-br", "link"), "in")
+		}, "round %d: attachments and links have gone: %d, %s", round, len(w.attachments()), w.machine.Run("ip", "-br", "link"))
+	}
+}
+
+// Killed at any moment, with namespaces that are being attached, the next start
+// takes over, and after cleanup nothing is left in any of them.
+func TestKilledWithNamespaces(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.routed()
+	w.server.ServeUDPEcho(port(far4, 7000))
+	all := []*waiting{w.wait(), w.wait(), w.wait()}
+	for i, p := range all {
+		w.join(i, p.pid)
+	}
+	state := func(pid int) (text string) {
+		for _, args := range []string{"ip rule", "ip -6 rule", "ip route show table all", "ip -6 route show table all", "nft list ruleset", "ip -br link"} {
+			out, err := exec.Command("nsenter", append([]string{"-t", strconv.Itoa(pid), "-n"}, strings.Fields(args)...)...).CombinedOutput()
+			if err != nil {
+				t.Fatalf("%s: %v %s", args, err, out)
+			}
+			text += string(out)
+		}
+		return text
+	}
+	var before []string
+	for _, p := range all {
+		before = append(before, state(p.pid))
+	}
+	machine := w.lab.Snapshot(w.machine)
+	kills := 10
+	if labtest.Soak() {
+		kills = 50
+	}
+	for i := range kills {
+		d := &daemon{Proc: w.lab.StartCommand(w.daemonCommand(w.config(second))), w: w}
+		time.Sleep(time.Duration(i*1500/kills) * time.Millisecond) // the moment, not a wait
+		d.kill()
+	}
+	d := w.start(w.config(second))
+	labtest.Eventually(t, patience(), func() bool { return w.stateOf(all[0].pid) == attach.StateUp }, "the next start attaches")
+	d.stop()
+	for i, p := range all {
+		if after := state(p.pid); after != before[i] {
+			t.Errorf("after the next start:\n%s\nwas\n%s", after, before[i])
+		}
+	}
+	d = w.start(w.config(second))
+	labtest.Eventually(t, patience(), func() bool { return w.stateOf(all[0].pid) == attach.StateUp }, "attached again")
+	d.kill()
+	if out, errs, code := w.cgtun("cleanup"); code != 0 {
+		t.Errorf("cleanup: %d %s %s", code, out, errs)
+	}
+	for i, p := range all {
+		if after := state(p.pid); after != before[i] {
+			t.Errorf("after cleanup:\n%s\nwas\n%s", after, before[i])
+		}
+	}
+	if diff := machine.Diff(w.lab.Snapshot(w.machine)); diff != "" {
+		t.Errorf("the machine is not as it was:\n%s", diff)
+	}
+}
