@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"runtime"
 	"strings"
 
 	"github.com/vishvananda/netlink"
@@ -57,28 +56,24 @@ func checkDriver(context.Context) []doctor.Result {
 	return found(name, doctor.OK, "a device can be opened, with virtio-net headers and the offloads of TCP and UDP", "")
 }
 
-// tryQueue opens a device on a thread that is in a namespace of its own, and
-// says whether the kernel joins UDP segments. Device and namespace end with
-// the descriptor and the thread.
+// tryQueue opens a device in a namespace of its own, and says whether the kernel
+// joins UDP segments.
 func tryQueue() (uso bool, err error) {
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		runtime.LockOSThread() // never unlocked: the thread ends with this goroutine
-		if err = unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			err = fmt.Errorf("make a network namespace: %w", err)
-			return
-		}
-		var q *Queue
-		if q, err = attachQueue(temporaryPrefix+"doctor", true); err != nil {
-			return
+	ns, end, err := netns.Private()
+	if err != nil {
+		return false, err
+	}
+	defer end.Close()
+	err = ns.Do(func() error {
+		q, err := attachQueue(temporaryPrefix+"doctor", true)
+		if err != nil {
+			return err
 		}
 		var errUSO error
 		err = q.raw.Control(func(fd uintptr) { errUSO = unix.IoctlSetInt(int(fd), unix.TUNSETOFFLOAD, offloadAll) })
 		uso = errUSO == nil
-		err = errors.Join(err, q.Close())
-	}()
-	<-done
+		return errors.Join(err, q.Close())
+	})
 	return uso, err
 }
 
