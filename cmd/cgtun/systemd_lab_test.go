@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"cgtun/control"
 	"cgtun/internal/labtest"
 )
 
@@ -68,6 +69,41 @@ func TestSystemdIsTold(t *testing.T) {
 	if got := m.until("STOPPING=1"); slices.Contains(got, "READY=1") {
 		t.Errorf("at the end came %q", got)
 	}
+}
+
+// With nothing but what the unit leaves it, the daemon does all of its work: at
+// home, in a namespace that a selected process brings, for a caller of run, and
+// at the end.
+func TestCapabilitiesOfTheUnitAreEnough(t *testing.T) {
+	t.Parallel()
+	labtest.Need(t, labtest.Tool("setpriv"))
+	text, err := os.ReadFile("../../init/cgtun.service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(text), "\nCapabilityBoundingSet=")
+	line, _, _ := strings.Cut(rest, "\n")
+	few := "-all"
+	for _, name := range strings.Fields(line) {
+		few += ",+" + strings.ToLower(strings.TrimPrefix(name, "CAP_"))
+	}
+	w := newWorld(t)
+	w.routed()
+	w.server.ServeUDPEcho(port(far4, 7000))
+	cmd := w.daemonCommand(w.config(second))
+	at := slices.Index(cmd.Args, w.program())
+	cmd.Args = slices.Insert(cmd.Args, at, "setpriv", "--no-new-privs", "--bounding-set", few)
+	w.startCommand(cmd)
+	if s := w.status(); s.State != control.Ready || !s.Cgroups[0].Held {
+		t.Errorf("status: %+v", s)
+	}
+	for _, at := range []where{inside, moved} {
+		w.run(at, "env", probeArgs(probe{Do: "dial", Network: "udp", To: port(far4, 7000), Say: "x"})...)
+	}
+	if said, err := w.step(1, port(far4, 7000)); err != nil || said != "answered\n" {
+		t.Errorf("a step in a namespace of its own: %q, %v", said, err)
+	}
+	w.noLeak("with few capabilities")
 }
 
 // The unit is one that systemd takes, and as closed as docs/reliability.md says.
