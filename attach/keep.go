@@ -1,0 +1,292 @@
+package attach
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"reflect"
+	"slices"
+	"sync"
+	"time"
+
+	"cgtun/cgroupsel"
+	"cgtun/internal/netns"
+	"cgtun/steer"
+)
+
+// What keeps the attachments of a site in force, at home and elsewhere: it looks
+// around whenever something may have changed, and applies what is wanted then.
+
+// serve runs what moves packets beside what keeps the steering new, and waits
+// for both. It calls inForce once.
+func (s *site) serve(ctx context.Context, inForce func()) error {
+	ctx, cancel := context.WithCancel(ctx)
+	var work sync.WaitGroup
+	defer work.Wait()
+	defer cancel()
+	served := make(chan error, len(s.attached))
+	for _, a := range s.attached {
+		if a.Device != nil {
+			work.Go(func() { served <- s.ending(ctx, a, s.m.opts.Serve(ctx, a)) })
+		}
+	}
+	if err := s.apply(); err != nil {
+		return err
+	}
+	if err := s.admit(); err != nil {
+		return err
+	}
+	var look <-chan time.Time
+	if s.home() {
+		s.watch(ctx, &work)
+	} else {
+		ticker := time.NewTicker(tick)
+		defer ticker.Stop()
+		look = ticker.C
+	}
+	inForce()
+	return s.keep(ctx, served, look)
+}
+
+// keep applies what is wanted whenever that may have changed.
+func (s *site) keep(ctx context.Context, served <-chan error, look <-chan time.Time) error {
+	again := s.again
+	var later, calmed <-chan time.Time
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case err := <-served:
+			if ctx.Err() != nil {
+				return nil
+			}
+			return err
+		case <-again:
+			s.doubt()
+			again, calmed = nil, time.After(calm)
+		case <-look:
+			if s.idles() {
+				return errIdle
+			}
+			continue
+		case <-calmed:
+			again, calmed = s.again, nil
+			continue
+		case <-later:
+		}
+		later = nil
+		switch err := s.refresh(); {
+		case errors.Is(err, errOffline), errors.Is(err, netns.ErrGone) && !s.home():
+			return err
+		case err != nil:
+			later = time.After(retry)
+			continue
+		}
+		if !s.home() {
+			s.repair()
+		}
+		if err := s.admit(); err != nil {
+			return err
+		}
+	}
+}
+
+// ending says why serving an attachment has ended by itself.
+func (s *site) ending(ctx context.Context, a *Attachment, err error) error {
+	switch {
+	case ctx.Err() != nil:
+		return nil
+	case err == nil:
+		err = errors.New("it ended by itself")
+	case errors.Is(err, netns.ErrGone) && s.home():
+		return fmt.Errorf("device %s was deleted by somebody; start cgtun again: %w", a.Device.Name(), err)
+	case errors.Is(err, netns.ErrGone) && s.ref().Do(func() error { return nil }) == nil:
+		// The namespace is there: somebody inside has deleted the device.
+		err = fmt.Errorf("device %s was deleted by somebody", a.Device.Name())
+	}
+	return fmt.Errorf("serve attachment %s: %w", s.id, err)
+}
+
+// admit lets the gate pass what leaves by our device. Not before something runs:
+// by then the namespace is set up, and what is in force is all of it.
+func (s *site) admit() error {
+	if s.m.opts.Gate == nil || s.home() || !s.doubted || !s.running() && !s.named() {
+		return nil
+	}
+	a := cgroupsel.Admission{Devices: make([]int, len(s.m.opts.Routes))}
+	for _, one := range s.attached {
+		a.Devices[s.m.indexOf(one.Route)] = one.around.Load().device
+	}
+	if err := s.m.opts.Gate.Admit(s.ref(), a); err != nil {
+		return err
+	}
+	s.doubted = false
+	return nil
+}
+
+// watch lets home's steering put back by itself what others take away.
+func (s *site) watch(ctx context.Context, work *sync.WaitGroup) {
+	log := s.m.opts.Logger
+	for _, a := range s.attached {
+		if err := a.steering.Missing(); err != nil {
+			log.Warn("the kernel offers less than is wanted", "err", err)
+		}
+		work.Go(func() {
+			if err := a.steering.Run(ctx, s.repaired); err != nil && ctx.Err() == nil {
+				log.Error("steering is not watched any more", "err", err)
+			}
+		})
+	}
+}
+
+// repair puts back what others took away, where no event tells of it.
+func (s *site) repair() {
+	for _, a := range s.attached {
+		if what, err := a.steering.Repair(); what != "" || err != nil {
+			s.repaired(what, err)
+		}
+	}
+}
+
+// repaired tells of what others took away from the steering; of an error once.
+func (s *site) repaired(what string, err error) {
+	log := s.m.opts.Logger.With("attachment", s.id, "what", what)
+	text := fmt.Sprint(err)
+	s.mu.Lock()
+	again := text == s.said
+	s.said = text
+	s.mu.Unlock()
+	switch {
+	case errors.Is(err, netns.ErrGone):
+	case err != nil && again:
+	case err != nil:
+		log.Error("steering was changed by others and could not be put back", "err", err)
+	default:
+		log.Warn("steering was changed by others and is back")
+	}
+}
+
+// refresh applies what is wanted now. What fails is said once in a spell.
+func (s *site) refresh() error {
+	before := s.failing()
+	err := s.apply()
+	switch {
+	case errors.Is(err, errOffline), errors.Is(err, netns.ErrGone) && !s.home():
+	case err != nil && before == nil:
+		s.m.opts.Logger.Error("steering could not be renewed, trying on", "attachment", s.id, "err", err)
+	case err == nil && before != nil:
+		s.m.opts.Logger.Info("steering is in force again", "attachment", s.id)
+	}
+	return err
+}
+
+func (s *site) failing() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var errs []error
+	for _, a := range s.attached {
+		errs = append(errs, a.err)
+	}
+	return errors.Join(errs...)
+}
+
+// apply looks around and makes the plans be in force that are other ones than
+// before.
+func (s *site) apply() error {
+	var errs []error
+	for i, a := range s.attached {
+		err := s.applyOne(a)
+		s.mu.Lock()
+		a.err = err
+		s.mu.Unlock()
+		errs = append(errs, err)
+		if i == 0 && errors.Is(err, netns.ErrGone) {
+			break
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (s *site) applyOne(a *Attachment) error {
+	around, err := a.look(s)
+	if err == nil && a.Device != nil && around.device != 0 && !around.whole(a.Device) {
+		if err = a.Device.Restore(); err == nil {
+			s.repaired("device", nil)
+			around, err = a.look(s)
+		}
+	}
+	if err != nil {
+		return err
+	}
+	a.around.Store(around)
+	if s.home() {
+		s.m.homeMoved(around)
+	} else if !s.named() && !around.default4 && !around.default6 {
+		return errOffline
+	}
+	plan := s.wanted(a, around)
+	s.mu.Lock()
+	same := reflect.DeepEqual(plan, a.plan)
+	s.mu.Unlock()
+	if same {
+		return nil
+	}
+	if err := a.steering.Apply(plan); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	a.plan = plan
+	return nil
+}
+
+func (a *Attachment) look(s *site) (around *surroundings, err error) {
+	err = a.NS.Do(func() (err error) {
+		around, err = look(a.deviceName(), a.interfaces(s))
+		return err
+	})
+	return around, err
+}
+
+// interfaces are those through which packets are selected: at home alone.
+func (a *Attachment) interfaces(s *site) []string {
+	if !s.home() {
+		return nil
+	}
+	return a.route.Plan.Interfaces
+}
+
+func (a *Attachment) deviceName() string {
+	if a.Device == nil {
+		return ""
+	}
+	return a.Device.Name()
+}
+
+// wanted is the plan for what is around and what is selected now.
+func (s *site) wanted(a *Attachment, around *surroundings) steer.Plan {
+	plan := a.route.Plan
+	plan.Device, plan.Interfaces = a.deviceName(), a.interfaces(s)
+	plan.Bypass = slices.Concat(plan.Bypass, around.connected)
+	if !s.home() {
+		plan.Bypass = append(plan.Bypass, s.m.homeAddresses()...)
+	}
+	if !s.home() && !s.named() {
+		plan.No4, plan.No6 = !around.default4, !around.default6
+	}
+	route := s.m.indexOf(a.Route)
+	plan.All = s.any(func(n cgroupsel.Namespace) bool { return n.All && n.Selection == route })
+	if s.any(func(n cgroupsel.Namespace) bool { return n.All && n.Selection != route }) {
+		return plan // whatever the cgroup: all is another route's
+	}
+	picture := s.m.picked.Load()
+	for _, c := range picture.Cgroups {
+		if c.Present && c.Selection == route {
+			plan.Cgroups = append(plan.Cgroups, steer.Cgroup{Path: c.Path, ID: c.ID, Level: c.Level})
+		}
+	}
+	for _, c := range picture.Within(route) {
+		plan.Others = append(plan.Others, steer.Cgroup{Path: c.Path, ID: c.ID, Level: c.Level})
+	}
+	return plan
+}
