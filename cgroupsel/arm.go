@@ -50,11 +50,28 @@ func (s *Selector) trace() error {
 		}
 		reals = append(reals, real)
 	}
-	if err := s.maps.free(s.opts.Instance, reals); err != nil {
+	there, err := s.there()
+	if err != nil {
+		return err
+	}
+	if err := s.maps.free(s.opts.Instance, claim{reals, there}); err != nil {
 		return err
 	}
 	s.traces, err = attachTracepoints(s.maps, l)
 	return err
+}
+
+// there lists the selected cgroups that exist, by id.
+func (s *Selector) there() (map[uint64]string, error) {
+	all := make(map[uint64]string)
+	err := s.explore(true, func(at spot, dir *os.File) error {
+		id, err := inode(dir)
+		if at.selection != none && err == nil {
+			all[id] = at.path
+		}
+		return err
+	})
+	return all, err
 }
 
 // fillMarks prepares what globs and units select.

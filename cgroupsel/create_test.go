@@ -133,6 +133,40 @@ func TestTwoSelectorsSideBySide(t *testing.T) {
 	}
 }
 
+// What a glob selects is taken, too, whichever of the two instances has it.
+func TestCgroupThatAGlobSelectsIsTaken(t *testing.T) {
+	for _, tt := range []struct {
+		name          string
+		first, second string
+		taken         bool
+	}{
+		{"by a plain path, wanted by a glob", "/a", "/*", true},
+		{"by a glob, wanted by a plain path", "/*", "/a", true},
+		{"by a glob, wanted by a plain path below", "/*", "/a/b", true},
+		{"by two globs", "/a*", "/*a", true},
+		{"by none", "/a", "/b*", false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			lab, _, _ := newLab(t)
+			top := lab.Cgroup("top")
+			lab.Cgroup("top/a/b")
+			newSelector(t, cgroupsel.Options{Selections: []cgroupsel.Selection{{Cgroups: []string{top.Path + tt.first}}}, Instance: "301"})
+			s, err := cgroupsel.New(cgroupsel.Options{
+				Selections: []cgroupsel.Selection{{Cgroups: []string{top.Path + tt.second}, Mark: 0x6600, Mask: 0xff00}}, Instance: "302",
+			})
+			var taken *cgroupsel.TakenError
+			if errors.As(err, &taken) != tt.taken || (err != nil) != tt.taken {
+				t.Errorf("the second starts with %v", err)
+			}
+			if err == nil {
+				if err := s.Close(); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+}
+
 func TestCgroupOfALiveInstanceIsTaken(t *testing.T) {
 	lab, _, _ := newLab(t)
 	top := lab.Cgroup("top")

@@ -42,37 +42,52 @@ const (
 type TakenError struct {
 	Cgroup   string // what was asked for
 	Held     string // what the other selects
-	Instance string // the other
+	Instance string // the other; "": not known
 	PID      int    // its process; 0: not visible from here
 }
 
 func (e *TakenError) Error() string {
-	who := "instance " + e.Instance
+	who := "another instance"
+	if e.Instance != "" {
+		who = "instance " + e.Instance
+	}
 	if e.PID != 0 {
 		who += fmt.Sprintf(" (process %d)", e.PID)
 	}
 	return fmt.Sprintf("select cgroup %s: %s selects %s; choose another cgroup or stop that one", e.Cgroup, who, e.Held)
 }
 
-// free returns a TakenError if another selector overlaps with paths: soon if
+// claim is what a selector wants: plain paths from the real root, and cgroups
+// that exist. Globs of two instances can meet later; who marks last wins then.
+type claim struct {
+	paths []string
+	ids   map[uint64]string // with their paths
+}
+
+// free returns a TakenError if another selector has a part of a claim: soon if
 // the process that has it is seen, else when it should have gone if it were
 // dead. The own trie has to be filled before: of two that start together, one
 // at least sees the other. What a dead instance of this name pinned is no other.
-func (m *maps) free(instance string, paths []string) error {
+func (m *maps) free(instance string, want claim) error {
 	own, err := m.paths.Info()
 	if err != nil {
 		return fmt.Errorf("look for other instances: %w", err)
 	}
 	self, _ := own.ID()
+	sel, err := m.sel.Info()
+	if err != nil {
+		return fmt.Errorf("look for other instances: %w", err)
+	}
+	selfSel, _ := sel.ID()
 	pinned, err := pinnedMaps(instance)
 	if err != nil {
 		return err
 	}
-	pass := map[ebpf.MapID]bool{self: true}
+	pass := map[ebpf.MapID]bool{self: true, selfSel: true}
 	start := time.Now()
 	seen, since := 0, start // who holds it, and since when
 	for ; ; time.Sleep(20 * time.Millisecond) {
-		taken, trie := overlap(pass, paths)
+		taken, trie := overlap(pass, want)
 		if taken == nil {
 			return nil
 		}
@@ -90,40 +105,58 @@ func (m *maps) free(instance string, paths []string) error {
 	}
 }
 
-// overlap looks at the tries of all selectors on this machine but those to be
+// overlap looks at the maps of all selectors on this machine but those to be
 // passed over, and returns the first that is in the way, too. What cannot be read is passed
 // over: it ended meanwhile.
-func overlap(pass map[ebpf.MapID]bool, paths []string) (*TakenError, ebpf.MapID) {
-	for id, err := ebpf.MapGetNextID(0); err == nil; id, err = ebpf.MapGetNextID(id) {
-		if pass[id] {
-			continue
-		}
-		if taken := overlapOne(id, paths); taken != nil {
-			return taken, id
+func overlap(pass map[ebpf.MapID]bool, want claim) (*TakenError, ebpf.MapID) {
+	for _, kind := range []string{pathsMap, selMap} { // tries tell more
+		for id, err := ebpf.MapGetNextID(0); err == nil; id, err = ebpf.MapGetNextID(id) {
+			if pass[id] {
+				continue
+			}
+			if taken := overlapOne(id, kind, want); taken != nil {
+				return taken, id
+			}
 		}
 	}
 	return nil, 0
 }
 
-func overlapOne(id ebpf.MapID, paths []string) *TakenError {
+func overlapOne(id ebpf.MapID, kind string, want claim) *TakenError {
 	m, err := ebpf.NewMapFromID(id)
 	if err != nil {
 		return nil
 	}
 	defer m.Close()
 	info, err := m.Info()
-	if err != nil || info.Name != pathsMap || m.ValueSize() != uint32(binary.Size(pathValue{})) {
+	switch {
+	case err != nil || info.Name != kind:
+		return nil
+	case kind == selMap && m.ValueSize() == valueBytes:
+		return overlapIDs(m, want.ids)
+	case m.ValueSize() != uint32(binary.Size(pathValue{})):
 		return nil
 	}
 	var key trieKey
 	var v pathValue
 	for it := m.Iterate(); it.Next(&key, &v); {
 		held := key.path()
-		for _, p := range paths {
+		for _, p := range want.paths {
 			if within(p, held) || within(held, p) {
 				instance, _, _ := bytes.Cut(v.Instance[:], []byte{0})
 				return &TakenError{Cgroup: p, Held: held, Instance: string(instance)}
 			}
+		}
+	}
+	return nil
+}
+
+// overlapIDs finds what globs select already.
+func overlapIDs(sel *ebpf.Map, ids map[uint64]string) *TakenError {
+	for id, name := range ids {
+		var v value
+		if sel.Lookup(id, &v) == nil && v.Mask != 0 {
+			return &TakenError{Cgroup: name, Held: name}
 		}
 	}
 	return nil
