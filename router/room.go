@@ -49,11 +49,13 @@ func (r *Router) giveSocket() {
 // How often memory is looked at: what a machine with fast links can fill between
 // two looks has to be a fraction of what is kept free. Few flows cannot fill much.
 const (
-	memoryEvery     = 100 * time.Millisecond
-	memoryOftener   = 10 * time.Millisecond
-	memoryFewFlows  = 16
-	collectAtMost   = time.Second // how often garbage is collected before its time
-	collectFraction = 20          // of the time may go into that
+	memoryEvery    = 100 * time.Millisecond
+	memoryOftener  = 10 * time.Millisecond
+	memoryFewFlows = 16
+	// Garbage is collected before its time at most that often, and in a
+	// twentieth of the time.
+	collectAtMost   = time.Second
+	collectFraction = 20
 )
 
 // memory is what watchMemory remembers.
@@ -74,7 +76,7 @@ func (r *Router) watchMemory(ctx context.Context) {
 	m := memory{limit: uint64(r.opts.MaxMemory)}
 	tick := time.NewTicker(memoryEvery)
 	defer tick.Stop()
-	often := false
+	every := memoryEvery
 	for {
 		select {
 		case <-ctx.Done():
@@ -82,17 +84,22 @@ func (r *Router) watchMemory(ctx context.Context) {
 		case <-tick.C:
 		}
 		r.lookAtMemory(&m)
-		if many := r.table.len() > memoryFewFlows; many != often {
-			often = many
-			tick.Reset(map[bool]time.Duration{false: memoryEvery, true: memoryOftener}[often])
+		next := memoryEvery
+		if r.table.len() > memoryFewFlows {
+			next = memoryOftener
+		}
+		if next != every {
+			every = next
+			tick.Reset(every)
 		}
 	}
 }
 
+// lookAtMemory is one look. When an eighth more is in use than was live, it may
+// all be garbage.
 func (r *Router) lookAtMemory(m *memory) {
 	used := r.memoryAboveStart()
 	if used > m.live+m.limit/8 && time.Since(m.collected) > m.pause {
-		// How much of it is garbage decides what follows.
 		began := time.Now()
 		runtime.GC()
 		m.collected = time.Now()

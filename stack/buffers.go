@@ -65,7 +65,7 @@ func (b *Buffers) Fit(used, limit int64) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	idle := int64(len(b.conns)) * idleConn
-	share := int32(max(used-idle, 0) * parts / max(limit-idle, 1))
+	share := int32(min(max(used-idle, 0)*parts/max(limit-idle, 1), parts))
 	b.halved.Store(halvings(share))
 	cut := share >= cutAt || b.cut && share >= uncutAt
 	if cut == b.cut {

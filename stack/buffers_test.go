@@ -21,16 +21,18 @@ const limit = 256 << 20
 func TestSendBufferFollowsTheMemory(t *testing.T) {
 	for _, tt := range []struct {
 		name        string
-		used        int64
+		used, limit int64
 		least, most int
 	}{
-		{"empty", 0, 128 << 10, 4 << 20},
-		{"half full", limit / 2, 16 << 10, 32 << 10},
-		{"nearly full", limit / 32 * 31, 16 << 10, 32 << 10},
+		{"empty", 0, limit, 128 << 10, 4 << 20},
+		{"a third full", limit / 3, limit, 64 << 10, 120 << 10},
+		{"half full", limit / 2, limit, 16 << 10, 32 << 10},
+		{"nearly full", limit / 32 * 31, limit, 16 << 10, 32 << 10},
+		{"far beyond", 1 << 40, 1, 16 << 10, 32 << 10},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			b := stack.NewBuffers()
-			b.Fit(tt.used, limit)
+			b.Fit(tt.used, tt.limit)
 			taken := make(chan int, 1)
 			w, _ := startWireFor(t, streamFunc(func(_ context.Context, s flow.Stream) {
 				c, err := s.Accept()
