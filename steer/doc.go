@@ -25,9 +25,17 @@
 // Chain post is the guard: a marked packet leaves by our device or not at all
 // (SO_BINDTODEVICE needs no capability), and what enters the device has a
 // source of this namespace. What comes out of the device reaches this
-// namespace's own sockets and nothing else: chains pre and forward. It gets ct
-// mark M, so that it is answered the way it came, and is marked, for
-// rp_filter=1 looks the way back up with the mark.
+// namespace's own sockets and those behind the plan's interfaces, and nothing
+// else: chains pre and forward. It gets ct mark M, so that it is answered the
+// way it came, and is marked, for rp_filter=1 looks the way back up with the
+// mark.
+//
+// Chains enter and through decide on what is forwarded in through an interface
+// as out does on what a program sends; the source must be one that is routed
+// back by an interface. Chain keep comes before the nat chains of others: who
+// is masqueraded everywhere else keeps his address in our device. A chain of
+// others that drops what is forwarded cannot be overruled from here: Checks
+// names it.
 //
 // # The routes
 //
@@ -53,11 +61,34 @@
 // A connection's SYN starts anew: what an earlier connection of the same
 // addresses and ports left there is cleared first.
 //
+// # Ways
+//
+// Where the way is one of the kernel (Via), the guard lets its device pass in
+// place of ours, and the table ends in a route that blocks, so that who is
+// marked learns at once that there is no way. Packets keep the address that
+// they have: to masquerade is the admin's. To a transparent proxy the table
+// makes all addresses local on lo, and chain enter hands to its listener what
+// is marked; what it does not serve is refused, for else services of this
+// machine would answer for others.
+//
 // # Life
 //
-// The nft table is owned by the netlink socket of its Steering: it ends with
-// the process however that dies, and "nft flush ruleset" skips it. The routes
-// lead through our device and end with it. So after kill -9 there are left ip
-// rules that lead to a table without a default route. Find sees them, and
-// Remove, or the next Open in this namespace, takes them away.
+// In home the nft table is owned by the netlink socket of its Steering: it ends
+// with the process however that dies, and "nft flush ruleset" skips it. The
+// routes lead through our device and end with it, those that throw too, as they
+// hang on a nexthop object of it. So after kill -9 there are left ip rules that
+// lead to an empty table. Of a way by the kernel the routes stay as well; nobody
+// is marked for them. Find sees all this, and Remove, or the next Open in this
+// namespace, takes it away.
+//
+// In another namespace nothing may be held, as that would keep it alive: the
+// table is plain, without a guard, and names the home that it is of. After kill
+// -9 it still marks, for ip rules that lead to an empty table. What guards there
+// while we live is cgroupsel's gate.
+//
+// A closed plan leaves on purpose what blocks: a table that is persistent as
+// well as owned (Linux 6.9; before, a plain one), guard included, the ip rules,
+// what throws, and a route that blocks. The next start takes it over without a
+// gap, Remove opens it. Once its owner is dead, "nft flush ruleset" takes the
+// table; the programs that cgroupsel pins still hold then.
 package steer

@@ -357,6 +357,64 @@ func TestTakenAwayIsPutBack(t *testing.T) {
 	}
 }
 
+// Events that are lost, because there were too many for the buffer, are followed
+// by a look like any other.
+func TestOverflowIsFollowedByALook(t *testing.T) {
+	h := host(t)
+	s := open(t, h, 101)
+	s.SmallBuffers()
+	if err := s.Apply(plan()); err != nil {
+		t.Fatal(err)
+	}
+	before := state(h)
+	said := watched(t, s)
+	var batch strings.Builder
+	for i := range 2000 {
+		fmt.Fprintf(&batch, "route add 198.51.%d.%d/32 dev lo table 7\n", i>>8, i&255)
+	}
+	batch.WriteString("rule del pref 10101\n")
+	for i := range 2000 {
+		fmt.Fprintf(&batch, "route del 198.51.%d.%d/32 dev lo table 7\n", i>>8, i&255)
+	}
+	labtest.Eventually(t, 30*time.Second, func() bool {
+		cmd := h.Command(t.Context(), "ip", "-batch", "-", "-force")
+		cmd.Stdin = strings.NewReader(batch.String())
+		_ = cmd.Run()
+		return s.Overflows() > 0
+	}, "a buffer overflows")
+	labtest.Eventually(t, 10*time.Second, func() bool { return state(h) == before }, "the ip rule is back")
+	if !strings.Contains(said(), "ip rules <nil>") {
+		t.Errorf("Run said %q", said())
+	}
+}
+
+// What the kernel does not let go at first is tried again, and a later Close
+// takes what the first could not.
+func TestUndoIsTriedAgain(t *testing.T) {
+	h := host(t)
+	before := state(h)
+	for _, fails := range []int{1, 4} {
+		s := open(t, h, 101)
+		if err := s.Apply(plan()); err != nil {
+			t.Fatal(err)
+		}
+		s.FailUndo(fails)
+		err := s.Close()
+		if fails > 3 {
+			if err == nil || !strings.Contains(err.Error(), "cgtun cleanup") {
+				t.Errorf("Close: %v, want it to say what to do", err)
+			}
+			err = s.Close()
+		}
+		if err != nil {
+			t.Errorf("Close: %v", err)
+		}
+		if after := state(h); after != before {
+			t.Errorf("%d failures: left\n%s\nwas\n%s", fails, after, before)
+		}
+	}
+}
+
 // When the uplink gets another address, marked sockets have that from then on.
 func TestSourceFollowsTheUplink(t *testing.T) {
 	h := host(t)

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -20,9 +21,12 @@ import (
 // In home it holds a netlink socket, which owns the nft table. In another
 // namespace it holds nothing, for that would keep the namespace alive.
 type Steering struct {
-	ns     netns.Ref
-	number int
-	owner  bool // ask for an owned table
+	ns        netns.Ref
+	number    int
+	owner     bool                             // ask for an owned table
+	buffer    int                              // of the sockets that Run listens on, in bytes; 0: the system's
+	overflows atomic.Int64                     // of these
+	clear     func(*netlink.Handle, int) error // clearRoutes, but for tests
 
 	mu    sync.Mutex
 	table *table // nil when closed
@@ -52,7 +56,7 @@ func open(ns netns.Ref, number int, home bool) (*Steering, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Steering{ns: ns, number: number, owner: true, table: t, dead: map[netip.Addr]bool{}}, nil
+	return &Steering{ns: ns, number: number, owner: true, clear: clearRoutes, table: t, dead: map[netip.Addr]bool{}}, nil
 }
 
 // Check says, as a *TakenError, whether something that the plan needs is in
@@ -267,7 +271,7 @@ func (s *Steering) undo() error {
 	s.plan, s.way = nil, nil
 	err := errors.Join(
 		s.table.remove(),
-		withRoutes(s.ns, func(h *netlink.Handle) error { return clearRoutes(h, s.number) }),
+		withRoutes(s.ns, func(h *netlink.Handle) error { return s.clear(h, s.number) }),
 	)
 	if errors.Is(err, netns.ErrGone) {
 		err = nil // and all with it

@@ -34,7 +34,7 @@ func (s *Steering) Run(ctx context.Context, repaired func(what string, err error
 	again := make(chan struct{}, 1)
 	var wg sync.WaitGroup
 	for _, c := range conns {
-		wg.Go(func() { signs(ctx, c, again) })
+		wg.Go(func() { s.signs(ctx, c, again) })
 	}
 	defer wg.Wait()
 	defer closeAll(conns)
@@ -92,6 +92,11 @@ func (s *Steering) listen() ([]*mdl.Conn, error) {
 				return err
 			}
 			conns = append(conns, c)
+			if s.buffer > 0 {
+				if err := c.SetReadBuffer(s.buffer); err != nil {
+					return err
+				}
+			}
 			for _, group := range list {
 				if err := c.JoinGroup(group); err != nil {
 					return err
@@ -116,11 +121,14 @@ func closeAll(conns []*mdl.Conn) {
 // signs turns whatever comes into one sign, until ctx has ended and the socket
 // is closed. What the messages say does not matter, nor whether some were lost:
 // an error, as that of a buffer that has overflowed, is a sign like any other.
-func signs(ctx context.Context, c *mdl.Conn, again chan<- struct{}) {
+func (s *Steering) signs(ctx context.Context, c *mdl.Conn, again chan<- struct{}) {
 	for {
 		_, err := c.Receive()
 		if ctx.Err() != nil {
 			return
+		}
+		if errors.Is(err, unix.ENOBUFS) {
+			s.overflows.Add(1)
 		}
 		select {
 		case again <- struct{}{}:
