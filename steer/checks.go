@@ -42,7 +42,7 @@ func Checks(ns netns.Ref, plans ...Plan) []doctor.Named {
 			return found
 		}})
 	}
-	around("firewall", func(p Plan) ([]doctor.Result, error) { return dropping(ns, &p) })
+	around("firewall", func(p Plan) ([]doctor.Result, error) { return chains(ns, &p) })
 	around("ip rules", func(p Plan) ([]doctor.Result, error) { return rulesBefore(ns, &p) })
 	around("rp_filter", func(p Plan) ([]doctor.Result, error) { return strictFilter(ns, &p) })
 	around("forwarding", func(p Plan) ([]doctor.Result, error) { return notForwarded(ns, &p) })
@@ -106,40 +106,77 @@ func tryTables() (owned, persistent bool, err error) {
 	return owned, persistent, err
 }
 
-// dropping finds foreign base chains that drop by default what takes our way.
-func dropping(ns netns.Ref, p *Plan) (found []doctor.Result, err error) {
-	var chains []*nftables.Chain
+// chainOf is a chain of others with its rules.
+type chainOf struct {
+	*nftables.Chain
+	rules []*nftables.Rule
+}
+
+// othersChains lists them.
+func othersChains(ns netns.Ref) (all []chainOf, err error) {
 	err = ns.Do(func() error {
 		conn, err := nftables.New()
 		if err != nil {
 			return err
 		}
-		chains, err = conn.ListChains()
+		chains, err := conn.ListChains()
+		for _, c := range chains {
+			if strings.HasPrefix(c.Table.Name, tablePrefix) {
+				continue
+			}
+			rules, _ := conn.GetRules(c.Table, c) // none of a chain that went meanwhile
+			all = append(all, chainOf{c, rules})
+		}
 		return err
 	})
-	user := slices.ContainsFunc(chains, func(c *nftables.Chain) bool { return c.Name == "DOCKER-USER" })
-	for _, c := range chains {
-		if c.Hooknum == nil || c.Policy == nil || *c.Policy != nftables.ChainPolicyDrop || strings.HasPrefix(c.Table.Name, tablePrefix) {
-			continue
+	return all, err
+}
+
+// chains finds what chains of others do to the packets of a plan: base chains
+// that drop by default, rules that write marks.
+func chains(ns netns.Ref, p *Plan) (found []doctor.Result, err error) {
+	all, err := othersChains(ns)
+	user := slices.ContainsFunc(all, func(c chainOf) bool { return c.Name == "DOCKER-USER" })
+	for _, c := range all {
+		if c.Hooknum != nil && c.Policy != nil && *c.Policy == nftables.ChainPolicyDrop {
+			found = append(found, dropping(p, c, user)...)
 		}
-		where := fmt.Sprintf("chain %s of table %s %s drops by default", c.Name, familyName(c.Table.Family), c.Table.Name)
-		switch *c.Hooknum {
-		case *nftables.ChainHookOutput, *nftables.ChainHookPostrouting:
-			found = append(found, result("firewall", doctor.Warn,
-				where+": what is captured, and what cgtun itself sends, is lost where no rule of it accepts that",
-				accepting(c, `oifname "`+p.leaves()+`"`))...)
-		case *nftables.ChainHookForward:
-			for _, dev := range p.Interfaces {
-				fix := accepting(c, fmt.Sprintf(`iifname "%s" oifname "%s"`, dev, p.leaves())) + " && " +
-					accepting(c, fmt.Sprintf(`iifname "%s" oifname "%s"`, p.leaves(), dev))
-				if user {
-					fix = fmt.Sprintf("iptables -I DOCKER-USER -i %s -o %s -j ACCEPT && iptables -I DOCKER-USER -i %s -o %s -j ACCEPT", dev, p.leaves(), p.leaves(), dev)
-				}
-				found = append(found, result("firewall", doctor.Warn, where+": what comes in through "+dev+" is lost where no rule of it accepts that", fix)...)
-			}
-		}
+		found = append(found, writing(p, c.Chain, c.rules)...)
 	}
 	return found, err
+}
+
+// dropping says what a base chain that drops by default takes of a plan. user:
+// docker's chain for such rules is there.
+func dropping(p *Plan, c chainOf, user bool) (found []doctor.Result) {
+	where := fmt.Sprintf("chain %s of table %s %s drops by default", c.Name, familyName(c.Table.Family), c.Table.Name)
+	way := p.leaves()
+	switch *c.Hooknum {
+	case *nftables.ChainHookOutput, *nftables.ChainHookPostrouting:
+		if !lets(c.rules, way) {
+			found = append(found, result("firewall", doctor.Warn,
+				where+": what is captured, and what cgtun itself sends, is lost where no rule of it accepts that",
+				accepting(c.Chain, `oifname "`+way+`"`))...)
+		}
+	case *nftables.ChainHookInput:
+		if p.byTun() && !letsAnswers(c.rules, way) {
+			found = append(found, result("firewall", doctor.Warn, where+": the answers that come out of "+way+" are lost where no rule of it accepts them",
+				accepting(c.Chain, `iifname "`+way+`"`))...)
+		}
+	case *nftables.ChainHookForward:
+		for _, dev := range p.Interfaces {
+			if lets(c.rules, way) {
+				continue
+			}
+			fix := accepting(c.Chain, fmt.Sprintf(`iifname "%s" oifname "%s"`, dev, way)) + " && " +
+				accepting(c.Chain, fmt.Sprintf(`iifname "%s" oifname "%s"`, way, dev))
+			if user {
+				fix = fmt.Sprintf("iptables -I DOCKER-USER -i %s -o %s -j ACCEPT && iptables -I DOCKER-USER -i %s -o %s -j ACCEPT", dev, way, way, dev)
+			}
+			found = append(found, result("firewall", doctor.Warn, where+": what comes in through "+dev+" is lost where no rule of it accepts that", fix)...)
+		}
+	}
+	return found
 }
 
 // leaves is the device of the plan's way, as far as the plan names it.
@@ -167,8 +204,8 @@ func familyName(f nftables.TableFamily) string {
 	return "inet"
 }
 
-// rulesBefore finds ip rules of others that take marked packets before ours
-// does, or that mean the same mark.
+// rulesBefore finds what makes a start be refused, and ip rules of others that
+// take marked packets before ours does.
 func rulesBefore(ns netns.Ref, p *Plan) (found []doctor.Result, err error) {
 	err = withRoutes(ns, func(h *netlink.Handle) error {
 		for _, family := range families {
@@ -178,10 +215,26 @@ func rulesBefore(ns netns.Ref, p *Plan) (found []doctor.Result, err error) {
 				return err
 			}
 			for _, r := range rules {
+				var taken *TakenError
+				own := r.Protocol == Protocol && numberOf(&r, rules) == p.Table
+				if !own && errors.As(ruleInTheWay(p, &r), &taken) {
+					found = append(found, result("ip rules", doctor.Error, taken.Error()+": a start is refused",
+						fmt.Sprintf("choose another route.priority, or route.mark and route.mask, or: %s rule del priority %d", ip, r.Priority))...)
+					continue
+				}
 				if what := meets(p, &r); what != "" {
 					found = append(found, result("ip rules", doctor.Warn, fmt.Sprintf("%s rule %q %s", ip, ruleText(&r), what),
 						fmt.Sprintf("choose another route.priority (below %d) or route.mark, or move that rule: %s rule del priority %d", r.Priority, ip, r.Priority))...)
 				}
+			}
+			routes, err := listRoutes(h, family, p.Table)
+			if err != nil {
+				return err
+			}
+			routes = slices.DeleteFunc(routes, func(r netlink.Route) bool { return r.Protocol == Protocol })
+			if len(routes) > 0 {
+				found = append(found, result("ip rules", doctor.Error, fmt.Sprintf("table %d is taken by %s: a start is refused", p.Table, tableHolder(h, routes)),
+					fmt.Sprintf("choose another route.table, or: %s route flush table %d", ip, p.Table))...)
 			}
 		}
 		return nil
@@ -197,8 +250,6 @@ func meets(p *Plan, r *netlink.Rule) string {
 	mask := maskOf(r)
 	same := mask != 0 && overlaps(r.Mark, mask, p.Mark, p.Mask)
 	switch {
-	case mask != 0 && !r.Invert && same:
-		return fmt.Sprintf("is for a mark that can be taken for %#x/%#x", p.Mark, p.Mask)
 	case r.Priority >= p.Priority || r.IifName != "" || r.OifName != "" || r.Src != nil || r.Dst != nil || r.SuppressPrefixlen >= 0:
 		return ""
 	case mask != 0 && r.Invert && !same:

@@ -143,6 +143,9 @@ func ruleText(r *netlink.Rule) string {
 		b.Reset()
 		fmt.Fprintf(&b, "%d: from %s", r.Priority, r.Src)
 	}
+	if r.Invert {
+		b.WriteString(" not")
+	}
 	if mask := maskOf(r); mask != 0 {
 		fmt.Fprintf(&b, " fwmark %#x", r.Mark)
 		if mask != ^uint32(0) {
