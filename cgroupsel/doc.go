@@ -9,19 +9,26 @@
 // Who is selected is decided in the kernel at the moment a cgroup is made,
 // before any process can be in it:
 //
-//	raw tracepoint cgroup_mkdir    parent selected, or path in the trie → sel[id] = {mark, mask}
+//	raw tracepoint cgroup_mkdir    parent, plain paths, globs and units → sel[id] = {mark, mask, selection}
 //	raw tracepoint cgroup_release  delete sel[id]; not at rmdir: sockets outlive that
 //	sock_create, connect4, connect6 at the root of cgroup2:
 //	                               v = sel[current cgroup]; mark = mark &^ v.mask | v.mark
 //
-// The trie holds "/a/b/" per selected path, so that "/a/b" and all below match
-// and "/a/bc" does not. The tracepoints are attached first and the tree is
-// walked after; both write the same values, so that nothing is missed between.
+// A trie holds "/a/b/" per plain path, so that "/a/b" and all below match and
+// "/a/bc" does not; globs and units are one automaton (automaton.go). Who has
+// what several select is said in picker.go, once for the program and once for
+// user space. The tracepoints are attached first and the tree is walked after;
+// both write the same values, so that nothing is missed between. What the
+// programs select they tell in a ring, which only says "look again".
+//
+// Namespaces that select.netns names are a second map of the same programs
+// (named.go). They also write whose a socket is (process.go).
+//
 // Links are not pinned: with the process they are gone, however it dies.
 //
 // An entry with mask 0 means "not selected": the cgroup of cgtun itself. If
-// cgtun was started inside a selected cgroup it makes a child of it, moves
-// there before the socket programs are attached, and comes back in Close.
+// cgtun was started inside a selected cgroup, or namespaces are selected, it
+// makes a child of the one it is in, moves there before the socket programs are attached, and comes back in Close.
 //
 // Where the kernel refuses a part, the next way is taken and said (Features):
 //

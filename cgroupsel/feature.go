@@ -26,10 +26,10 @@ const (
 
 // facts is what a user is told about a feature that is missing.
 var facts = map[string]struct{ kernel, lost string }{
-	FeatureMkdir:     {"5.5", "a selected cgroup that is made again is found by inotify: its first packets can pass uncaptured"},
-	FeatureRoot:      {"5.8", "a selected cgroup that is made again is found by inotify: its first packets can pass uncaptured"},
+	FeatureMkdir:     {"5.5", "a selected cgroup that is made later or again is found by inotify: its first packets can pass uncaptured, and of nested cgroups of two routes the outer one's has both"},
+	FeatureRoot:      {"5.8", "a selected cgroup that is made later or again is found by inotify: its first packets can pass uncaptured, and of nested cgroups of two routes the outer one's has both"},
 	FeaturePerCgroup: {"5.8", "the firewall alone marks: capture needs a default route, MPTCP subflows and sockets older than their process's move are missed"},
-	FeatureInotify:   {"5.15", "a selected cgroup that is made again is looked for every two seconds"},
+	FeatureInotify:   {"5.15", "selected cgroups that are made later or again, and names of select.netns, are looked for every two seconds"},
 	FeatureNetns:     {"5.8", "the firewall alone marks in the namespaces of select.netns: capture needs a default route there"},
 	FeatureProcess:   {"6.10", "flows do not tell their process, and rules with `process` do not match"},
 	FeatureTasks:     {"5.15", "selected processes in other network namespaces than home and select.netns are not found: what they send is not captured"},

@@ -191,6 +191,32 @@ func TestSnapshotFollowsGlobs(t *testing.T) {
 	}
 }
 
+// What a process that is born in a cgroup at once after mkdir sends, where the
+// kernel does not decide: how much of it is missed is measured, not promised.
+func TestWindowOfTheFallbackIsMeasured(t *testing.T) {
+	lab, h, m := newLab(t)
+	top := lab.Cgroup("top")
+	o := options([]string{top.Path + "/sel-*"})
+	o.Instance, o.Without = "window", []string{cgroupsel.FeatureMkdir}
+	follow(t, newSelector(t, o))
+	const n = 20
+	for range n {
+		bornIn(t, h, filepath.Join(top.Dir, "sel-x"))
+	}
+	marked, missed := 0, 0
+	for kind, packets := range m.read() {
+		if strings.HasSuffix(kind, "_yes") {
+			marked += packets
+		} else {
+			missed += packets
+		}
+	}
+	t.Logf("with programs on each cgroup %d of %d packets had no mark", missed, marked+missed)
+	if marked+missed != n*len(kinds) {
+		t.Errorf("%d packets, want %d", marked+missed, n*len(kinds))
+	}
+}
+
 // waitForAll waits for a picture of exactly these cgroups, sorted by path.
 func waitForAll(t *testing.T, pictures <-chan cgroupsel.Snapshot, held bool, want ...*labtest.Cgroup) {
 	t.Helper()
