@@ -4,47 +4,117 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
+
+	"cgtun/internal/labtest"
 )
 
-// With on_exit = "closed" who is selected reaches nothing from the first death
-// on, whatever that is, until cleanup: others go on, and so does what is
-// bypassed.
-func TestClosedHoldsAfterDeath(t *testing.T) {
-	t.Parallel()
-	makes(t)
-	w := newWorld(t)
-	w.server.ServeEcho(":7000")
-	w.server.ServeUDPEcho(":7001")
-	before := w.lab.Snapshot(w.machine)
-	text := strings.Replace(w.config(second), "[tun]", "on_exit = \"closed\"\n[tun]", 1)
-	for _, death := range []syscall.Signal{syscall.SIGKILL, syscall.SIGTERM, syscall.SIGKILL} {
-		d := w.start(text)
-		if a := w.probe(inside, probe{Do: "dial", Network: "tcp", To: port(far4, 7000), Say: "x"}); a.Heard != "x" {
-			t.Fatalf("%v, alive: %+v", death, a)
-		}
-		if death == syscall.SIGKILL {
-			d.kill()
-		} else {
-			d.stop()
-		}
-		for _, q := range []probe{
-			{Do: "dial", Network: "tcp", To: port(far4, 7000), Say: "x"}, {Do: "dial", Network: "tcp", To: port(far6, 7000), Say: "x"},
-			{Do: "dial", Network: "udp", To: port(far4, 7001), Say: "x"}, {Do: "dial", Network: "udp", To: port(far6, 7001), Say: "x"},
-		} {
-			if a := w.probe(inside, q); a.Heard != "" {
-				t.Errorf("%v: %s %s reached: %+v", death, q.Network, q.To, a)
+// closedConfig is config with on_exit = "closed".
+func (w *world) closedConfig() string {
+	return strings.Replace(w.config(second), "[route]", "[route]\non_exit = \"closed\"", 1)
+}
+
+// blocked wants that nothing selected reaches anything, and nobody else is
+// touched.
+func (w *world) blocked(when string) {
+	w.t.Helper()
+	for _, far := range []string{far4, far6} {
+		for _, network := range []string{"tcp", "udp"} {
+			q := probe{Do: "dial", Network: network, To: port(far, 7000), Say: "x", Wait: time.Second}
+			if a := w.probe(inside, q); a.Errno == "" {
+				w.t.Errorf("%s: %s to %s was answered: %+v", when, network, far, a)
 			}
 		}
-		w.noLeak(death.String())
-		if _, errs, code := w.cgtun("status"); code != 1 || !strings.Contains(errs, "closed") || !strings.Contains(errs, "cgtun cleanup") {
-			t.Errorf("%v: status: %d %q", death, code, errs)
+	}
+	w.noLeak(when)
+	if a := w.probe(outside, probe{Do: "dial", Network: "tcp", To: port(far4, 7000), Say: "x"}); a.Heard != "x" {
+		w.t.Errorf("%s: who is not selected: %+v", when, a)
+	}
+	w.leaks.Reset()
+}
+
+// With on_exit = "closed" nothing selected gets out while cgtun is not there:
+// after SIGTERM and SIGKILL, between starts, after the firewall was flushed, in
+// a cgroup that was made again. The next start takes over; cleanup opens.
+func TestClosedStaysClosed(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.server.ServeEcho(":7000")
+	w.server.ServeUDPEcho(port(far4, 7000))
+	w.server.ServeUDPEcho(port(far6, 7000))
+	before := w.lab.Snapshot(w.machine)
+	sender := w.startProbe(inside, probe{Do: "every", Network: "udp", To: port(far4, 7000)})
+
+	d := w.start(w.closedConfig())
+	w.leaks.Reset() // what was sent before the first start
+	d.stop()
+	if said := d.Output(); !strings.Contains(said, "cgtun cleanup") {
+		t.Errorf("a stop does not say how to open: %s", said)
+	}
+	w.blocked("after SIGTERM")
+	if _, errs, code := w.cgtun("status"); code != 1 || !strings.Contains(errs, "cleanup") {
+		t.Errorf("status while it is down: %d %s", code, errs)
+	}
+	rounds := 3
+	if labtest.Soak() {
+		rounds = 20
+	}
+	for range rounds {
+		d = w.start(w.closedConfig())
+		d.kill()
+		w.noLeak("after SIGKILL")
+	}
+	w.blocked("after SIGKILL")
+	w.machine.Run("nft", "flush", "ruleset")
+	w.blocked("after a flush")
+	w.noLeak("a sender that never stopped")
+	sender.Signal(syscall.SIGKILL)
+	_ = sender.Wait()
+
+	d = w.start(w.closedConfig())
+	if a := w.probe(inside, probe{Do: "dial", Network: "tcp", To: port(far4, 7000), Say: "x"}); a.Heard != "x" {
+		t.Errorf("after the next start: %+v", a)
+	}
+	d.kill()
+	if out, errs, code := w.cgtun("cleanup"); code != 0 {
+		t.Errorf("cleanup: %d %s %s", code, out, errs)
+	}
+	w.leaks.Reset()
+	if a := w.probe(inside, probe{Do: "dial", Network: "tcp", To: port(far4, 7000), Say: "x"}); a.Heard != "x" {
+		t.Errorf("after cleanup: %+v", a)
+	}
+	if w.leaks.Packets() == 0 {
+		t.Error("after cleanup nothing went by the uplink")
+	}
+	if diff := before.Diff(w.lab.Snapshot(w.machine)); diff != "" {
+		t.Errorf("the machine is not as it was:\n%s", diff)
+	}
+}
+
+// With on_exit = "open" new connections go the ordinary way at once, also after
+// a kill.
+func TestOpenIsOpenAtOnce(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.server.ServeEcho(":7000")
+	for _, how := range []string{"SIGTERM", "SIGKILL"} {
+		d := w.start(w.config(second))
+		if how == "SIGTERM" {
+			d.stop()
+		} else {
+			d.kill()
+		}
+		w.leaks.Reset()
+		for _, far := range []string{far4, far6} {
+			if a := w.probe(inside, probe{Do: "dial", Network: "tcp", To: port(far, 7000), Say: "x"}); a.Heard != "x" || a.Took > time.Second {
+				t.Errorf("after %s to %s: %+v", how, far, a)
+			}
+		}
+		if w.leaks.Packets() == 0 {
+			t.Errorf("after %s nothing went by the uplink", how)
 		}
 	}
-	if out, errs, code := w.cgtun("cleanup"); code != 0 {
-		t.Fatalf("cleanup: %d: %s%s", code, out, errs)
+	if _, errs, code := w.cgtun("cleanup"); code != 0 {
+		t.Errorf("cleanup: %d %s", code, errs)
 	}
-	if a := w.probe(inside, probe{Do: "dial", Network: "tcp", To: port(far4, 7000), Say: "x"}); a.Heard != "x" {
-		t.Errorf("opened: %+v", a)
-	}
-	w.unchanged(before, "cleanup")
 }
