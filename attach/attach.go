@@ -69,7 +69,8 @@ type Route struct {
 }
 
 // Gate is what holds back the selected tasks of namespaces that are not attached
-// yet: *cgroupsel.Selector is one. None of its methods is called for home.
+// yet: *cgroupsel.Selector is one. For home only Admit is called, where a route
+// is closed.
 type Gate interface {
 	// Arm begins to hold back. It is called once, when what was there at the
 	// start is attached.
@@ -181,6 +182,7 @@ func (m *Manager) Run(ctx context.Context, ready func()) (err error) {
 	defer events.close()
 
 	home := m.newSite(ns, Home)
+	home.doubted = true
 	if err := home.open(); err != nil {
 		return err
 	}

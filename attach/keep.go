@@ -110,7 +110,16 @@ func (s *site) ending(ctx context.Context, a *Attachment, err error) error {
 // admit lets the gate pass what leaves by our device. Not before something runs:
 // by then the namespace is set up, and what is in force is all of it.
 func (s *site) admit() error {
-	if s.m.opts.Gate == nil || s.home() || !s.doubted || !s.running() && !s.named() {
+	switch {
+	case s.m.opts.Gate == nil, !s.doubted:
+		return nil
+	case s.home():
+		// Steering guards there. It is for what outlives us that the gate knows
+		// the devices, too.
+		if !s.m.closed() {
+			return nil
+		}
+	case !s.running() && !s.named():
 		return nil
 	}
 	a := cgroupsel.Admission{Devices: make([]int, len(s.m.opts.Routes))}
