@@ -98,7 +98,7 @@ func TestHeldTaskGoesOnInTime(t *testing.T) {
 			sel := lab.Cgroup("sel")
 			sels := one(sel.Path)
 			sels[0].Closed = tt.closed
-			t.Cleanup(func() { cgroupsel.RemovePins(pinner) })
+			t.Cleanup(func() { removePins(t) })
 			s := newSelector(t, cgroupsel.Options{Selections: sels, Instance: pinner})
 			manage(t, s, undecided()).arm()
 			space, meter := newSpace(lab, "s")

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/cilium/ebpf"
@@ -35,7 +36,8 @@ import (
 // its own gate is shut; there is no time between. RemovePins is for cleanup.
 
 // What the name of the directory of an instance begins with, also while it is
-// being filled. A bpffs takes no dot.
+// being filled. Instance and cookie of home follow: in two homes instances can
+// have the same number. A bpffs takes no dot.
 const (
 	pinPrefix  = "cgtun_"
 	fillPrefix = "cgtunfill_"
@@ -44,6 +46,7 @@ const (
 // Pins are what an instance pinned.
 type Pins struct {
 	Instance string
+	Home     uint64 // cookie of the network namespace that it was started in
 	Dir      string // as seen from the mount namespace that it is in
 	Objects  int
 	PID      int // the live process that pinned them, 0: it is dead, or not seen from here
@@ -65,12 +68,11 @@ func findPins(instances []string) (found []Pins, err error) {
 	err = eachPlace(func(dir string) error {
 		entries, err := os.ReadDir(dir)
 		for _, e := range entries {
-			prefix, instance, _ := strings.Cut(e.Name(), "_")
-			if prefix+"_" != pinPrefix && prefix+"_" != fillPrefix {
-				continue
-			}
-			if e.IsDir() && (len(instances) == 0 || slices.Contains(instances, instance)) {
-				found = append(found, readPins(instance, filepath.Join(dir, e.Name())))
+			p, ok := parsePins(e.Name())
+			if ok && e.IsDir() && (len(instances) == 0 || slices.Contains(instances, p.Instance)) {
+				p.Dir = filepath.Join(dir, e.Name())
+				p.read()
+				found = append(found, p)
 			}
 		}
 		return err
@@ -81,18 +83,30 @@ func findPins(instances []string) (found []Pins, err error) {
 	return found, nil
 }
 
-// readPins looks into a directory of pins. What cannot be read is passed over:
-// then the instance counts as live.
-func readPins(instance, dir string) Pins {
-	p := Pins{Instance: instance, Dir: dir}
-	entries, _ := os.ReadDir(dir)
+// parsePins reads the name of a directory of pins.
+func parsePins(name string) (p Pins, ok bool) {
+	rest, ok := strings.CutPrefix(name, pinPrefix)
+	if !ok {
+		rest, ok = strings.CutPrefix(name, fillPrefix)
+	}
+	i := strings.LastIndexByte(rest, '_')
+	if !ok || i < 0 {
+		return p, false
+	}
+	home, err := strconv.ParseUint(rest[i+1:], 10, 64)
+	return Pins{Instance: rest[:i], Home: home}, err == nil
+}
+
+// read looks into the directory. What cannot be read is passed over: then the
+// instance counts as live.
+func (p *Pins) read() {
+	entries, _ := os.ReadDir(p.Dir)
 	p.Objects = len(entries)
 	for _, e := range entries {
-		p.maps = append(p.maps, mapsOf(filepath.Join(dir, e.Name()))...)
+		p.maps = append(p.maps, mapsOf(filepath.Join(p.Dir, e.Name()))...)
 	}
 	slices.Sort(p.maps)
 	p.maps = slices.Compact(p.maps)
-	return p
 }
 
 // holder is the process that has the map of selected cgroups open, as each live
@@ -112,13 +126,13 @@ func (p *Pins) holder() int {
 	return 0
 }
 
-// RemovePins takes away what a dead instance pinned, and so opens what it left
-// closed. It reports whether there was anything. It is for the caller to know
+// RemovePins takes away what a dead instance of a home pinned, and so opens what
+// it left closed. It reports whether there was anything. It is for the caller to know
 // that the instance is dead.
-func RemovePins(instance string) (bool, error) {
+func RemovePins(home uint64, instance string) (bool, error) {
 	removed := false
 	err := eachPlace(func(dir string) error {
-		for _, name := range pinDirs(instance) {
+		for _, name := range pinDirs(home, instance) {
 			ok, err := removePins(filepath.Join(dir, name))
 			if err != nil {
 				return err
@@ -133,8 +147,10 @@ func RemovePins(instance string) (bool, error) {
 	return removed, leavePlaces()
 }
 
-func pinDirs(instance string) []string {
-	return []string{pinPrefix + instance, fillPrefix + instance}
+// pinDirs are the names of the directory, when it is full and while it is filled.
+func pinDirs(home uint64, instance string) []string {
+	name := fmt.Sprintf("%s_%d", instance, home)
+	return []string{pinPrefix + name, fillPrefix + name}
 }
 
 // removePins removes a directory of pins. A link that is not pinned any more is
@@ -160,7 +176,7 @@ func removePins(dir string) (bool, error) {
 func (d *spaces) settle() error {
 	instance := d.s.opts.Instance
 	if len(d.s.opts.closed()) == 0 {
-		_, err := RemovePins(instance)
+		_, err := RemovePins(d.home, instance)
 		return err
 	}
 	return d.s.missing(FeaturePin, d.pin(instance))
@@ -178,7 +194,8 @@ func (d *spaces) pin(instance string) error {
 	if !p.lasting {
 		d.s.log.Warn("what is pinned goes with this mount namespace: after a kill it may be open", "dir", p.dir)
 	}
-	dir, fill := filepath.Join(p.dir, pinPrefix+instance), filepath.Join(p.dir, fillPrefix+instance)
+	names := pinDirs(d.home, instance)
+	dir, fill := filepath.Join(p.dir, names[0]), filepath.Join(p.dir, names[1])
 	err = p.in(func() error {
 		if err := p.prepare(); err != nil {
 			return err
@@ -220,11 +237,15 @@ func (h hooks) pin(name string) error {
 	return nil
 }
 
-// pinnedMaps are those that an instance of this name, live or dead, pinned.
-func pinnedMaps(instance string) (map[ebpf.MapID]bool, error) {
+// pinnedMaps are those that an instance of this name and home, live or dead,
+// pinned.
+func pinnedMaps(home uint64, instance string) (map[ebpf.MapID]bool, error) {
 	maps := make(map[ebpf.MapID]bool)
 	found, err := findPins([]string{instance})
 	for _, p := range found {
+		if p.Home != home {
+			continue
+		}
 		for _, id := range p.maps {
 			maps[id] = true
 		}

@@ -15,6 +15,21 @@ import (
 // pinner is an instance of this test process alone: pins are the machine's.
 var pinner = fmt.Sprintf("test%d", os.Getpid())
 
+// removePins removes those of pinner and returns how many there were.
+func removePins(t *testing.T) int {
+	t.Helper()
+	found, err := cgroupsel.FindPins(pinner)
+	if err != nil {
+		t.Error(err)
+	}
+	for _, p := range found {
+		if ok, err := cgroupsel.RemovePins(p.Home, p.Instance); !ok || err != nil {
+			t.Errorf("remove pins: %v, %v", ok, err)
+		}
+	}
+	return len(found)
+}
+
 // twoWays is a namespace with an uplink and, in place of a tun, a second link
 // that is preferred.
 //
@@ -81,7 +96,7 @@ func TestClosedStaysClosedAfterKill(t *testing.T) {
 			sels := one(sel.Path)
 			sels[0].Closed = tt.closed
 			opts := cgroupsel.Options{Selections: sels, Instance: pinner}
-			t.Cleanup(func() { cgroupsel.RemovePins(pinner) })
+			t.Cleanup(func() { removePins(t) })
 			senders := []*helper{startHelper(t, lab, home.space, sel, "sender"), startHelper(t, lab, space.space, sel, "sender")}
 			behind := []string{"nsenter", "--net=" + home.space.Path}
 			if tt.exec {
@@ -121,8 +136,8 @@ func TestClosedStaysClosedAfterKill(t *testing.T) {
 			if n := later.into.Packets() + later.beside.Packets(); n != 0 {
 				t.Errorf("%d packets from the unknown namespace", n)
 			}
-			if ok, err := cgroupsel.RemovePins(pinner); !ok || err != nil {
-				t.Errorf("remove pins: %v, %v", ok, err)
+			if n := removePins(t); n != 1 {
+				t.Errorf("%d directories of pins, want 1", n)
 			}
 			wantPins(t, pinner, false, 0)
 			if got := first(t, again, exec.Command("nsenter", "--net="+home.space.Path, self(t))); got != "sent" {
@@ -140,7 +155,7 @@ func TestNextStartTakesOverThePins(t *testing.T) {
 	sels := one(sel.Path)
 	sels[0].Closed = true
 	opts := cgroupsel.Options{Selections: sels, Instance: pinner}
-	t.Cleanup(func() { cgroupsel.RemovePins(pinner) })
+	t.Cleanup(func() { removePins(t) })
 	for range 3 {
 		owner := startOwner(t, lab, nil, opts)
 		owner.kill()

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"time"
 
+	"cgtun/internal/netns"
+
 	"github.com/cilium/ebpf"
 )
 
@@ -79,7 +81,11 @@ func (m *maps) free(instance string, want claim) error {
 		return fmt.Errorf("look for other instances: %w", err)
 	}
 	selfSel, _ := sel.ID()
-	pinned, err := pinnedMaps(instance)
+	home, err := netns.Home()
+	if err != nil {
+		return fmt.Errorf("look for other instances: %w", err)
+	}
+	pinned, err := pinnedMaps(home.Cookie(), instance)
 	if err != nil {
 		return err
 	}

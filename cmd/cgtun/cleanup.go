@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 
 	"cgtun/cgroupsel"
@@ -37,7 +38,7 @@ func runCleanup(ctx context.Context, c *call) error {
 	if st, _, err := client.Status(ctx); err == nil {
 		w.answers = strconv.Itoa(st.Instance)
 	}
-	err = errors.Join(w.tables(home), w.elsewhere(home), w.devices(home), w.pins(), w.stopped(), w.cgroups(), w.socket(client.Socket))
+	err = errors.Join(w.tables(home), w.elsewhere(home), w.devices(home), w.pins(home), w.stopped(), w.cgroups(), w.socket(client.Socket))
 	if err == nil && c.out.Len() == 0 {
 		fmt.Fprintln(c.out, "nothing was left")
 	}
@@ -91,21 +92,27 @@ func (w *cleaner) devices(home netns.Ref) error {
 	return err
 }
 
-// pins removes the programs that dead instances pinned.
-func (w *cleaner) pins() error {
+// pins removes the programs that dead instances of this home pinned, and of
+// homes that have ended.
+func (w *cleaner) pins(home netns.Ref) error {
 	found, err := cgroupsel.FindPins()
 	errs := []error{err}
 	for _, p := range found {
-		if p.PID != 0 || p.Instance == w.answers {
+		if p.PID != 0 || p.Home == home.Cookie() && p.Instance == w.answers || p.Home != home.Cookie() && exists(home, p.Home) {
 			continue
 		}
-		removed, err := cgroupsel.RemovePins(p.Instance)
+		removed, err := cgroupsel.RemovePins(p.Home, p.Instance)
 		if removed {
 			w.removed("pinned programs", p.Dir)
 		}
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
+}
+
+// exists says whether a network namespace other than home is there.
+func exists(home netns.Ref, cookie uint64) bool {
+	return slices.ContainsFunc(namespaces(home), func(ns netns.Ref) bool { return ns.Cookie() == cookie })
 }
 
 // stopped continues the processes that a killed instance left stopped, in the

@@ -42,17 +42,17 @@ func deadInstances(home netns.Ref, alive string) ([]dead, error) {
 		found[i].closed = found[i].closed || o.Closed
 		found[i].objects = append(found[i].objects, o.Kind+" "+o.Text)
 	}
-	return withPins(found, alive)
+	return withPins(found, home, alive)
 }
 
 // withPins adds what dead instances pinned: that is for blocks alone.
-func withPins(found []dead, alive string) ([]dead, error) {
+func withPins(found []dead, home netns.Ref, alive string) ([]dead, error) {
 	pins, err := cgroupsel.FindPins()
 	if err != nil {
 		return nil, fmt.Errorf("look for what dead instances left: %w", err)
 	}
 	for _, p := range pins {
-		if p.PID != 0 || p.Instance == alive {
+		if p.PID != 0 || p.Home != home.Cookie() || p.Instance == alive {
 			continue
 		}
 		i := slices.IndexFunc(found, func(d dead) bool { return d.instance == p.Instance })
