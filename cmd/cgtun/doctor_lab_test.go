@@ -149,6 +149,13 @@ func TestDoctorFindsWhatStopsIt(t *testing.T) {
 	is(t, w.doctorOf(1, nil, "-c", file), "device tun0", doctor.Error, "[tun]")
 	w.machine.Run("ip", "link", "del", "tun0")
 
+	w.machine.Run("nft", "add table inet fw; add chain inet fw out { type filter hook output priority 0; policy drop; }")
+	is(t, w.doctorOf(0, nil, "-c", file), "firewall", doctor.Warn, `nft insert rule inet fw out oifname "tun0" accept`)
+	w.machine.Run("nft", "delete table inet fw")
+	w.machine.Run("ip", "rule", "add", "fwmark", fmt.Sprint(w.number), "lookup", "77", "priority", "15000")
+	is(t, w.doctorOf(1, nil, "-c", file), "ip rules", doctor.Error, "ip rule del priority 15000")
+	w.machine.Run("ip", "rule", "del", "priority", "15000")
+
 	hidden := []string{"unshare", "--mount", "sh", "-c", `mount -t tmpfs none /dev/net && exec "$@"`, "sh"}
 	is(t, w.doctorOf(1, hidden, "-c", file), "tun", doctor.Error, "modprobe tun")
 
