@@ -79,6 +79,7 @@ func wantPins(t *testing.T, instance string, want bool, pid int) {
 // the tun, also of one that is made again, from home, from a namespace that was
 // attached, and from one that nobody knew.
 func TestClosedStaysClosedAfterKill(t *testing.T) {
+	labtest.Alone(t)
 	for _, tt := range []struct {
 		name   string
 		exec   bool // started by `ip netns exec`
@@ -150,6 +151,7 @@ func TestClosedStaysClosedAfterKill(t *testing.T) {
 // A start takes over what its dead predecessor left: shut until its own gate
 // is, and open after it if that is wanted now.
 func TestNextStartTakesOverThePins(t *testing.T) {
+	labtest.Alone(t)
 	lab, _, _ := newLab(t)
 	sel := lab.Cgroup("sel")
 	sels := one(sel.Path)

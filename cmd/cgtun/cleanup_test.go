@@ -19,6 +19,7 @@ import (
 // other instances are out of sight.
 func TestCleanupTakesOnlyOurs(t *testing.T) {
 	labtest.Need(t, labtest.Root, labtest.CgroupV2, labtest.Tool("unshare"))
+	labtest.Alone(t)
 	lab := labtest.New(t)
 	host, cg := lab.Host("left"), lab.Cgroup("top")
 	made := filepath.Join(cg.Dir, "made")

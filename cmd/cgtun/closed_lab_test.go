@@ -38,6 +38,7 @@ func (w *world) blocked(when string) {
 // a cgroup that was made again. The next start takes over; cleanup opens.
 func TestClosedStaysClosed(t *testing.T) {
 	t.Parallel()
+	labtest.Alone(t)
 	w := newWorld(t)
 	w.server.ServeEcho(":7000")
 	w.server.ServeUDPEcho(port(far4, 7000))
@@ -95,6 +96,7 @@ func TestClosedStaysClosed(t *testing.T) {
 // a kill.
 func TestOpenIsOpenAtOnce(t *testing.T) {
 	t.Parallel()
+	labtest.Alone(t)
 	w := newWorld(t)
 	w.server.ServeEcho(":7000")
 	for _, how := range []string{"SIGTERM", "SIGKILL"} {

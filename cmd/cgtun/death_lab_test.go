@@ -11,7 +11,6 @@ import (
 	"runtime"
 	"slices"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -42,16 +41,6 @@ func hold(q probe) error {
 	return nil
 }
 
-// making is held by tests that have cgroups made or dead instances cleaned up:
-// cleanup, and each start, look at the whole machine, and take what an instance
-// has made for left while that does not steer yet.
-var making sync.Mutex
-
-func makes(t *testing.T) {
-	making.Lock()
-	t.Cleanup(making.Unlock)
-}
-
 // created is a configuration that has a cgroup made, under one of the lab's.
 func (w *world) created(name string) (text, path string) {
 	path = w.sel.Path + "/" + name
@@ -72,7 +61,7 @@ func (w *world) unchanged(before labtest.State, what string) {
 // nothing is left. A cgroup that was made goes with it.
 func TestStopWithManyFlows(t *testing.T) {
 	t.Parallel()
-	makes(t)
+	labtest.Alone(t)
 	w := newWorld(t)
 	w.server.ServeEcho(":7000")
 	before := w.lab.Snapshot(w.machine)
@@ -103,7 +92,7 @@ func TestStopWithManyFlows(t *testing.T) {
 // takes the rest away.
 func TestKilledWhileStarting(t *testing.T) {
 	t.Parallel()
-	makes(t)
+	labtest.Alone(t)
 	w := newWorld(t)
 	echo := w.server.ServeEcho(":7000")
 	before := w.lab.Snapshot(w.machine)
@@ -138,7 +127,7 @@ func TestKilledWhileStarting(t *testing.T) {
 // the old things go, the new ones come, and go when it stops.
 func TestKilledThenStartedOtherwise(t *testing.T) {
 	t.Parallel()
-	makes(t)
+	labtest.Alone(t)
 	w := newWorld(t)
 	w.server.ServeEcho(":7000")
 	before := w.lab.Snapshot(w.machine)
@@ -216,7 +205,7 @@ func TestTakenIsRefused(t *testing.T) {
 // beside it, each with its cgroup; cleanup leaves both alone.
 func TestTwoInstances(t *testing.T) {
 	t.Parallel()
-	makes(t)
+	labtest.Alone(t)
 	w := newWorld(t)
 	echo := w.server.ServeEcho(":7000")
 	sel2, self2 := w.lab.Cgroup("sel2"), w.lab.Cgroup("daemon2")

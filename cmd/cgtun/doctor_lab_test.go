@@ -54,6 +54,7 @@ func is(t *testing.T, found map[string]doctor.Result, name string, state doctor.
 // doctor before the start, beside a daemon, after its death, and after cleanup.
 func TestDoctorThroughTheLifeOfADaemon(t *testing.T) {
 	t.Parallel()
+	labtest.Alone(t)
 	w := newWorld(t)
 	text := w.config(second)
 	file := w.write(text)
@@ -86,6 +87,7 @@ func TestDoctorThroughTheLifeOfADaemon(t *testing.T) {
 // What a dead instance blocks on purpose is said, and how to open it.
 func TestClosedBlockIsSaid(t *testing.T) {
 	t.Parallel()
+	labtest.Alone(t)
 	w := newWorld(t)
 	ns, err := netns.Named(w.machine.Path)
 	if err != nil {
@@ -142,6 +144,7 @@ func TestQuestionsAboutNobodyAndItself(t *testing.T) {
 // What stops cgtun is an error, and says what mends it.
 func TestDoctorFindsWhatStopsIt(t *testing.T) {
 	t.Parallel()
+	labtest.Alone(t)
 	labtest.Need(t, labtest.Tool("unshare"))
 	w := newWorld(t)
 	file := w.write(w.config(second))

@@ -17,6 +17,7 @@ import (
 //	home ("cleanup")      away (cgtun_4242 of home, cgtun_4243 of elsewhere)
 func TestCleanupLooksElsewhere(t *testing.T) {
 	labtest.Need(t, labtest.Root, labtest.CgroupV2, labtest.Tool("unshare"), labtest.Tool("nft"))
+	labtest.Alone(t)
 	lab := labtest.New(t)
 	home, away, cg := lab.Host("home"), lab.Host("away"), lab.Cgroup("top")
 	ref, err := netns.Named(home.Path)

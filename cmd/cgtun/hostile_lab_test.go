@@ -84,7 +84,7 @@ func spray(q probe) error {
 // SIGTERM at any point of the start: the system is as it was.
 func TestStopWhileStarting(t *testing.T) {
 	t.Parallel()
-	makes(t)
+	labtest.Alone(t)
 	w := newWorld(t)
 	before := w.lab.Snapshot(w.machine)
 	text, _ := w.created("made")

@@ -426,6 +426,7 @@ func TestNamespacesEndWithTheirLastProcess(t *testing.T) {
 // takes over, and after cleanup nothing is left in any of them.
 func TestKilledWithNamespaces(t *testing.T) {
 	t.Parallel()
+	labtest.Alone(t)
 	w := newWorld(t)
 	w.routed()
 	w.server.ServeUDPEcho(port(far4, 7000))

@@ -39,7 +39,7 @@ func stream(q probe) error {
 // another namespace, until cleanup.
 func TestClosedOutlivesKillInEveryNamespace(t *testing.T) {
 	t.Parallel()
-	makes(t)
+	labtest.Alone(t)
 	w := newWorld(t)
 	w.routed()
 	w.server.ServeUDPEcho(port(far4, 7000))
