@@ -210,6 +210,7 @@ func TestSelectedTakeTheTransparentProxy(t *testing.T) {
 			}
 			w.far.Start("ss-server", "-c", config, "-u")
 			w.home.Start("ss-redir", "-c", config, "-u", "-T")
+			w.leaks = w.router.Meter(nil, []string{server4, server6}) // but for what the proxy sends to its server
 			p := w.plan()
 			p.Device, p.Via = "", steer.Via{TProxy: netip.MustParseAddrPort("127.0.0.1:12345")}
 			w.steer(p)
