@@ -5,6 +5,7 @@ import (
 	"net"
 	"os"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -77,7 +78,10 @@ func TestClosedOutlivesKillInEveryNamespace(t *testing.T) {
 		labtest.Eventually(t, patience(), up, "attached again")
 		w.noLeak("started again")
 	}
-	d.stop()
+	d.Signal(syscall.SIGTERM) // how long that may take is for other tests
+	if err := d.Wait(); err != nil {
+		t.Errorf("cgtun ended with %v", err)
+	}
 	time.Sleep(500 * time.Millisecond)
 	w.noLeak("stopped")
 	if _, errs, code := w.cgtun("status"); code != 1 || !strings.Contains(errs, "cgtun cleanup") {
