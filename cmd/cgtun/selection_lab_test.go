@@ -64,8 +64,8 @@ func TestGlobsCaptureFromTheFirstDatagram(t *testing.T) {
 	}
 	labtest.Eventually(t, patience(), func() bool { return got.Packets() >= uint64(rounds) }, "all datagrams have arrived")
 	w.noLeak("selected by globs")
-	if n := w.status().Counters.FlowsTotal; n != uint64(rounds) {
-		t.Errorf("%d flows, want %d", n, rounds)
+	if n, _ := w.device(); n < uint64(rounds) {
+		t.Errorf("%d packets went into the tun, want %d", n, rounds)
 	}
 	w.shout(filepath.Join(w.sel.Dir+"-a", "jobs"), far4+"/7000")
 	if n := w.leaks.Packets(); n != 1 {
