@@ -2,6 +2,7 @@ package attach
 
 import (
 	"cmp"
+	"fmt"
 	"maps"
 	"net/netip"
 	"path"
@@ -59,11 +60,8 @@ func (s *site) states() []State {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	base := State{ID: s.id, NetnsIno: s.ns.Inode(), State: s.state, Err: s.err, Since: s.since}
-	switch name := s.ns.String(); {
-	case isContainer(s.id):
+	if base.Netns = s.ns.Name(); base.Netns == "" && isContainer(s.id) {
 		base.Container = s.id
-	case !s.home() && name == s.id && !strings.HasPrefix(name, anonymous):
-		base.Netns = name
 	}
 	if len(s.attached) == 0 || s.state != StateUp && !s.home() {
 		return []State{base}
@@ -146,22 +144,19 @@ func (s *site) served() *Attachment {
 	return nil
 }
 
-const (
-	anonymous = "netns-"
-	// shownDigits is how many digits of its id name a container.
-	shownDigits = 12
-)
+// shownDigits is how many digits of its id name a container.
+const shownDigits = 12
 
-// siteID names a namespace: by the container that its first task is of, as
-// docker and its kin name their cgroups, else as the namespace is called.
+// siteID names a namespace: by its name of ip-netns(8), else by the container
+// that its first task is of, as docker and its kin name their cgroups.
 func siteID(news []cgroupsel.Namespace, cgroupPath func(uint64) (string, bool)) string {
-	name := news[0].Ref.String()
-	if cgroupPath == nil || !strings.HasPrefix(name, anonymous) {
+	ref := news[0].Ref
+	if name := ref.Name(); name != "" {
 		return name
 	}
 	var p string
 	for _, n := range news {
-		if n.Cgroup != 0 {
+		if n.Cgroup != 0 && cgroupPath != nil {
 			p, _ = cgroupPath(n.Cgroup)
 		}
 	}
@@ -172,7 +167,7 @@ func siteID(news []cgroupsel.Namespace, cgroupPath func(uint64) (string, bool)) 
 	if len(base) == 64 && strings.Trim(base, "0123456789abcdef") == "" {
 		return base[:shownDigits]
 	}
-	return name
+	return fmt.Sprintf("netns-%d", ref.Inode())
 }
 
 func isContainer(id string) bool {

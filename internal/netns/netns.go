@@ -91,6 +91,21 @@ func Named(nameOrPath string) (Ref, error) {
 	return r, nil
 }
 
+// Name returns the name of ip-netns(8) that the namespace has now, "" for none.
+func (r Ref) Name() string {
+	entries, err := os.ReadDir(namesDir)
+	if err != nil {
+		return ""
+	}
+	for _, e := range entries {
+		var st unix.Stat_t
+		if unix.Stat(filepath.Join(namesDir, e.Name()), &st) == nil && st.Ino == r.inode {
+			return e.Name()
+		}
+	}
+	return ""
+}
+
 // Inode returns the inode number by which ip-netns(8), lsns(8) and
 // /proc/PID/ns/net show the namespace. A later namespace may get it again.
 func (r Ref) Inode() uint64 { return r.inode }

@@ -55,6 +55,9 @@ func TestDoRunsInsideAndComesBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	before := here(t)
+	if other, err := netns.Named("/run/netns/" + name); err != nil || other.Name() != name || ref.Name() != name {
+		t.Errorf("names %q, %q, %v", other.Name(), ref.Name(), err)
+	}
 	if ref.Inode() == before || ref.IsHome() || ref.String() != name {
 		t.Fatalf("ref %v inode %d, here %d", ref, ref.Inode(), before)
 	}
