@@ -85,10 +85,6 @@ func isNot[T comparable](served T) func(any) bool {
 	return func(v any) bool { return v != any(served) }
 }
 
-func isString(unserved func(string) bool) func(any) bool {
-	return func(v any) bool { return unserved(v.(string)) }
-}
-
 // served reports each written value that is not served, and puts stand-ins in
 // the place of unwritten ones.
 func (d *decoder) served(l *layout) {

@@ -1,11 +1,11 @@
 package steer
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 
 	mdl "github.com/mdlayher/netlink"
-	"github.com/mdlayher/netlink/nlenc"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -19,6 +19,8 @@ const (
 	nhaID, nhaOIF = 1, 5
 	rtaNhID       = 30
 )
+
+func word(n uint32) []byte { return binary.NativeEndian.AppendUint32(nil, n) }
 
 // nexthops makes nexthop objects in the namespace of the calling thread.
 type nexthops struct {
@@ -83,9 +85,9 @@ func (n *nexthops) find(family byte) uint32 {
 			switch {
 			case len(a.Data) != 4:
 			case a.Type == nhaID:
-				id = nlenc.Uint32(a.Data)
+				id = binary.NativeEndian.Uint32(a.Data)
 			case a.Type == nhaOIF:
-				oif = nlenc.Uint32(a.Data)
+				oif = binary.NativeEndian.Uint32(a.Data)
 			}
 		}
 		if oif == uint32(n.link) {
@@ -100,7 +102,7 @@ func (n *nexthops) message(kind int, family byte, flags mdl.HeaderFlags) mdl.Mes
 	if flags&mdl.Dump == mdl.Dump {
 		head[2] = 0 // the kernel lists those of a device, not of a protocol
 	}
-	oif := attribute(nhaOIF, nlenc.Uint32Bytes(uint32(n.link)))
+	oif := attribute(nhaOIF, word(uint32(n.link)))
 	return mdl.Message{
 		Header: mdl.Header{Type: mdl.HeaderType(kind), Flags: mdl.Request | flags},
 		Data:   append(head, oif...),
@@ -111,8 +113,8 @@ func (n *nexthops) message(kind int, family byte, flags mdl.HeaderFlags) mdl.Mes
 func (n *nexthops) throw(k routeKey, table int, id uint32, flags mdl.HeaderFlags) error {
 	data := []byte{byte(familyOf(k.dst.Addr())), byte(k.dst.Bits()), 0, 0, unix.RT_TABLE_UNSPEC, Protocol, unix.RT_SCOPE_UNIVERSE, unix.RTN_THROW, 0, 0, 0, 0}
 	data = append(data, attribute(unix.RTA_DST, k.dst.Addr().AsSlice())...)
-	data = append(data, attribute(unix.RTA_TABLE, nlenc.Uint32Bytes(uint32(table)))...)
-	data = append(data, attribute(rtaNhID, nlenc.Uint32Bytes(id))...)
+	data = append(data, attribute(unix.RTA_TABLE, word(uint32(table)))...)
+	data = append(data, attribute(rtaNhID, word(id))...)
 	_, err := n.conn.Execute(mdl.Message{
 		Header: mdl.Header{Type: unix.RTM_NEWROUTE, Flags: mdl.Request | mdl.Acknowledge | mdl.Create | flags},
 		Data:   data,
@@ -142,7 +144,7 @@ func delNexthops(family byte, routes []netlink.Route) error {
 		if id := n.find(family); id != 0 {
 			m := mdl.Message{
 				Header: mdl.Header{Type: unix.RTM_DELNEXTHOP, Flags: mdl.Request | mdl.Acknowledge},
-				Data:   append(make([]byte, 8), attribute(nhaID, nlenc.Uint32Bytes(id))...),
+				Data:   append(make([]byte, 8), attribute(nhaID, word(id))...),
 			}
 			if _, err := n.conn.Execute(m); err != nil && !errors.Is(err, unix.ENOENT) {
 				errs = append(errs, fmt.Errorf("delete nexthop %d: %w", id, err))
@@ -156,6 +158,6 @@ func delNexthops(family byte, routes []netlink.Route) error {
 // attribute is one rtnetlink attribute; all of ours are of whole words or
 // addresses, and need no padding.
 func attribute(kind uint16, data []byte) []byte {
-	b := append(nlenc.Uint16Bytes(uint16(4+len(data))), nlenc.Uint16Bytes(kind)...)
+	b := binary.NativeEndian.AppendUint16(binary.NativeEndian.AppendUint16(nil, uint16(4+len(data))), kind)
 	return append(b, data...)
 }

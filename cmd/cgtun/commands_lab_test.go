@@ -250,7 +250,8 @@ func TestRunOfTheRealDaemon(t *testing.T) {
 	if got := cgroupOf("run", "-cgroup", w.sel.Path+"/new/below"); got != w.sel.Path+"/new/below" {
 		t.Errorf("run -cgroup of a new one is in %s", got)
 	}
-	direct := w.sel.Command(in(w.machine, append([]string{"run", "-direct", "--", "env"}, probeArgs(probe{Do: "dial", Network: "tcp", To: port(far4, 7000), Say: "x"})...)...))
+	direct := w.sel.In(context.Background(), w.machine, w.program(), append([]string{"-s", w.socket, "run", "-direct", "--", "env"},
+		probeArgs(probe{Do: "dial", Network: "tcp", To: port(far4, 7000), Say: "x"})...)...)
 	if out, errs, code := result(t, direct); code != 0 || !strings.Contains(out, `"Heard":"x"`) {
 		t.Errorf("run -direct: %d %s%s", code, out, errs)
 	}

@@ -3,6 +3,7 @@ package main_test
 import (
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -23,10 +24,11 @@ func (w *world) shout(dir, to string) {
 		w.t.Fatal(err)
 	}
 	defer f.Close()
-	cmd := w.machine.Command(w.t.Context(), "bash", "-c", "echo first >/dev/udp/"+to)
+	// Born of a thread in the machine: nothing selected is ever elsewhere.
+	cmd := exec.CommandContext(w.t.Context(), "bash", "-c", "echo first >/dev/udp/"+to)
 	cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(f.Fd())}
-	if out, err := cmd.CombinedOutput(); err != nil {
-		w.t.Fatalf("datagram: %v: %s", err, out)
+	if err := w.machine.Do(cmd.Run); err != nil {
+		w.t.Fatalf("datagram: %v", err)
 	}
 	labtest.Eventually(w.t, patience(), func() bool { return os.Remove(dir) == nil }, "remove "+dir)
 }
