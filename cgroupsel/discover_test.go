@@ -155,11 +155,11 @@ func TestMovedProcessBringsItsNamespace(t *testing.T) {
 // once, and holds nobody.
 func TestOfflineNamespaceIsLookedAtAgain(t *testing.T) {
 	m := &manager{}
-	m.Decide = func(ns cgroupsel.Namespace) {
+	m.decide(func(ns cgroupsel.Namespace) {
 		if err := m.s.Admit(ns.Ref, cgroupsel.Admission{Offline: true}); err != nil {
 			t.Error(err)
 		}
-	}
+	})
 	lab, sel, s := armed(t, m)
 	space, _ := newSpace(lab, "s")
 	p := stay(t, lab, space, sel)
@@ -223,11 +223,11 @@ func TestManyShortNamespacesLeaveNothing(t *testing.T) {
 	labtest.Need(t, labtest.Tool("unshare"))
 	m := &manager{}
 	_, sel, s := armed(t, m)
-	m.Decide = func(ns cgroupsel.Namespace) {
+	m.decide(func(ns cgroupsel.Namespace) {
 		if err := s.Admit(ns.Ref, cgroupsel.Admission{Devices: []int{7}}); err != nil {
 			t.Error(err)
 		}
-	}
+	})
 	cmd := exec.Command("sh", "-c", "for i in $(seq 50); do unshare -n true || exit 1; done")
 	if out, err := sel.Command(cmd).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)

@@ -118,11 +118,11 @@ func TestGuardDropsMarkedPacketsBesideTheTun(t *testing.T) {
 	lab, sel, s := armed(t, m)
 	space, meter := newSpace(lab, "s")
 	eth0 := device(t, space, "eth0")
-	m.Decide = func(ns cgroupsel.Namespace) {
+	m.decide(func(ns cgroupsel.Namespace) {
 		if err := s.Admit(ns.Ref, cgroupsel.Admission{Devices: []int{eth0}}); err != nil {
 			t.Error(err)
 		}
-	}
+	})
 	p := stay(t, lab, space, sel)
 	ns, _ := m.find(space)
 	for _, tt := range []struct {

@@ -137,6 +137,7 @@ func TestHeldTaskGoesOnWhenTheReaderIsStuck(t *testing.T) {
 	defer func() { goOn() }()
 	p := stopFirst(t, lab, space, sel, false)
 	labtest.Eventually(t, 10*time.Second, func() bool { return state(p.Pid) != 'T' }, "it goes on")
+	says(t, p, denied) // before somebody can decide otherwise
 	// Nobody is held while nobody gives signs of life.
 	labtest.Eventually(t, 10*time.Second, func() bool {
 		cmd := exec.Command("nsenter", "--net="+space.Path, "true")
@@ -144,7 +145,6 @@ func TestHeldTaskGoesOnWhenTheReaderIsStuck(t *testing.T) {
 	})
 	goOn()
 	goOn = func() {}
-	says(t, p, denied)
 }
 
 func TestHeldTaskGoesOnWhenTheOwnerIsKilled(t *testing.T) {

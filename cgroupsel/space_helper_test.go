@@ -189,6 +189,13 @@ func (m *manager) arm() *manager {
 	return m
 }
 
+// decide has f called from now on: m runs already, as f needs its selector.
+func (m *manager) decide(f func(cgroupsel.Namespace)) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.Decide = f
+}
+
 func (m *manager) reconcile(now cgroupsel.Snapshot) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
