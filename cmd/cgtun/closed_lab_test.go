@@ -57,8 +57,11 @@ func TestClosedStaysClosed(t *testing.T) {
 		t.Errorf("status while it is down: %d %s", code, errs)
 	}
 	rounds := 3
-	if labtest.Soak() {
+	switch {
+	case labtest.Soak():
 		rounds = 20
+	case testing.Short():
+		rounds = 1
 	}
 	for range rounds {
 		d = w.start(w.closedConfig())

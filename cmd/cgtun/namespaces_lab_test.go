@@ -179,11 +179,14 @@ func TestStepsInNamespacesAreCapturedFromTheFirstPacket(t *testing.T) {
 	w.server.ServeUDPEcho(port(far4, 7000))
 	w.server.ServeUDPEcho(port(far6, 7000))
 	w.start(w.config(second))
-	steps := 40
-	if labtest.Soak() {
+	steps, loops := 40, 8
+	switch {
+	case labtest.Soak():
 		steps = 500
+	case testing.Short():
+		steps, loops = 10, 2
 	}
-	for range 8 {
+	for range loops {
 		w.lab.StartCommand(exec.Command("sh", "-c", "while :; do :; done"))
 	}
 	for n := range steps {
@@ -344,8 +347,11 @@ func TestManyNamespacesAtOnce(t *testing.T) {
 	w.routed()
 	d := w.start(w.config(second))
 	n := 50
-	if labtest.Soak() {
+	switch {
+	case labtest.Soak():
 		n = 200
+	case testing.Short():
+		n = 15
 	}
 	before := memoryOf(t, d.pid(), "VmRSS")
 	var all []*waiting
@@ -389,11 +395,11 @@ func TestNamespacesEndWithTheirLastProcess(t *testing.T) {
 	w.server.ServeEcho(":7000")
 	w.start(w.config(second))
 	rounds := 100
-	if labtest.Soak() {
+	switch {
+	case labtest.Soak():
 		rounds = 1000
-	}
-	if raceEnabled {
-		rounds /= 5
+	case testing.Short():
+		rounds = 10
 	}
 	const atOnce = 10
 	for round := 0; round < rounds; round += atOnce {
@@ -450,8 +456,11 @@ func TestKilledWithNamespaces(t *testing.T) {
 	}
 	machine := w.lab.Snapshot(w.machine)
 	kills := 10
-	if labtest.Soak() {
+	switch {
+	case labtest.Soak():
 		kills = 50
+	case testing.Short():
+		kills = 4
 	}
 	for i := range kills {
 		d := &daemon{Proc: w.lab.StartCommand(w.daemonCommand(w.config(second))), w: w}

@@ -46,8 +46,11 @@ func TestGlobsCaptureFromTheFirstDatagram(t *testing.T) {
 		fmt.Sprintf("[%q, %q, %q]", w.sel.Path, w.sel.Path+"-*/job-*", w.sel.Path+"x/**/leaf"), 1)
 	w.start(text)
 	rounds := 200
-	if labtest.Soak() {
+	switch {
+	case labtest.Soak():
 		rounds = 5000
+	case testing.Short():
+		rounds = 40
 	}
 	w.lab.Cgroup("sel-a")
 	w.lab.Cgroup("selx/1/2/3/4/5")
