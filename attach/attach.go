@@ -106,6 +106,7 @@ type Manager struct {
 	again  chan struct{} // holds one token: the picture is new
 	picked atomic.Pointer[cgroupsel.Snapshot]
 	from   netns.Ref // where the devices of other namespaces are made
+	deaf   error     // why events tell of home alone; set before there are other sites
 
 	mu       sync.Mutex
 	own      []netip.Prefix                 // home's addresses
@@ -180,6 +181,9 @@ func (m *Manager) Run(ctx context.Context, ready func()) (err error) {
 		return err
 	}
 	defer events.close()
+	if m.deaf = events.deaf; m.deaf != nil {
+		m.opts.Logger.Warn("other namespaces are looked at each second instead of at once", "err", m.deaf)
+	}
 
 	home := m.newSite(ns, Home)
 	home.doubted = true

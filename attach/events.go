@@ -38,14 +38,17 @@ var eventGroups = map[int][]int{
 }
 
 // events are the sockets. Who opened them closes them.
-type events []*os.File
+type events struct {
+	files []*os.File
+	deaf  error // why they tell of home alone (CAP_NET_BROADCAST is missing); nil: they do not
+}
 
 // openEvents opens them in the namespace it runs in.
 func openEvents() (e events, err error) {
 	defer func() {
 		if err != nil {
 			e.close()
-			e, err = nil, fmt.Errorf("follow the network: %w", err)
+			err = fmt.Errorf("follow the network: %w", err)
 		}
 	}()
 	for protocol, groups := range eventGroups {
@@ -53,14 +56,14 @@ func openEvents() (e events, err error) {
 		if err != nil {
 			return e, os.NewSyscallError("socket", err)
 		}
-		e = append(e, os.NewFile(uintptr(fd), "netlink"))
+		e.files = append(e.files, os.NewFile(uintptr(fd), "netlink"))
 		// A socket without an address is taken for the kernel's own, which
 		// is not told what it did itself.
 		if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 			return e, os.NewSyscallError("bind", err)
 		}
 		if err := unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_LISTEN_ALL_NSID, 1); err != nil {
-			return e, os.NewSyscallError("setsockopt", err)
+			e.deaf = fmt.Errorf("listen to the events of all network namespaces: %w", err)
 		}
 		for _, group := range groups {
 			if err := unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, group); err != nil {
@@ -72,7 +75,7 @@ func openEvents() (e events, err error) {
 }
 
 func (e events) close() {
-	for _, f := range e {
+	for _, f := range e.files {
 		f.Close()
 	}
 }
@@ -81,14 +84,14 @@ func (e events) close() {
 // changed, and all when that is not known, until ctx ends.
 func (e events) run(ctx context.Context, log *slog.Logger, changed func(number int), all func()) {
 	stop := context.AfterFunc(ctx, func() {
-		for _, f := range e {
+		for _, f := range e.files {
 			_ = f.SetReadDeadline(time.Unix(1, 0))
 		}
 	})
 	defer stop()
 	var readers sync.WaitGroup
 	defer readers.Wait()
-	for _, f := range e {
+	for _, f := range e.files {
 		readers.Go(func() {
 			if err := read(f, changed, all); err != nil && ctx.Err() == nil {
 				log.Error("changes of the network are not told any more", "err", err)

@@ -68,7 +68,9 @@ func (s *site) keep(ctx context.Context, served <-chan error, look <-chan time.T
 			if s.idles() {
 				return errIdle
 			}
-			continue
+			if s.m.deaf == nil {
+				continue
+			}
 		case <-calmed:
 			again, calmed = s.again, nil
 			continue

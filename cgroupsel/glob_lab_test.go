@@ -125,12 +125,16 @@ func TestUnitIsCapturedThroughRestarts(t *testing.T) {
 	if say := p.told(); say.Error != "" || len(say.Cgroups) != 0 {
 		t.Errorf("it says %+v", say)
 	}
-	for i := range 50 {
+	restarts := 50
+	if testing.Short() {
+		restarts = 10
+	}
+	for i := range restarts {
 		// Slice= of the unit can change with a restart, too.
-		slice := []string{"system.slice", "ci.slice/ci-heavy.slice"}[i/25]
+		slice := []string{"system.slice", "ci.slice/ci-heavy.slice"}[2*i/restarts]
 		bornIn(t, h, filepath.Join(outer.Dir, slice, "ci.service"))
 	}
-	m.want(50, true, "after each start of the unit")
+	m.want(restarts, true, "after each start of the unit")
 	send(t, lab, h, lab.Cgroup("outer/a.slice/a-b.slice/x.service"))
 	m.want(1, true, "in a unit of the slice")
 	send(t, lab, h, lab.Cgroup("outer/system.slice/other.service"))

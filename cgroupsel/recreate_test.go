@@ -17,8 +17,11 @@ import (
 
 // soakRounds is how often cgroups are made again: CGTUN_SOAK=1 is the full number.
 func soakRounds() int {
-	if os.Getenv("CGTUN_SOAK") == "1" {
+	switch {
+	case labtest.Soak():
 		return 5000
+	case testing.Short():
+		return 40
 	}
 	return 200
 }
