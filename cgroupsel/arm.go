@@ -24,7 +24,7 @@ func (s *Selector) trace() error {
 	if err := s.allowed(FeatureMkdir); err != nil {
 		return err
 	}
-	l, err := readLayout()
+	l, err := s.readLayout()
 	if err != nil {
 		return err
 	}

@@ -87,11 +87,11 @@ func (s *Selector) openSpaces() (*spaces, error) {
 	if err != nil {
 		return nil, err
 	}
-	l, err := readLayout()
+	l, err := s.readLayout()
 	if err != nil {
 		return nil, err
 	}
-	t, err := readTaskLayout()
+	t, err := s.readTaskLayout()
 	if err != nil {
 		return nil, err
 	}

@@ -27,9 +27,9 @@ type taskLayout struct {
 	seq                                       int32 // struct bpf_iter_meta
 }
 
-func readTaskLayout() (*taskLayout, error) {
+func (s *Selector) readTaskLayout() (*taskLayout, error) {
 	var t taskLayout
-	err := readOffsets([]member{
+	err := s.readOffsets([]member{
 		{"task_struct", "nsproxy", &t.nsproxy},
 		{"task_struct", "cgroups", &t.cgroups},
 		{"task_struct", "tgid", &t.tgid},

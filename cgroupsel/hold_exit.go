@@ -17,8 +17,8 @@ const exitTracepoint = "sched_process_exit"
 // their type. bpf_send_signal_task is the youngest (6.13).
 type kfuncs struct{ taskFromPID, sendSignal, taskRelease btf.TypeID }
 
-func readKfuncs() (*kfuncs, error) {
-	spec, err := btf.LoadKernelSpec()
+func (s *Selector) readKfuncs() (*kfuncs, error) {
+	spec, err := s.types()
 	if err != nil {
 		return nil, fmt.Errorf("read kernel types: %w", err)
 	}
@@ -51,7 +51,7 @@ func callKernel(id btf.TypeID) asm.Instruction {
 // attachExit attaches the program for the end of a process, the best that this
 // kernel takes.
 func (d *spaces) attachExit() error {
-	k, err := readKfuncs()
+	k, err := d.s.readKfuncs()
 	if err == nil {
 		err = d.s.allowed(featureLetGo)
 	}

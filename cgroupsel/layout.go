@@ -22,9 +22,9 @@ type member struct {
 
 // readLayout asks the kernel's own type information (CONFIG_DEBUG_INFO_BTF),
 // so that no header and no compiler are needed.
-func readLayout() (*layout, error) {
+func (s *Selector) readLayout() (*layout, error) {
 	var l layout
-	err := readOffsets([]member{
+	err := s.readOffsets([]member{
 		{"cgroup", "self", &l.cgroupSelf},
 		{"cgroup", "kn", &l.cgroupKn},
 		{"cgroup", "root", &l.cgroupRoot},
@@ -35,18 +35,18 @@ func readLayout() (*layout, error) {
 	return &l, err
 }
 
-// readOffsets finds members in the kernel's types: some 75 ms.
-func readOffsets(members []member) error {
-	spec, err := btf.LoadKernelSpec()
+// readOffsets finds members in the kernel's types.
+func (s *Selector) readOffsets(members []member) error {
+	spec, err := s.types()
 	if err != nil {
 		return fmt.Errorf("read kernel types: %w", err)
 	}
 	for _, m := range members {
-		var s *btf.Struct
-		if err := spec.TypeByName(m.typ, &s); err != nil {
+		var t *btf.Struct
+		if err := spec.TypeByName(m.typ, &t); err != nil {
 			return fmt.Errorf("find struct %s: %w", m.typ, err)
 		}
-		off, ok := offsetOf(s.Members, m.name)
+		off, ok := offsetOf(t.Members, m.name)
 		if !ok {
 			return fmt.Errorf("find %s in struct %s: this kernel has none", m.name, m.typ)
 		}

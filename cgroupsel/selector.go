@@ -12,6 +12,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/cilium/ebpf/btf"
+
 	"cgtun/internal/netns"
 )
 
@@ -118,8 +120,9 @@ type Selector struct {
 	root   hooks   // the socket programs at the root
 	spaces *spaces // nil: no namespaces are found
 	held   bool
-	each   *each         // nil: not used
-	full   atomic.Uint64 // Counters.Full, as Run last saw it
+	types  func() (*btf.Spec, error) // the kernel's, read at the first call, as that takes some 75 ms; New alone asks
+	each   *each                     // nil: not used
+	full   atomic.Uint64             // Counters.Full, as Run last saw it
 	rivals map[[2]int]bool
 	every  time.Duration
 
@@ -151,9 +154,11 @@ func New(o Options) (*Selector, error) {
 		return nil, err
 	}
 	s := &Selector{opts: o, log: o.Logger, tree: t, ids: newIDCache(t), every: lookAgain, names: newNames(o), plain: o.plain(), pick: pick, rivals: make(map[[2]int]bool)}
+	s.types = sync.OnceValues(btf.LoadKernelSpec)
 	if err := s.begin(); err != nil {
 		return nil, errors.Join(err, s.Close())
 	}
+	s.types = nil // some megabytes
 	return s, nil
 }
 
