@@ -45,7 +45,7 @@ func prefixesInUse(h *netlink.Handle) (inUse, error) {
 	}
 	var used inUse
 	for _, a := range addrs {
-		if p, ok := prefixOf(a.IPNet); ok {
+		if p, ok := PrefixOf(a.IPNet); ok {
 			used = append(used, holding{p, fmt.Sprintf("address %s on %s", p, names[a.LinkIndex])})
 		}
 	}
@@ -56,7 +56,7 @@ func prefixesInUse(h *netlink.Handle) (inUse, error) {
 			return nil, fmt.Errorf("list routes: %w", err)
 		}
 		for _, r := range routes {
-			p, ok := prefixOf(r.Dst)
+			p, ok := PrefixOf(r.Dst)
 			if ok && p.Bits() > 0 && !p.Addr().IsMulticast() {
 				used = append(used, holding{p, fmt.Sprintf("route %s dev %s", p, names[r.LinkIndex])})
 			}
@@ -193,7 +193,9 @@ func isV6Off(err error) bool {
 		errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EAFNOSUPPORT)
 }
 
-func prefixOf(n *net.IPNet) (netip.Prefix, bool) {
+// PrefixOf turns what the netlink library gives for an address or a destination
+// into a prefix; false where there is none.
+func PrefixOf(n *net.IPNet) (netip.Prefix, bool) {
 	if n == nil {
 		return netip.Prefix{}, false
 	}

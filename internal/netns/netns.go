@@ -91,20 +91,22 @@ func Named(nameOrPath string) (Ref, error) {
 	return r, nil
 }
 
-// Name returns the name of ip-netns(8) that the namespace has now, "" for none.
-func (r Ref) Name() string {
-	entries, err := os.ReadDir(namesDir)
-	if err != nil {
-		return ""
-	}
+// Names returns the names of ip-netns(8) that there are now, by the inode of what
+// they lead to; of several the first.
+func Names() map[uint64]string {
+	entries, _ := os.ReadDir(namesDir) // without it there are none
+	names := make(map[uint64]string, len(entries))
 	for _, e := range entries {
 		var st unix.Stat_t
-		if unix.Stat(filepath.Join(namesDir, e.Name()), &st) == nil && st.Ino == r.inode {
-			return e.Name()
+		if unix.Stat(filepath.Join(namesDir, e.Name()), &st) == nil && names[st.Ino] == "" {
+			names[st.Ino] = e.Name()
 		}
 	}
-	return ""
+	return names
 }
+
+// Name returns the name of ip-netns(8) that the namespace has now, "" for none.
+func (r Ref) Name() string { return Names()[r.inode] }
 
 // Inode returns the inode number by which ip-netns(8), lsns(8) and
 // /proc/PID/ns/net show the namespace. A later namespace may get it again.
@@ -137,19 +139,12 @@ func Private() (Ref, io.Closer, error) {
 	}
 	var r Ref
 	var f *os.File
-	err := onThread(func() (back bool, err error) {
-		was, err := unix.Open(selfPath, unix.O_RDONLY|unix.O_CLOEXEC, 0)
-		if err != nil {
-			return true, &fs.PathError{Op: "open", Path: selfPath, Err: err}
-		}
-		defer unix.Close(was)
-		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			return true, fmt.Errorf("unshare: %w", err)
-		}
+	unshare := func() error { return os.NewSyscallError("unshare", unix.Unshare(unix.CLONE_NEWNET)) }
+	err := away(unshare, func() (err error) {
 		if r, err = current(); err == nil {
 			f, err = os.Open(selfPath)
 		}
-		return unix.Setns(was, unix.CLONE_NEWNET) == nil, err
+		return err
 	})
 	if err != nil {
 		return Ref{}, nil, fmt.Errorf("make a private network namespace: %w", err)
@@ -251,14 +246,19 @@ func (r Ref) open() (int, error) {
 
 // inside runs f on a thread that has entered the namespace of fd.
 func inside(fd int, f func() error) error {
+	return away(func() error { return os.NewSyscallError("setns", unix.Setns(fd, unix.CLONE_NEWNET)) }, f)
+}
+
+// away runs f on a thread that leave has taken to another namespace.
+func away(leave, f func() error) error {
 	return onThread(func() (back bool, err error) {
 		was, err := unix.Open(selfPath, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 		if err != nil {
 			return true, &fs.PathError{Op: "open", Path: selfPath, Err: err}
 		}
 		defer unix.Close(was)
-		if err := unix.Setns(fd, unix.CLONE_NEWNET); err != nil {
-			return true, fmt.Errorf("setns: %w", err)
+		if err := leave(); err != nil {
+			return true, err
 		}
 		err = f()
 		return unix.Setns(was, unix.CLONE_NEWNET) == nil, err
