@@ -59,7 +59,7 @@ func lookOnce(device string, interfaces []string) (*surroundings, error) {
 		return nil, fmt.Errorf("list addresses: %w", err)
 	}
 	for _, a := range addrs {
-		prefix, ok := prefixOf(a.IPNet)
+		prefix, ok := tun.PrefixOf(a.IPNet)
 		if !ok {
 			continue
 		}
@@ -69,7 +69,7 @@ func lookOnce(device string, interfaces []string) (*surroundings, error) {
 			continue
 		}
 		s.add(prefix.Masked())
-		if peer, ok := prefixOf(a.Peer); ok {
+		if peer, ok := tun.PrefixOf(a.Peer); ok {
 			s.add(peer.Masked())
 		}
 	}
@@ -82,14 +82,14 @@ func lookOnce(device string, interfaces []string) (*surroundings, error) {
 			s.default4 = s.default4 || r.Family == unix.AF_INET
 			s.default6 = s.default6 || r.Family == unix.AF_INET6
 		}
-		if prefix, ok := prefixOf(r.Dst); ok && selected[r.LinkIndex] && prefix.Bits() > 0 {
+		if prefix, ok := tun.PrefixOf(r.Dst); ok && selected[r.LinkIndex] && prefix.Bits() > 0 {
 			s.behind = append(s.behind, prefix.Masked())
 		}
 		// The kernel's own routes are those that came with an address.
 		if r.Protocol != unix.RTPROT_KERNEL || r.Gw != nil || r.LinkIndex == s.device || r.Dst == nil {
 			continue
 		}
-		if prefix, ok := prefixOf(r.Dst); ok {
+		if prefix, ok := tun.PrefixOf(r.Dst); ok {
 			s.add(prefix.Masked())
 		}
 	}
@@ -138,7 +138,7 @@ func isDefault(r *netlink.Route) bool {
 	if r.Type != unix.RTN_UNICAST {
 		return false
 	}
-	prefix, ok := prefixOf(r.Dst)
+	prefix, ok := tun.PrefixOf(r.Dst)
 	return !ok || prefix.Bits() == 0
 }
 
@@ -156,16 +156,4 @@ func comparePrefix(a, b netip.Prefix) int {
 		return c
 	}
 	return a.Bits() - b.Bits()
-}
-
-func prefixOf(n *net.IPNet) (netip.Prefix, bool) {
-	if n == nil {
-		return netip.Prefix{}, false
-	}
-	addr, ok := netip.AddrFromSlice(n.IP)
-	if !ok {
-		return netip.Prefix{}, false
-	}
-	ones, _ := n.Mask.Size()
-	return netip.PrefixFrom(addr.Unmap(), ones), true
 }

@@ -86,6 +86,15 @@ type Gate interface {
 	Forget(netns.Ref)
 }
 
+// noGate holds nobody back.
+type noGate struct{}
+
+func (noGate) Arm() error                                 { return nil }
+func (noGate) Admit(netns.Ref, cgroupsel.Admission) error { return nil }
+func (noGate) Doubt(netns.Ref) error                      { return nil }
+func (noGate) Deny(netns.Ref) error                       { return nil }
+func (noGate) Forget(netns.Ref)                           {}
+
 // Options say what to attach.
 type Options struct {
 	Routes []Route // at least one
@@ -114,7 +123,6 @@ type Manager struct {
 	sites    map[uint64]*site               // all but home, by cookie
 	numbers  map[int]*site                  // those of which events tell
 	left     map[uint64]*cgroupsel.Snapshot // namespaces that were forgotten, and the picture of that time
-	turned   uint64                         // namespaces beyond maxSites
 	overfull bool                           // that has been said
 }
 
@@ -122,6 +130,9 @@ type Manager struct {
 func New(o Options) *Manager {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	if o.Gate == nil {
+		o.Gate = noGate{}
 	}
 	m := &Manager{opts: o, again: make(chan struct{}, 1), sites: map[uint64]*site{}, numbers: map[int]*site{}, left: map[uint64]*cgroupsel.Snapshot{}}
 	m.picked.Store(&cgroupsel.Snapshot{})
@@ -219,9 +230,6 @@ const patience = 5 * time.Second
 
 // arm shuts the gate when all that was there is decided about.
 func (m *Manager) arm(ctx context.Context) {
-	if m.opts.Gate == nil {
-		return
-	}
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	m.mu.Lock()
@@ -327,7 +335,6 @@ func (m *Manager) number(s *site) int {
 
 // turnAway leaves a namespace that there is no room for to on_exit.
 func (m *Manager) turnAway(ns netns.Ref) {
-	m.turned++
 	if !m.overfull {
 		m.overfull = true
 		m.opts.Logger.Error("too many network namespaces are attached; more are left as on_exit says", "limit", maxSites)
@@ -337,7 +344,7 @@ func (m *Manager) turnAway(ns netns.Ref) {
 
 // refuse lets a namespace that cannot be attached do what on_exit says.
 func (m *Manager) refuse(ns netns.Ref) {
-	if m.opts.Gate == nil || m.closed() {
+	if m.closed() {
 		return
 	}
 	if err := m.opts.Gate.Admit(ns, cgroupsel.Admission{}); err != nil {

@@ -23,9 +23,10 @@ type Attachment struct {
 	around  atomic.Pointer[surroundings] // the newest; never nil
 	missing func()                       // an address was asked for that is not known
 
-	route    *Route
-	steering *steer.Steering
-	asker    *asker // nil in another namespace than home, which it would keep alive
+	route     *Route
+	selection int // index of the route, and so of its selection
+	steering  *steer.Steering
+	asker     *asker // nil in another namespace than home, which it would keep alive
 
 	// Under the lock of the site.
 	plan steer.Plan // in force
@@ -48,8 +49,8 @@ func (a *Attachment) kernel() bool { return a.route != nil && a.route.Kernel }
 
 // attach begins an attachment: everything of it is there afterwards, but nothing is
 // steered. Who opened it closes it.
-func (s *site) attach(r *Route) (_ *Attachment, err error) {
-	a := &Attachment{ID: s.id, Route: r.Name, NS: s.ref(), Since: time.Now(), route: r, missing: func() {}}
+func (s *site) attach(r *Route, selection int) (_ *Attachment, err error) {
+	a := &Attachment{ID: s.id, Route: r.Name, NS: s.ref(), Since: time.Now(), route: r, selection: selection, missing: func() {}}
 	a.around.Store(&surroundings{})
 	defer func() {
 		if err != nil {

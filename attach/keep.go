@@ -113,7 +113,7 @@ func (s *site) ending(ctx context.Context, a *Attachment, err error) error {
 // by then the namespace is set up, and what is in force is all of it.
 func (s *site) admit() error {
 	switch {
-	case s.m.opts.Gate == nil, !s.doubted:
+	case !s.doubted:
 		return nil
 	case s.home():
 		// Steering guards there. It is for what outlives us that the gate knows
@@ -126,7 +126,7 @@ func (s *site) admit() error {
 	}
 	a := cgroupsel.Admission{Devices: make([]int, len(s.m.opts.Routes))}
 	for _, one := range s.attached {
-		a.Devices[s.m.indexOf(one.Route)] = one.around.Load().device
+		a.Devices[one.selection] = one.around.Load().device
 	}
 	if err := s.m.opts.Gate.Admit(s.ref(), a); err != nil {
 		return err
@@ -285,7 +285,7 @@ func (s *site) wanted(a *Attachment, around *surroundings) steer.Plan {
 	if !s.home() && !s.named() {
 		plan.No4, plan.No6 = !around.default4, !around.default6
 	}
-	route := s.m.indexOf(a.Route)
+	route := a.selection
 	plan.All = s.any(func(n cgroupsel.Namespace) bool { return n.All && n.Selection == route })
 	if s.any(func(n cgroupsel.Namespace) bool { return n.All && n.Selection != route }) {
 		return plan // whatever the cgroup: all is another route's

@@ -128,7 +128,7 @@ func (s *site) open() error {
 		if r.Kernel && !s.home() {
 			continue
 		}
-		a, err := s.attach(r)
+		a, err := s.attach(r, i)
 		if err != nil {
 			return errors.Join(err, closeAll(opened))
 		}
@@ -211,7 +211,7 @@ func (s *site) doubt() {
 		alone = alone || a.plan.No4 || a.plan.No6
 	}
 	s.mu.Unlock()
-	if s.m.opts.Gate == nil || s.home() || !alone {
+	if s.home() || !alone {
 		return
 	}
 	s.doubted = true
@@ -222,7 +222,7 @@ func (s *site) doubt() {
 
 func (s *site) forget() {
 	// Until the selector lets go of all, a stop leaves the gate as it is.
-	if s.m.opts.Gate != nil && !s.stops() {
+	if !s.stops() {
 		s.m.opts.Gate.Forget(s.ref())
 	}
 }
@@ -246,9 +246,6 @@ func (s *site) judge() (online bool, err error) {
 		return false, nil
 	}
 	s.set(StateOffline, nil)
-	if s.m.opts.Gate == nil {
-		return false, nil
-	}
 	return false, s.m.opts.Gate.Admit(s.ref(), cgroupsel.Admission{Offline: true})
 }
 
@@ -271,7 +268,7 @@ func (s *site) capture(ctx context.Context) error {
 		s.m.opts.Logger.Debug("attached", "attachment", s.id)
 	})
 	s.lasted = time.Since(began)
-	if s.m.opts.Gate != nil && !errors.Is(err, netns.ErrGone) {
+	if !errors.Is(err, netns.ErrGone) {
 		err = errors.Join(err, s.shut())
 	}
 	if closeErr := errors.Join(s.undo(), s.close()); closeErr != nil {

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"cgtun/cgroupsel"
+	"cgtun/internal/netns"
 	"cgtun/steer"
 )
 
@@ -48,19 +49,21 @@ func (m *Manager) States() []State {
 	if home == nil {
 		return nil
 	}
-	states := home.states()
+	names := netns.Names()
+	states := home.states(names)
 	slices.SortFunc(sites, func(a, b *site) int { return strings.Compare(a.id, b.id) })
 	for _, s := range sites {
-		states = append(states, s.states()...)
+		states = append(states, s.states(names)...)
 	}
 	return states
 }
 
-func (s *site) states() []State {
+// states takes the names of all namespaces.
+func (s *site) states(names map[uint64]string) []State {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	base := State{ID: s.id, NetnsIno: s.ns.Inode(), State: s.state, Err: s.err, Since: s.since}
-	if base.Netns = s.ns.Name(); base.Netns == "" && isContainer(s.id) {
+	if base.Netns = names[s.ns.Inode()]; base.Netns == "" && isContainer(s.id) {
 		base.Container = s.id
 	}
 	if len(s.attached) == 0 || s.state != StateUp && !s.home() {
@@ -80,7 +83,7 @@ func (s *site) stateOf(a *Attachment, st State) State {
 		st.Device, st.Addresses = a.Device.Name(), a.Device.Addresses()
 	}
 	st.Bypass = slices.Concat(steer.Builtin(), a.plan.Bypass)
-	st.All, st.V4, st.V6 = a.plan.All, !a.plan.No4, a.steering.V6() && !a.plan.No6
+	st.All, st.V4, st.V6 = a.plan.All, !a.plan.No4, a.steering.V6()
 	st.Missing = a.steering.Missing()
 	if st.Err = cmp.Or(a.err, a.steering.Down()); st.Err != nil {
 		st.State = StateFailed
@@ -111,11 +114,6 @@ func (s *site) selects(cgroup uint64) bool {
 		}
 	}
 	return false
-}
-
-// indexOf is the number of a route, which is that of its selection.
-func (m *Manager) indexOf(route string) int {
-	return slices.IndexFunc(m.opts.Routes, func(r Route) bool { return r.Name == route })
 }
 
 // find returns an attachment that is served, or nil.
