@@ -109,15 +109,12 @@ func (s *Selector) exploreAt(at spot, dir *os.File, all bool, visit func(spot, *
 	if !s.pick.mayBegin(at) && !(all && at.selection != none) {
 		return nil
 	}
-	entries, err := dir.ReadDir(-1)
-	if err != nil && !gone(err) {
+	names, err := children(dir)
+	if err != nil {
 		return err
 	}
-	for _, e := range entries {
-		if !e.IsDir() {
-			continue
-		}
-		below := s.pick.child(at, e.Name())
+	for _, name := range names {
+		below := s.pick.child(at, name)
 		if below.selection == none && !s.pick.mayBegin(below) {
 			continue
 		}

@@ -110,19 +110,31 @@ func (t *tree) walk(name string, visit func(name string, dir *os.File) error) er
 	if err := visit(name, dir); err != nil {
 		return err
 	}
-	entries, err := dir.ReadDir(-1)
-	if err != nil && !gone(err) {
+	below, err := children(dir)
+	if err != nil {
 		return err
 	}
-	for _, e := range entries {
-		if !e.IsDir() {
-			continue
-		}
-		if err := t.walk(path.Join(name, e.Name()), visit); err != nil {
+	for _, c := range below {
+		if err := t.walk(path.Join(name, c), visit); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// children lists the cgroups right below one by their names; one that has gone
+// has none.
+func children(dir *os.File) (names []string, err error) {
+	entries, err := dir.ReadDir(-1)
+	if err != nil && !gone(err) {
+		return nil, err
+	}
+	for _, e := range entries {
+		if e.IsDir() {
+			names = append(names, e.Name())
+		}
+	}
+	return names, nil
 }
 
 // gone tells that a cgroup was removed: ENODEV is what its open files say.
