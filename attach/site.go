@@ -178,11 +178,13 @@ func (s *site) run(ctx context.Context) {
 			return
 		case errors.Is(err, errOffline):
 			continue
-		case err != nil && s.lasted > tick:
+		case err != nil && s.lasted > 0:
 			// Somebody inside took it apart: it counts as not attached until it is
-			// back, and that is at once.
+			// back, and that is at once, but not all the time.
 			log.Warn("a namespace is attached anew", "err", err)
-			continue
+			if s.lasted > tick {
+				continue
+			}
 		case err != nil:
 			if failures++; failures == 1 {
 				log.Error("a namespace with selected processes cannot be attached, trying on", "err", err, "on_exit_closed", s.m.closed())
@@ -262,12 +264,15 @@ func (s *site) capture(ctx context.Context) error {
 	if err := s.open(); err != nil {
 		return err
 	}
-	began := time.Now()
+	var began time.Time
 	err := s.serve(ctx, func() {
+		began = time.Now()
 		s.set(StateUp, nil)
 		s.m.opts.Logger.Debug("attached", "attachment", s.id)
 	})
-	s.lasted = time.Since(began)
+	if !began.IsZero() {
+		s.lasted = time.Since(began)
+	}
 	if !errors.Is(err, netns.ErrGone) {
 		err = errors.Join(err, s.shut())
 	}
