@@ -187,6 +187,10 @@ use = "second"
 		t.Errorf("explain: %s", out)
 	}
 	sleeper := w.lab.StartCommand(w.command(context.Background(), inside, "sleep", "60"))
+	labtest.Eventually(t, patience(), func() bool {
+		comm, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", sleeper.Pid))
+		return err == nil && string(comm) == "sleep\n"
+	}, "it is on its way into the cgroup")
 	for pid, want := range map[int]bool{sleeper.Pid: true, os.Getpid(): false} {
 		out, _, _ := w.cgtun("status", "--json", fmt.Sprint(pid))
 		hasShape(t, out, shapePID)
