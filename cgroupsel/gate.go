@@ -29,6 +29,9 @@ import (
 // and knownTell beside knownPass, for offline namespaces: the next exec or
 // socket there is told of, once.
 //
+// With the last sign of life, at the end or by the kernel after a kill, the
+// gate opens for selections whose on_exit is "open", known or not.
+//
 // The gate lets loopback pass everywhere: what is sent there stays inside of
 // the namespace, and a step may talk to itself before it is attached. So does
 // what is bypassed in every namespace.
@@ -90,7 +93,8 @@ func (p *spaceProgram) gateProgram() *ebpf.ProgramSpec {
 	ins = append(ins, p.guard()...)
 	ins = append(ins, drop(p.m, countGuard, "guarded")...)
 	ins = append(ins, bypassed()...)
-	ins = append(ins, drop(p.m, countDrop, "outward")...)
+	ins = append(ins, p.unwatched("outward", "dropped")...)
+	ins = append(ins, drop(p.m, countDrop, "dropped")...)
 	return program("cgtun_gate", ebpf.CGroupSKB, ebpf.AttachCGroupInetEgress, append(ins, leave(1)...))
 }
 
@@ -123,6 +127,24 @@ func (p *spaceProgram) guard() asm.Instructions {
 		asm.JEq.Imm(asm.R0, 0, "out"),
 		asm.LoadMem(asm.R1, asm.R0, 0, asm.Word),
 		asm.JEq.Reg32(asm.R1, asm.R9, "out"),
+	)
+}
+
+// unwatched lets what an open selection sends pass once the last sign of life
+// was taken away: who is held goes on then, and that is before the kernel has
+// detached the gate. Else it goes on at its other label.
+func (p *spaceProgram) unwatched(label, shut string) asm.Instructions {
+	ins := asm.Instructions{
+		asm.LoadMem(asm.R1, asm.RFP, slotRead, asm.Word).WithSymbol(label),
+		asm.JNE.Imm(asm.R1, knownShut, shut),
+		asm.Mov.Imm(asm.R1, 0),
+		asm.StoreMem(asm.RFP, slotIndex, asm.R1, asm.Word),
+	}
+	ins = append(ins, mapCall(p.m.beat.FD(), slotIndex, asm.FnMapLookupElem)...)
+	return append(ins,
+		asm.JEq.Imm(asm.R0, 0, shut),
+		asm.LoadMem(asm.R1, asm.R0, 0, asm.DWord),
+		asm.JEq.Imm(asm.R1, 0, "out"),
 	)
 }
 

@@ -55,12 +55,13 @@ func (s *Selector) Arm() error {
 	}
 	d.armed = time.Now()
 	d.mu.Unlock()
+	// The gate is open without a sign of life.
+	d.alive()
 	err := s.allowed(FeatureGate)
 	if err == nil {
 		d.arms, err = attachSockets(s.tree.root, []*ebpf.ProgramSpec{d.program.gateProgram()})
 	}
 	errs := []error{s.missing(FeatureGate, err), d.settle()}
-	d.alive()
 	_, err = d.scan()
 	d.tellRun()
 	return errors.Join(append(errs, err)...)
