@@ -9,6 +9,7 @@ package dialer
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 
@@ -35,6 +36,21 @@ type Outbound interface {
 	// peers of Addr's family. The caller closes it. ErrUnsupported: this
 	// outbound cannot carry datagrams.
 	OpenPackets(context.Context, Target) (*PacketConn, error)
+}
+
+// Echoer is an Outbound that can carry ICMP echo.
+type Echoer interface {
+	// OpenEcho is OpenPackets for echo: requests out, replies back, each as a
+	// whole ICMP message.
+	OpenEcho(context.Context, Target) (*PacketConn, error)
+}
+
+// OpenEcho opens o for ICMP echo. ErrUnsupported: it cannot carry that.
+func OpenEcho(ctx context.Context, o Outbound, t Target) (*PacketConn, error) {
+	if e, ok := o.(Echoer); ok {
+		return e.OpenEcho(ctx, t)
+	}
+	return nil, fmt.Errorf("outbound %q: carry ICMP: %w", o.Name(), errors.ErrUnsupported)
 }
 
 // Conn is a connected outbound stream.

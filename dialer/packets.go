@@ -41,16 +41,30 @@ func (d *Direct) OpenPackets(ctx context.Context, t Target) (*PacketConn, error)
 	if err != nil {
 		return nil, d.fail("open", dst, err)
 	}
-	socket, err := newUDPSocket(conn.(*net.UDPConn))
+	packets, err := d.packets(conn.(*net.UDPConn), w, dst)
+	if err != nil {
+		return nil, err
+	}
+	return &PacketConn{Packets: packets, Path: d.path}, nil
+}
+
+// packets takes over a socket that leaves by w, the first peer being dst.
+func (d *Direct) packets(conn *net.UDPConn, w way, dst netip.AddrPort) (lendingPackets, error) {
+	socket, err := newUDPSocket(conn)
 	if err != nil {
 		conn.Close()
 		return nil, d.fail("configure", dst, err)
 	}
-	var packets Packets = socket
 	if d.via != nil {
-		packets = &uplinkPackets{udpSocket: socket, via: d.via, way: w, routes: map[netip.Addr]time.Time{dst.Addr(): time.Now()}}
+		return &uplinkPackets{udpSocket: socket, via: d.via, way: w, routes: map[netip.Addr]time.Time{dst.Addr(): time.Now()}}, nil
 	}
-	return &PacketConn{Packets: packets, Path: d.path}, nil
+	return socket, nil
+}
+
+// lendingPackets are Packets that relay can read without buffers of its own.
+type lendingPackets interface {
+	Packets
+	ReadLent([]flow.Datagram) (int, error)
 }
 
 // uplinkPackets is a udpSocket that is bound to an interface. Before the first

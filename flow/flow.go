@@ -89,7 +89,8 @@ type Stream interface {
 // Datagram is what one read or write of a PacketConn moves.
 type Datagram struct {
 	Peer netip.AddrPort // the remote end, seen from the client
-	// Data is the payload, 0 to 65,507 bytes. For ReadBatch the caller
+	// Data is the payload, 0 to 65,507 bytes; of ICMP the whole message, whose
+	// identifier and checksum are the sender's to write. For ReadBatch the caller
 	// gives the buffer, as long as it is, and gets it back cut to length.
 	Data []byte
 	// Segment, if not 0, says that Data is several datagrams of that many
@@ -98,7 +99,8 @@ type Datagram struct {
 	Segment int
 }
 
-// PacketConn is one client source: all datagrams from one address and port,
+// PacketConn is one client source: all datagrams from one address and port, or
+// all echo requests with one identifier, which stands for the port (RFC 5508),
 // to whatever peers (endpoint-independent mapping, RFC 4787 §4.1), and back
 // from whatever peers (§5). ReadBatch may be called beside WriteBatch and
 // Unreachable, but not beside itself.

@@ -236,7 +236,7 @@ func (p *peer) holds(now time.Time) bool {
 // newPeer makes a flow, asks the rules, and opens a socket where there is none.
 func (s *source) newPeer(ctx context.Context, addr netip.AddrPort, now time.Time) *peer {
 	src := s.client.Flow()
-	f := flow.New(flow.UDP, src.Src, addr, src.Attachment)
+	f := flow.New(src.Proto, src.Src, addr, src.Attachment)
 	s.r.livePeers.Add(1)
 	p := &peer{addr: addr, e: s.r.begin(f)}
 	settled := false
@@ -270,7 +270,7 @@ func (s *source) settle(ctx context.Context, p *peer, f *flow.Flow, now time.Tim
 		switch {
 		case errors.Is(err, errors.ErrUnsupported):
 			why, p.tell = flow.Refused, flow.Refused // CONTRACT: what an outbound cannot carry
-		case why == flow.NetUnreachable, why == flow.HostUnreachable:
+		case f.Proto == flow.UDP && (why == flow.NetUnreachable || why == flow.HostUnreachable):
 			// Without cgtun sendto(2) would fail. Of the ICMP errors every
 			// socket hears of port-unreachable, and most of no other
 			// (udp_err of net/ipv4/udp.c).
@@ -285,7 +285,7 @@ func (s *source) settle(ctx context.Context, p *peer, f *flow.Flow, now time.Tim
 
 // refuse ends the flow of a peer that the rules give no outbound.
 func (p *peer) refuse(r *Router, v rules.Verdict, now time.Time) {
-	tell, why := r.refusal(v, flow.UDP)
+	tell, why := r.refusal(v, p.e.flow.Proto)
 	p.tell, p.until = tell, now.Add(refusedFor)
 	p.e.end(why)
 }
@@ -306,6 +306,10 @@ func (s *source) open(ctx context.Context, outbound dialer.Outbound, f *flow.Flo
 	}
 	var conn *dialer.PacketConn
 	err := s.r.aside(func() (err error) {
+		if f.Proto == flow.ICMP {
+			conn, err = dialer.OpenEcho(ctx, outbound, target(f))
+			return err
+		}
 		conn, err = outbound.OpenPackets(ctx, target(f))
 		return err
 	})

@@ -100,6 +100,7 @@ type Stack struct {
 	link   *link
 	tcp    *streams
 	udp    *udp
+	echo   *udp // ICMP echo: a session an identifier
 	count  counters
 	past   time.Time
 
@@ -122,7 +123,8 @@ func New(queues []Queue, h flow.Handler, o Options) (*Stack, error) {
 			tcp.NewProtocol, gvudp.NewProtocol, icmp.NewProtocol4, icmp.NewProtocol6,
 		},
 	})
-	s.udp = newUDP(udpConfig{UDPOptions: o.UDP, Attachment: o.Attachment, Handler: h, Write: s.link.write})
+	s.udp = newUDP(udpConfig{UDPOptions: o.UDP, Attachment: o.Attachment, Proto: flow.UDP, Handler: h, Write: s.link.write})
+	s.echo = newUDP(udpConfig{UDPOptions: o.UDP, Attachment: o.Attachment, Proto: flow.ICMP, Handler: h, Write: s.link.write})
 	s.tcp = newStreams(s, h)
 	if err := s.setUp(); err != nil {
 		s.gv.Destroy()
@@ -155,12 +157,8 @@ func (s *Stack) setUp() error {
 	s.gv.SetTransportProtocolHandler(tcp.ProtocolNumber, s.tcp.handle)
 	s.gv.SetTransportProtocolHandler(gvudp.ProtocolNumber, s.reassembled)
 	// Without these netstack would answer pings for every address on earth.
-	silence := func(gvstack.TransportEndpointID, *gvstack.PacketBuffer) bool {
-		s.count.icmp.Add(1)
-		return true
-	}
-	s.gv.SetTransportProtocolHandler(icmp.ProtocolNumber4, silence)
-	s.gv.SetTransportProtocolHandler(icmp.ProtocolNumber6, silence)
+	s.gv.SetTransportProtocolHandler(icmp.ProtocolNumber4, s.takeICMP)
+	s.gv.SetTransportProtocolHandler(icmp.ProtocolNumber6, s.takeICMP)
 	return nil
 }
 
@@ -207,6 +205,7 @@ func (s *Stack) Run(ctx context.Context) error {
 		})
 	}
 	sides.Go(func() { _ = s.udp.run(flows) })
+	sides.Go(func() { _ = s.echo.run(flows) })
 	sides.Go(func() { s.tcp.run(flows) })
 	sides.Go(func() { s.trim(flows) })
 	sides.Go(func() { s.link.answer(flows) })

@@ -12,7 +12,7 @@ type Stats struct {
 	Multicast     uint64 // to more than one host, or to none in particular
 	OtherProtocol uint64 // neither TCP, UDP nor ICMP: answered with protocol unreachable
 	Fragmented    uint64 // TCP segments in fragments that made room for others
-	ICMP          uint64 // ICMP that nobody is there for
+	ICMP          uint64 // ICMP that is no echo request
 	Unread        uint64 // reads of the device that failed
 	Unwritten     uint64 // packets that the device did not take
 
@@ -31,7 +31,7 @@ type Stats struct {
 	Conns             int // gauge: accepted and not closed by us
 	ICMPErrorsLimited uint64
 
-	UDP UDPCounters
+	UDP, Echo UDPCounters
 }
 
 type counters struct {
@@ -69,5 +69,6 @@ func (s *Stack) Stats() Stats {
 		Conns:             int(c.conns.Load()),
 		ICMPErrorsLimited: c.limited.Load(),
 		UDP:               s.udp.counters(),
+		Echo:              s.echo.counters(),
 	}
 }

@@ -100,6 +100,7 @@ const (
 // udpConfig is what a udp is made of.
 type udpConfig struct {
 	UDPOptions
+	Proto      flow.Proto // UDP, or ICMP for echo
 	Attachment string
 	Handler    flow.Handler
 	// Write puts one packet, in pieces, into the tun. Safe for concurrent
@@ -228,8 +229,8 @@ func (u *udp) deliverReassembled(src, dst netip.AddrPort, payload []byte) {
 
 // take puts a datagram into the queue of its session.
 func (u *udp) take(src, dst netip.AddrPort, payload []byte, segment int) {
-	if src.Port() == 0 || dst.Port() == 0 || !oneHost(src.Addr()) || !oneHost(dst.Addr()) ||
-		len(payload) > slabSizes[len(slabSizes)-1] {
+	if u.cfg.Proto == flow.UDP && (src.Port() == 0 || dst.Port() == 0) || !oneHost(src.Addr()) ||
+		!oneHost(dst.Addr()) || len(payload) > slabSizes[len(slabSizes)-1] {
 		u.bad.Add(1)
 		return
 	}

@@ -70,7 +70,7 @@ func (h packetsHandler) ServePackets(ctx context.Context, c flow.PacketConn) {
 func startUDP(t testing.TB, o UDPOptions) (*udp, *fakeTun, chan flow.PacketConn) {
 	device := new(fakeTun)
 	sources := make(chan flow.PacketConn, 64)
-	u := newUDP(udpConfig{UDPOptions: o, Attachment: "home", Write: device.write, Handler: packetsHandler{func(ctx context.Context, c flow.PacketConn) {
+	u := newUDP(udpConfig{Proto: flow.UDP, UDPOptions: o, Attachment: "home", Write: device.write, Handler: packetsHandler{func(ctx context.Context, c flow.PacketConn) {
 		sources <- c
 		<-ctx.Done()
 	}}})
@@ -479,7 +479,7 @@ func TestIdleSessionsEnd(t *testing.T) {
 // A handler that returns ends its session, and the next datagram gets a new one.
 func TestSessionEndsWithItsHandler(t *testing.T) {
 	calls := make(chan flow.PacketConn, 10)
-	u := newUDP(udpConfig{Write: new(fakeTun).write, Handler: packetsHandler{func(_ context.Context, c flow.PacketConn) {
+	u := newUDP(udpConfig{Proto: flow.UDP, Write: new(fakeTun).write, Handler: packetsHandler{func(_ context.Context, c flow.PacketConn) {
 		_, _ = c.ReadBatch([]flow.Datagram{{}})
 		calls <- c
 	}}})
@@ -559,7 +559,7 @@ func BenchmarkDeliver(b *testing.B) {
 	for _, size := range []int{64, 1200, 48000} {
 		b.Run(fmt.Sprint(size), func(b *testing.B) {
 			device := new(fakeTun)
-			u := newUDP(udpConfig{Write: device.write, Handler: packetsHandler{func(_ context.Context, c flow.PacketConn) {
+			u := newUDP(udpConfig{Proto: flow.UDP, Write: device.write, Handler: packetsHandler{func(_ context.Context, c flow.PacketConn) {
 				dgs := make([]flow.Datagram, 32)
 				for {
 					if _, err := c.(*session).ReadLent(dgs); err != nil {

@@ -2,6 +2,7 @@ package stack
 
 import (
 	"container/list"
+	"encoding/binary"
 	"io"
 	"net/netip"
 	"sync"
@@ -40,8 +41,9 @@ type session struct {
 	u        *udp
 	flow     *flow.Flow
 	src      netip.AddrPort
-	lastUsed atomic.Int64 // udp.now of the last datagram in either direction
-	general  atomic.Bool  // something went to another port than DNS's
+	lastUsed atomic.Int64  // udp.now of the last datagram in either direction
+	general  atomic.Bool   // something went to another port than DNS's
+	echoSeq  atomic.Uint32 // of the last echo request
 
 	// Guarded by u.mu.
 	stamp           int64 // lastUsed as it was when the lists were ordered
@@ -58,7 +60,7 @@ type session struct {
 }
 
 func newSession(u *udp, src netip.AddrPort) *session {
-	s := &session{u: u, src: src, flow: flow.New(flow.UDP, src, netip.AddrPort{}, u.cfg.Attachment)}
+	s := &session{u: u, src: src, flow: flow.New(u.cfg.Proto, src, netip.AddrPort{}, u.cfg.Attachment)}
 	s.filled.L = &s.mu
 	return s
 }
@@ -76,6 +78,9 @@ func (s *session) put(it item) putResult {
 	if len(s.queue)-s.head >= o.QueuePackets || s.bytes+size > o.QueueBytes ||
 		s.u.queued.Load()+int64(size) > int64(o.TotalBytes) {
 		return putFull
+	}
+	if s.u.cfg.Proto == flow.ICMP {
+		s.echoSeq.Store(uint32(binary.BigEndian.Uint16(it.buf.data[6:])))
 	}
 	if it.peer.Port() != dnsPort {
 		s.general.Store(true)
@@ -189,6 +194,9 @@ func (s *session) TooBig(peer netip.AddrPort, mtu int) error {
 func (s *session) offending(peer netip.AddrPort) []byte {
 	if peer.Addr().Is4() != s.src.Addr().Is4() {
 		return nil
+	}
+	if s.u.cfg.Proto == flow.ICMP {
+		return s.offendingEcho(peer.Addr())
 	}
 	b := make([]byte, header.IPv6MinimumSize+header.UDPMinimumSize)
 	n := putIP(b, protoUDP, s.src.Addr(), peer.Addr(), header.UDPMinimumSize)

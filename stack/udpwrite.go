@@ -46,7 +46,7 @@ func (s *session) WriteBatch(dgs []flow.Datagram) (int, error) {
 	}
 	for i := 0; i < len(dgs); {
 		n := 1
-		if !s.u.noJoin.Load() {
+		if s.u.cfg.Proto == flow.UDP && !s.u.noJoin.Load() {
 			n = joinable(dgs[i:], limit)
 		}
 		err := s.writeJoined(w, dgs[i:i+n], limit)
@@ -88,6 +88,9 @@ func joinable(dgs []flow.Datagram, limit int) int {
 // writeJoined writes datagrams of one peer as one packet, and one by one where
 // the kernel refuses that.
 func (s *session) writeJoined(w *udpWriter, dgs []flow.Datagram, limit int) error {
+	if s.u.cfg.Proto == flow.ICMP {
+		return s.writeEcho(dgs[0])
+	}
 	segment := dgs[0].Segment
 	if len(dgs) > 1 {
 		segment = len(dgs[0].Data)

@@ -1,0 +1,69 @@
+package main_test
+
+import (
+	"strings"
+	"testing"
+)
+
+// Pings are answered by who was asked, or not at all.
+func TestPing(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, "ping")
+	w.machine.Sysctl("net.ipv4.ping_group_range", "0 2147483647")
+	w.router.Sysctl("net.ipv4.icmp_ratelimit", "0")
+	w.router.Sysctl("net.ipv6.icmp.ratelimit", "0")
+	w.router.Run("ip", "route", "add", "unreachable", "198.51.100.0/24")
+	w.router.Run("ip", "route", "add", "unreachable", "2001:db8:1::/64")
+	w.server.Run("nft", "add", "table", "inet", "dead")
+	w.server.Run("nft", "add", "chain", "inet", "dead", "in", "{ type filter hook input priority 0; }")
+	w.server.Run("ip", "addr", "add", "203.0.113.66/32", "dev", "lo")
+	w.server.Run("ip", "addr", "add", "2001:db8::66/128", "dev", "lo", "nodad")
+	w.server.Run("nft", "add", "rule", "inet", "dead", "in", "ip", "daddr", "203.0.113.66", "drop")
+	w.server.Run("nft", "add", "rule", "inet", "dead", "in", "ip6", "daddr", "2001:db8::66", "drop")
+	w.start(w.config(second))
+	for _, far := range []string{far4, far6} {
+		for _, size := range []string{"0", "56", "1400", "8000"} {
+			out, err := w.try(inside, "ping", "-n", "-c", "3", "-i", "0.2", "-W", "3", "-s", size, far)
+			if err != nil || !strings.Contains(out, " 3 received, 0% packet loss") {
+				t.Errorf("ping -s %s %s: %v\n%s", size, far, err, out)
+			}
+		}
+		found := false
+		for _, f := range w.flows() {
+			if f.Proto == "icmp" && f.Dst.Addr().String() == far && f.Use != nil && *f.Use == "second" {
+				found = true
+			}
+		}
+		if !found {
+			t.Errorf("flows do not show the ping of %s by second", far)
+		}
+	}
+	for _, dead := range []string{"203.0.113.66", "2001:db8::66"} {
+		out, err := w.try(inside, "ping", "-n", "-c", "2", "-i", "0.2", "-W", "1", dead)
+		if err == nil || !strings.Contains(out, " 0 received, 100% packet loss") {
+			t.Errorf("ping of a dead host: %v\n%s", err, out)
+		}
+	}
+	for _, gone := range []string{"198.51.100.1", "2001:db8:1::1"} {
+		out, err := w.try(inside, "ping", "-n", "-c", "2", "-i", "0.2", "-W", "1", gone)
+		if err == nil || !strings.Contains(out, "nreachable") {
+			t.Errorf("ping of an unreachable host: %v\n%s", err, out)
+		}
+	}
+	w.noLeak("pings")
+}
+
+// Rules speak of pings.
+func TestPingRejected(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, "ping")
+	w.machine.Sysctl("net.ipv4.ping_group_range", "0 2147483647")
+	w.start(w.config("\n[[rule]]\nproto = \"icmp\"\nuse = \"reject\"\n"))
+	for far, word := range map[string]string{far4: "Packet filtered", far6: "Administratively prohibited"} {
+		out, err := w.try(inside, "ping", "-n", "-c", "1", "-W", "2", far)
+		if err == nil || !strings.Contains(out, word) {
+			t.Errorf("ping of %s: %v\n%s", far, err, out)
+		}
+	}
+	w.noLeak("pings")
+}
