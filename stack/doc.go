@@ -20,6 +20,7 @@
 //	buffers.go    how much all of them may hold together
 //	direct.go     the same for relay, without a copy and without a goroutine
 //	udp*.go       datagrams (RFC 768, RFC 4787)
+//	echo.go       ICMP echo: sessions of the same kind as UDP's
 //	icmp.go       ICMP errors (RFC 792, RFC 4443)
 //
 // TCP is RFC 9293 as netstack has it, with SACK (RFC 2018), window scaling and
