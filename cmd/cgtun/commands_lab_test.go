@@ -263,6 +263,8 @@ func TestRunOfTheRealDaemon(t *testing.T) {
 		t.Errorf("run -direct: the server saw %v", seen)
 	}
 	d.Signal(syscall.SIGSTOP)
+	// A thread that is running on another processor stops a little later.
+	labtest.Eventually(t, 5*time.Second, func() bool { return allStopped(t, d.Pid) }, "the daemon is stopped")
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
 	frozen := w.machine.Command(ctx, w.program(), append([]string{"-s", w.socket}, touch...)...)
@@ -276,6 +278,22 @@ func TestRunOfTheRealDaemon(t *testing.T) {
 	if _, err := os.Stat(filepath.Join(w.sel.Dir, "new")); err == nil {
 		t.Error("the cgroup that run had made is still there")
 	}
+}
+
+// allStopped tells whether every thread of a process is stopped (proc_pid_stat(5)).
+func allStopped(t *testing.T, pid int) bool {
+	t.Helper()
+	files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/[0-9]*/stat", pid))
+	if err != nil || len(files) == 0 {
+		t.Fatalf("threads of process %d: %v, %v", pid, files, err)
+	}
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil || !strings.Contains(string(text), ") T ") {
+			return false
+		}
+	}
+	return true
 }
 
 // A bad file changes nothing; SIGHUP, which is for later, changes nothing either.
