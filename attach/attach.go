@@ -45,8 +45,9 @@ import (
 const Home = "home"
 
 const (
-	// calm is how long changes are gathered after one was looked at. A
-	// routing daemon makes thousands a second, and each look reads all routes.
+	// calm is how long changes are gathered after one was looked at, at home
+	// before. A routing daemon makes thousands a second, and each look reads all
+	// routes.
 	calm = 50 * time.Millisecond
 	// retry is how long what could not be done waits for the next try.
 	retry = time.Second
@@ -188,7 +189,7 @@ func (m *Manager) Run(ctx context.Context, ready func()) (err error) {
 	defer stage.Close()
 	m.from = from
 	var events events
-	if err := ns.Do(func() (err error) { events, err = openEvents(); return err }); err != nil {
+	if err := ns.Do(func() (err error) { events, err = openEvents(m.wanted()...); return err }); err != nil {
 		return err
 	}
 	defer events.close()
@@ -222,6 +223,15 @@ func (m *Manager) Run(ctx context.Context, ready func()) (err error) {
 		ready()
 		others.Go(func() { m.attachOthers(ctx, &others) })
 	})
+}
+
+// wanted are the events that are followed.
+func (m *Manager) wanted() []subscription {
+	wanted := []subscription{routeEvents, nftEvents}
+	if slices.ContainsFunc(m.opts.Routes, func(r Route) bool { return r.Plan.Via.Chooses() }) {
+		wanted = append(wanted, neighbourEvents)
+	}
+	return wanted
 }
 
 // patience is how long a start waits for the namespaces that are there already.

@@ -251,6 +251,60 @@ func TestAddressesAreFollowed(t *testing.T) {
 	})
 }
 
+// What others take away at home is back within a second, also while the newest
+// plan cannot be in force.
+func TestHomeIsRepaired(t *testing.T) {
+	atHome(t, func(t *testing.T) {
+		r := run(t, options())
+		for _, plan := range []string{"good", "bad"} {
+			if plan == "bad" {
+				r.Reconcile(cgroupsel.Snapshot{Cgroups: []cgroupsel.Cgroup{{Path: "/sel", ID: 1, Present: true}}})
+				labtest.Eventually(t, within, func() bool { return r.home().Err != nil }, "an error in the state")
+			}
+			for _, take := range [][2]string{
+				{"nft", "flush ruleset"}, {"ip", "rule del pref 10101"}, {"ip", "-6 rule del pref 10101"},
+				{"ip", "route del default table 101"}, {"ip", "-6 route del default dev tun0 table 101"}, {"ip", "link set tun0 down"},
+			} {
+				if _, err := tool(take[0], take[1]); err != nil {
+					t.Fatal(err)
+				}
+				labtest.Eventually(t, within, func() bool { return steered() == all }, "%s plan: back after %v", plan, take)
+			}
+		}
+		if err := r.stop(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// Of several gateways the first that answers is taken, and taken again when it
+// is back.
+func TestGatewaysAreFollowed(t *testing.T) {
+	atHome(t, func(t *testing.T) {
+		i := newInner(t, 1)
+		i.connect(1)
+		i.ip("addr add 10.44.1.3/32 dev eth0")
+		o := options()
+		o.Routes[0].Kernel = true
+		o.Routes[0].Plan.Via = steer.Via{Gateway: []netip.Addr{netip.MustParseAddr("10.44.1.2"), netip.MustParseAddr("10.44.1.3")}, Dev: i.up}
+		r := run(t, o)
+		goesBy := func(gateway string) {
+			t.Helper()
+			labtest.Eventually(t, 40*time.Second, func() bool {
+				return strings.Contains(ip(t, "route show table 101"), "default via "+gateway)
+			}, "by %s", gateway)
+		}
+		goesBy("10.44.1.2")
+		i.ip("addr del 10.44.1.2/24 dev eth0")
+		goesBy("10.44.1.3")
+		i.ip("addr add 10.44.1.2/24 dev eth0")
+		goesBy("10.44.1.2")
+		if err := r.stop(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // Cgroups that are selected come into force; a plan that cannot be does not
 // take away the one before, is told of in the state, and is got over.
 func TestCgroupsAreFollowed(t *testing.T) {

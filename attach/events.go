@@ -27,15 +27,23 @@ import (
 // noNumber is the number of home itself, and of a namespace without one.
 const noNumber = -1
 
-// eventGroups are what is listened to, by protocol.
-var eventGroups = map[int][]int{
-	unix.NETLINK_ROUTE: {
+// subscription is what one socket listens to.
+type subscription struct {
+	protocol int
+	groups   []int
+	all      bool // in all namespaces, not in home alone
+}
+
+var (
+	routeEvents = subscription{unix.NETLINK_ROUTE, []int{
 		unix.RTNLGRP_LINK,
 		unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV4_RULE,
 		unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV6_RULE,
-	},
-	unix.NETLINK_NETFILTER: {unix.NFNLGRP_NFTABLES},
-}
+	}, true}
+	nftEvents = subscription{unix.NETLINK_NETFILTER, []int{unix.NFNLGRP_NFTABLES}, true}
+	// neighbourEvents tell which of several gateways is alive.
+	neighbourEvents = subscription{unix.NETLINK_ROUTE, []int{unix.RTNLGRP_NEIGH}, false}
+)
 
 // events are the sockets. Who opened them closes them.
 type events struct {
@@ -44,34 +52,38 @@ type events struct {
 }
 
 // openEvents opens them in the namespace it runs in.
-func openEvents() (e events, err error) {
-	defer func() {
-		if err != nil {
+func openEvents(wanted ...subscription) (e events, err error) {
+	for _, sub := range wanted {
+		if err := e.open(sub); err != nil {
 			e.close()
-			err = fmt.Errorf("follow the network: %w", err)
-		}
-	}()
-	for protocol, groups := range eventGroups {
-		fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, protocol)
-		if err != nil {
-			return e, os.NewSyscallError("socket", err)
-		}
-		e.files = append(e.files, os.NewFile(uintptr(fd), "netlink"))
-		// A socket without an address is taken for the kernel's own, which
-		// is not told what it did itself.
-		if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
-			return e, os.NewSyscallError("bind", err)
-		}
-		if err := unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_LISTEN_ALL_NSID, 1); err != nil {
-			e.deaf = fmt.Errorf("listen to the events of all network namespaces: %w", err)
-		}
-		for _, group := range groups {
-			if err := unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, group); err != nil {
-				return e, os.NewSyscallError("setsockopt", err)
-			}
+			return e, fmt.Errorf("follow the network: %w", err)
 		}
 	}
 	return e, nil
+}
+
+func (e *events) open(sub subscription) error {
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, sub.protocol)
+	if err != nil {
+		return os.NewSyscallError("socket", err)
+	}
+	e.files = append(e.files, os.NewFile(uintptr(fd), "netlink"))
+	// A socket without an address is taken for the kernel's own, which
+	// is not told what it did itself.
+	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		return os.NewSyscallError("bind", err)
+	}
+	if sub.all {
+		if err := unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_LISTEN_ALL_NSID, 1); err != nil {
+			e.deaf = fmt.Errorf("listen to the events of all network namespaces: %w", err)
+		}
+	}
+	for _, group := range sub.groups {
+		if err := unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, group); err != nil {
+			return os.NewSyscallError("setsockopt", err)
+		}
+	}
+	return nil
 }
 
 func (e events) close() {

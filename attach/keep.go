@@ -36,16 +36,19 @@ func (s *site) serve(ctx context.Context, inForce func()) error {
 	if err := s.admit(); err != nil {
 		return err
 	}
-	var look <-chan time.Time
-	if s.home() {
-		s.watch(ctx, &work)
-	} else {
-		ticker := time.NewTicker(tick)
-		defer ticker.Stop()
-		look = ticker.C
+	for _, a := range s.attached {
+		if err := a.steering.Missing(); err != nil {
+			s.m.opts.Logger.Warn("the kernel offers less than is wanted", "err", err)
+		}
 	}
+	every := tick
+	if s.home() {
+		every = probeEvery
+	}
+	look := time.NewTicker(every)
+	defer look.Stop()
 	inForce()
-	return s.keep(ctx, served, look)
+	return s.keep(ctx, served, look.C)
 }
 
 // keep applies what is wanted whenever that may have changed.
@@ -62,9 +65,16 @@ func (s *site) keep(ctx context.Context, served <-chan error, look <-chan time.T
 			}
 			return err
 		case <-again:
-			s.doubt()
 			again, calmed = nil, time.After(calm)
+			if s.home() {
+				continue // who flushes loads anew, and is let
+			}
+			s.doubt()
 		case <-look:
+			if s.home() {
+				s.probe()
+				continue
+			}
 			if s.idles() {
 				return errIdle
 			}
@@ -73,19 +83,20 @@ func (s *site) keep(ctx context.Context, served <-chan error, look <-chan time.T
 			}
 		case <-calmed:
 			again, calmed = s.again, nil
-			continue
+			if !s.home() {
+				continue
+			}
 		case <-later:
 		}
 		later = nil
-		switch err := s.refresh(); {
-		case errors.Is(err, errOffline), errors.Is(err, netns.ErrGone) && !s.home():
+		err := s.refresh()
+		if errors.Is(err, errOffline) || errors.Is(err, netns.ErrGone) && !s.home() {
 			return err
-		case err != nil:
+		}
+		// Also where the newest plan cannot be: the one before is in force.
+		if err = errors.Join(err, s.repair()); err != nil {
 			later = time.After(retry)
 			continue
-		}
-		if !s.home() {
-			s.repair()
 		}
 		if err := s.admit(); err != nil {
 			return err
@@ -135,26 +146,25 @@ func (s *site) admit() error {
 	return nil
 }
 
-// watch lets home's steering put back by itself what others take away.
-func (s *site) watch(ctx context.Context, work *sync.WaitGroup) {
-	log := s.m.opts.Logger
+// repair puts back what others took away from the steering.
+func (s *site) repair() error {
+	var errs []error
 	for _, a := range s.attached {
-		if err := a.steering.Missing(); err != nil {
-			log.Warn("the kernel offers less than is wanted", "err", err)
+		what, err := a.steering.Repair()
+		if what != "" || err != nil {
+			s.repaired(what, err)
 		}
-		work.Go(func() {
-			if err := a.steering.Run(ctx, s.repaired); err != nil && ctx.Err() == nil {
-				log.Error("steering is not watched any more", "err", err)
-			}
-		})
+		errs = append(errs, err)
 	}
+	return errors.Join(errs...)
 }
 
-// repair puts back what others took away, where no event tells of it.
-func (s *site) repair() {
+// probe lets the kernel find out which of several gateways are alive. What it
+// finds comes as an event; there is none where it fails.
+func (s *site) probe() {
 	for _, a := range s.attached {
-		if what, err := a.steering.Repair(); what != "" || err != nil {
-			s.repaired(what, err)
+		if a.route.Plan.Via.Chooses() {
+			_ = a.steering.Probe()
 		}
 	}
 }

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -337,4 +339,58 @@ func TestOthersAreRepaired(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+// Events of one namespace that are too many for the buffer hide those of another:
+// then all are looked at.
+func TestOverflowIsFollowedByALook(t *testing.T) {
+	atHome(t, func(t *testing.T) {
+		r, g := others(t, nil)
+		i := newInner(t, 1)
+		i.connect(1)
+		r.shows(i.namespace())
+		r.becomes(i, attach.StateUp, allInside, "admitted", g)
+		var flood strings.Builder
+		for _, verb := range []string{"add", "del"} {
+			for n := range 4000 {
+				fmt.Fprintf(&flood, "route %s 198.51.%d.%d/32 dev lo table 7\n", verb, n>>8, n&255)
+			}
+		}
+		file := filepath.Join(t.TempDir(), "flood")
+		if err := os.WriteFile(file, []byte(flood.String()), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		for range 2 { // an overflow is not the end of listening
+			lost := lostEvents(t)
+			// What was told before has been looked at; then nobody listens.
+			cmd := exec.Command("sh", "-c", `sleep 0.5; trap 'kill -CONT $PPID' EXIT; kill -STOP $PPID
+timeout 20 nsenter -t "$0" -n ip -batch "$1" && ip rule del pref 10101`, strconv.Itoa(i.pid), file)
+			if err := cmd.Run(); err != nil {
+				t.Fatal(err)
+			}
+			labtest.Eventually(t, within, func() bool { return steered() == all }, "the ip rule is back")
+			if lostEvents(t) == lost {
+				t.Error("no event was lost")
+			}
+		}
+		if err := r.stop(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// lostEvents is how many messages did not fit the buffers of netlink sockets.
+func lostEvents(t *testing.T) (lost int) {
+	t.Helper()
+	text, err := os.ReadFile("/proc/net/netlink")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(text)) {
+		if f := strings.Fields(line); len(f) > 8 && f[1] == "0" { // NETLINK_ROUTE
+			n, _ := strconv.Atoi(f[8])
+			lost += n
+		}
+	}
+	return lost
 }

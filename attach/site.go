@@ -39,6 +39,8 @@ import (
 const (
 	// tick is how often is looked at what no event tells of.
 	tick = time.Second
+	// probeEvery is how often gateways that stand for each other are asked for.
+	probeEvery = 5 * time.Second
 	// idleTime is how long a namespace stays attached without anybody in it.
 	idleTime = 5 * time.Second
 )

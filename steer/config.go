@@ -115,6 +115,9 @@ func (c *Config) Validate(bad func(key, what string)) {
 	c.Via.validate(bad)
 }
 
+// Chooses says whether there are gateways that stand for each other.
+func (v *Via) Chooses() bool { return len(v.Gateway) > 1 || len(v.Gateway6) > 1 }
+
 // validate checks that exactly one form of via is written, and wholly.
 func (v *Via) validate(bad func(key, what string)) {
 	if v.Mode != "" {

@@ -14,12 +14,6 @@ func OpenHome(ns netns.Ref, number int) (*Steering, error) { return open(ns, num
 // WithoutOwner makes a Steering behave as on a kernel without owned tables.
 func (s *Steering) WithoutOwner() { s.owner = false }
 
-// SmallBuffers makes Run's sockets overflow soon.
-func (s *Steering) SmallBuffers() { s.buffer = 1 }
-
-// Overflows counts how often they did.
-func (s *Steering) Overflows() int64 { return s.overflows.Load() }
-
 // FailUndo makes the next n tries to undo fail once the table is gone.
 func (s *Steering) FailUndo(n int) {
 	s.clear = func(h *netlink.Handle, table int) error {

@@ -7,7 +7,6 @@ import (
 	"net/netip"
 	"strconv"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -21,12 +20,10 @@ import (
 // In home it holds a netlink socket, which owns the nft table. In another
 // namespace it holds nothing, for that would keep the namespace alive.
 type Steering struct {
-	ns        netns.Ref
-	number    int
-	owner     bool                             // ask for an owned table
-	buffer    int                              // of the sockets that Run listens on, in bytes; 0: the system's
-	overflows atomic.Int64                     // of these
-	clear     func(*netlink.Handle, int) error // clearRoutes, but for tests
+	ns     netns.Ref
+	number int
+	owner  bool                             // ask for an owned table
+	clear  func(*netlink.Handle, int) error // clearRoutes, but for tests
 
 	mu    sync.Mutex
 	table *table // nil when closed
@@ -219,7 +216,7 @@ func (s *Steering) V6() bool {
 }
 
 // Down says why nothing goes the plan's way now: its device or gateway is not
-// there. Run puts it in force when it comes. It is nil for our own device.
+// there. Repair puts it in force when it has come. It is nil for our own device.
 func (s *Steering) Down() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -229,7 +226,7 @@ func (s *Steering) Down() error {
 	return s.way.down
 }
 
-// Missing returns a *FeatureError if the kernel refused an owned table: Run
+// Missing returns a *FeatureError if the kernel refused an owned table: Repair
 // then has more to put back, and more is left after a kill.
 func (s *Steering) Missing() error {
 	s.mu.Lock()

@@ -102,7 +102,7 @@ func TestWayComesAndGoes(t *testing.T) {
 	p := w.plan()
 	p.Device, p.Via = "", steer.Via{Dev: "vmnet"}
 	s := w.steer(p)
-	said := watched(t, s)
+	said := kept(t, s)
 	for range 2 {
 		if s.Down() == nil {
 			t.Error("Down() is nil without the device")
@@ -129,7 +129,7 @@ func TestWayComesAndGoes(t *testing.T) {
 		t.Errorf("%d packets by the uplink", n)
 	}
 	if got := said(); got != "" {
-		t.Errorf("Run said %q: nobody took anything away", got)
+		t.Errorf("Repair said %q: nobody took anything away", got)
 	}
 }
 
@@ -140,7 +140,7 @@ func TestFirstGatewayThatIsAlive(t *testing.T) {
 	s := w.steer(w.plan(steer.Via{
 		Gateway: []netip.Addr{addr("10.6.0.1"), addr("10.6.0.2")}, Gateway6: []netip.Addr{addr("fd06::1"), addr("fd06::2")}, Dev: w.dev,
 	}))
-	watched(t, s)
+	kept(t, s)
 	until := func(want string) {
 		t.Helper()
 		labtest.Eventually(t, 40*time.Second, func() bool {
