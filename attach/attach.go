@@ -51,9 +51,6 @@ const (
 	calm = 50 * time.Millisecond
 	// retry is how long what could not be done waits for the next try.
 	retry = time.Second
-	// maxSites bounds the namespaces that are attached at once, home not
-	// counted.
-	maxSites = 1024
 )
 
 // Route is one way for selected packets, as it is attached in each namespace.
@@ -118,13 +115,12 @@ type Manager struct {
 	from   netns.Ref // where the devices of other namespaces are made
 	deaf   error     // why events tell of home alone; set before there are other sites
 
-	mu       sync.Mutex
-	own      []netip.Prefix                 // home's addresses
-	home     *site                          // nil before Run and after
-	sites    map[uint64]*site               // all but home, by cookie
-	numbers  map[int]*site                  // those of which events tell
-	left     map[uint64]*cgroupsel.Snapshot // namespaces that were forgotten, and the picture of that time
-	overfull bool                           // that has been said
+	mu      sync.Mutex
+	own     []netip.Prefix                 // home's addresses
+	home    *site                          // nil before Run and after
+	sites   map[uint64]*site               // all but home, by cookie
+	numbers map[int]*site                  // those of which events tell
+	left    map[uint64]*cgroupsel.Snapshot // namespaces that were forgotten, and the picture of that time
 }
 
 // New returns a Manager that has not attached anything yet.
@@ -279,6 +275,9 @@ func (m *Manager) scan(ctx context.Context, work *sync.WaitGroup) {
 	picked := m.picked.Load()
 	listed := map[uint64][]cgroupsel.Namespace{}
 	for _, n := range picked.Namespaces {
+		if n.Excess != nil {
+			continue
+		}
 		listed[n.Ref.Cookie()] = append(listed[n.Ref.Cookie()], n)
 	}
 	m.mu.Lock()
@@ -297,10 +296,6 @@ func (m *Manager) scan(ctx context.Context, work *sync.WaitGroup) {
 			s.seen(news)
 			continue
 		}
-		if len(m.sites) >= maxSites {
-			m.turnAway(news[0].Ref)
-			continue
-		}
 		m.begin(ctx, work, cookie, news)
 	}
 	for cookie, s := range m.sites {
@@ -312,7 +307,7 @@ func (m *Manager) scan(ctx context.Context, work *sync.WaitGroup) {
 
 // begin lets a new site run. It is called with the lock held.
 func (m *Manager) begin(ctx context.Context, work *sync.WaitGroup, cookie uint64, news []cgroupsel.Namespace) {
-	s := m.newSite(news[0].Ref, siteID(news, m.opts.CgroupPath))
+	s := m.newSite(news[0].Ref, siteID(news, netns.Names(), m.opts.CgroupPath))
 	s.seen(news)
 	m.sites[cookie] = s
 	s.stopping = ctx.Done()
@@ -341,15 +336,6 @@ func (m *Manager) number(s *site) int {
 	defer m.mu.Unlock()
 	m.numbers[n] = s
 	return n
-}
-
-// turnAway leaves a namespace that there is no room for to on_exit.
-func (m *Manager) turnAway(ns netns.Ref) {
-	if !m.overfull {
-		m.overfull = true
-		m.opts.Logger.Error("too many network namespaces are attached; more are left as on_exit says", "limit", maxSites)
-	}
-	m.refuse(ns)
 }
 
 // refuse lets a namespace that cannot be attached do what on_exit says.

@@ -314,6 +314,28 @@ func TestWhatIsTakenInside(t *testing.T) {
 	})
 }
 
+// A namespace above the selector's bounds is shown as failed, and why, and left
+// alone; it is attached when there is room.
+func TestTooManyNamespacesAreShown(t *testing.T) {
+	atHome(t, func(t *testing.T) {
+		r, g := others(t, nil)
+		i := newInner(t, 1)
+		i.connect(1)
+		above := i.namespace()
+		above.Excess = errors.New("too many")
+		r.shows(above)
+		r.becomes(i, attach.StateFailed, "", "", g)
+		if s := r.States()[1]; s.Err != above.Excess || s.ID != i.ref.String() || s.Device != "" {
+			t.Errorf("state %+v", s)
+		}
+		r.shows(i.namespace())
+		r.becomes(i, attach.StateUp, allInside, "admitted", g)
+		if err := r.stop(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // What others take away inside is back within a second or so.
 func TestOthersAreRepaired(t *testing.T) {
 	atHome(t, func(t *testing.T) {

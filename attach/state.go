@@ -55,6 +55,13 @@ func (m *Manager) States() []State {
 	for _, s := range sites {
 		states = append(states, s.states(names)...)
 	}
+	for _, n := range m.picked.Load().Namespaces {
+		if n.Excess != nil {
+			s := m.newSite(n.Ref, siteID([]cgroupsel.Namespace{n}, names, m.opts.CgroupPath))
+			s.state, s.err, s.since = StateFailed, n.Excess, time.Time{}
+			states = append(states, s.states(names)...)
+		}
+	}
 	return states
 }
 
@@ -145,11 +152,12 @@ func (s *site) served() *Attachment {
 // shownDigits is how many digits of its id name a container.
 const shownDigits = 12
 
-// siteID names a namespace: by its name of ip-netns(8), else by the container
-// that its first task is of, as docker and its kin name their cgroups.
-func siteID(news []cgroupsel.Namespace, cgroupPath func(uint64) (string, bool)) string {
+// siteID names a namespace: by its name of ip-netns(8), which names has, else by
+// the container that its first task is of, as docker and its kin name their
+// cgroups.
+func siteID(news []cgroupsel.Namespace, names map[uint64]string, cgroupPath func(uint64) (string, bool)) string {
 	ref := news[0].Ref
-	if name := ref.Name(); name != "" {
+	if name := names[ref.Inode()]; name != "" {
 		return name
 	}
 	var p string

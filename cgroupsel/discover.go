@@ -66,6 +66,7 @@ type spaces struct {
 	armed  time.Time         // since when gate and hold are in force; zero: not
 	arms   hooks             // gate and hold
 	excess uint64
+	above  bool // some are above the bounds, and that was said
 	waived uint64
 	lost   uint64 // countLost at the last scan
 }
@@ -256,14 +257,9 @@ func (d *spaces) see(r record) (news bool) {
 		sp.Running = sp.Running || running
 	}
 	stranger := sp == nil && !d.exempt[r.Cookie]
-	room := !stranger || d.room(r.Cgroup)
 	d.mu.Unlock()
 	if !stranger {
 		return news
-	}
-	if !room {
-		d.giveUp(r.Cookie, &d.excess)
-		return false
 	}
 	ref, ok := enter(r)
 	if !ok {
@@ -271,34 +267,21 @@ func (d *spaces) see(r record) (news bool) {
 		// so by then.
 		return false
 	}
+	now := time.Now()
+	sp = &space{Namespace: Namespace{Ref: ref, PID: int(r.PID), Cgroup: r.Cgroup, Running: running}, since: now, seen: now}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.by[r.Cookie] != nil || d.exempt[r.Cookie] {
 		return false
 	}
-	now := time.Now()
-	d.by[r.Cookie] = &space{Namespace: Namespace{Ref: ref, PID: int(r.PID), Cgroup: r.Cgroup, Running: running}, since: now, seen: now}
+	within := d.within()
+	sp.Excess = within.above(r.Cgroup)
+	d.by[r.Cookie] = sp
+	if sp.Excess != nil {
+		d.leaveOut(sp)
+	}
 	return true
 }
-
-// room says whether one more namespace with tasks of a cgroup is within the
-// bounds.
-func (d *spaces) room(cgroup uint64) bool {
-	all, same := 0, 0
-	for _, sp := range d.by {
-		if !sp.listed() {
-			continue
-		}
-		all++
-		if sp.Cgroup == cgroup {
-			same++
-		}
-	}
-	return all < d.s.opts.MaxNamespaces && same < d.s.opts.MaxPerCgroup
-}
-
-// listed says whether a Snapshot has it: one above the bounds has no Ref.
-func (sp *space) listed() bool { return sp.Ref.Cookie() != 0 }
 
 // enter finds the way into the namespace of a record.
 func enter(r record) (netns.Ref, bool) {
@@ -319,9 +302,7 @@ func (d *spaces) list() []Namespace {
 	defer d.mu.Unlock()
 	var all []Namespace
 	for _, sp := range d.by {
-		if sp.listed() {
-			all = append(all, sp.Namespace)
-		}
+		all = append(all, sp.Namespace)
 	}
 	slices.SortFunc(all, func(a, b Namespace) int { return cmp.Compare(a.Ref.Cookie(), b.Ref.Cookie()) })
 	return all

@@ -136,7 +136,8 @@ func (d *spaces) scan() (news bool, err error) {
 		}
 	}
 	missed, left := d.missed(), d.leave(start)
-	return news || missed || left, nil
+	taken := d.takeIn()
+	return news || missed || left || taken, nil
 }
 
 // missed makes good for records that were lost: any of them can have been of a
@@ -185,7 +186,7 @@ func (d *spaces) tasks() ([]record, error) {
 func (d *spaces) follow(tasks []record) bool {
 	d.mu.Lock()
 	sp := d.by[tasks[0].Cookie]
-	if sp == nil || !sp.listed() {
+	if sp == nil {
 		d.mu.Unlock()
 		return false
 	}
@@ -220,7 +221,7 @@ func (d *spaces) leave(start time.Time) (news bool) {
 		}
 		if sp.fate != admitted {
 			d.drop(cookie)
-			news = news || sp.listed()
+			news = true
 			continue
 		}
 		news = news || !sp.Idle

@@ -185,39 +185,6 @@ func TestOfflineNamespaceIsLookedAtAgain(t *testing.T) {
 	}
 }
 
-// More namespaces than the bounds are counted, left to on_exit, and harm
-// nobody else.
-func TestNamespacesAreBounded(t *testing.T) {
-	lab, _, _ := newLab(t)
-	sel, other := lab.Cgroup("sel"), lab.Cgroup("other")
-	s := newSelector(t, cgroupsel.Options{Selections: one(sel.Path, other.Path), MaxPerCgroup: 2, MaxNamespaces: 3})
-	m := manage(t, s, &manager{}).arm()
-	enter := func(name string, c *labtest.Cgroup) string {
-		space, _ := newSpace(lab, name)
-		p := stay(t, lab, space, c)
-		p.tell("go")
-		return p.line()
-	}
-	for i := range 4 {
-		got, want := enter(fmt.Sprintf("s%d", i), sel), attached
-		if i >= 2 {
-			want = "sent" // open
-		}
-		if got != want {
-			t.Errorf("namespace %d of one cgroup: %s, want %s", i, got, want)
-		}
-	}
-	if got := enter("t0", other); got != attached {
-		t.Errorf("the first of another cgroup: %s", got)
-	}
-	if got := enter("t1", other); got != "sent" {
-		t.Errorf("the fourth in all: %s", got)
-	}
-	if n := s.Counters(); n.Excess != 3 || len(m.snapshot().Namespaces) != 3 {
-		t.Errorf("counters %+v, namespaces %+v", n, m.snapshot().Namespaces)
-	}
-}
-
 // Namespaces by the hundred, each gone in an instant, leave nothing behind.
 func TestManyShortNamespacesLeaveNothing(t *testing.T) {
 	labtest.Need(t, labtest.Tool("unshare"))

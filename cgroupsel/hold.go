@@ -133,8 +133,13 @@ func (s *Selector) Doubt(ns netns.Ref) error {
 	if d.exempt[ns.Cookie()] || sp == nil {
 		return nil
 	}
-	if err := d.m.known.Delete(ns.Cookie()); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-		return fmt.Errorf("doubt %s: %w", ns, err)
+	return d.doubt(sp)
+}
+
+// doubt is Doubt. It wants d.mu.
+func (d *spaces) doubt(sp *space) error {
+	if err := d.m.known.Delete(sp.Ref.Cookie()); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("doubt %s: %w", sp.Ref, err)
 	}
 	sp.fate, sp.since = pending, time.Now()
 	return nil
@@ -165,26 +170,28 @@ func (d *spaces) decide(ns netns.Ref, f fate, tells bool) {
 	d.letGoIn(ns.Cookie())
 }
 
-// giveUp leaves a namespace to on_exit of those who are in it, and counts. It
-// is false if it was decided about already.
-func (d *spaces) giveUp(cookie uint64, counter *uint64) bool {
+// giveUp leaves a namespace to on_exit of those who are in it, if nothing was
+// decided about it meanwhile.
+func (d *spaces) giveUp(cookie uint64) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.decided(cookie) {
-		return false
+	sp := d.by[cookie]
+	if sp == nil || d.decided(cookie) {
+		return
 	}
+	d.waive(sp, &d.waived)
+	d.s.log.Warn("a namespace was not attached in time: on_exit decides", "netns", sp.Ref.String())
+}
+
+// waive leaves a namespace to on_exit, and counts. It wants d.mu.
+func (d *spaces) waive(sp *space, counter *uint64) {
+	cookie := sp.Ref.Cookie()
 	if err := d.m.known.Put(cookie, known{Flags: knownWaived}); err != nil {
 		d.s.log.Warn("too many namespaces for the gate", "limit", maxKnown, "err", err)
 	}
 	*counter++
-	sp := d.by[cookie]
-	if sp == nil {
-		sp = &space{seen: time.Now()}
-		d.by[cookie] = sp
-	}
 	sp.fate = waived
 	d.letGoIn(cookie)
-	return true
 }
 
 // watch keeps the deadlines of namespaces until ctx ends, and makes good for
@@ -197,9 +204,7 @@ func (d *spaces) watch(ctx context.Context) {
 			}
 		}
 		for _, cookie := range d.overdue() {
-			if d.giveUp(cookie, &d.waived) {
-				d.s.log.Warn("a namespace was not attached in time: on_exit decides", "netns_cookie", cookie)
-			}
+			d.giveUp(cookie)
 		}
 	})
 }

@@ -10,7 +10,7 @@ import (
 
 const (
 	// maxKnown bounds the namespaces that the gate tells apart: those of the
-	// Snapshot, select.netns, and those above the bounds.
+	// Snapshot and select.netns.
 	maxKnown = 8192
 	// maxGuards bounds the tuns that the guard lets marked packets leave by.
 	maxGuards = 4096

@@ -43,9 +43,10 @@ type Options struct {
 	Selections []Selection // one of each route, in the order of the routes
 	Instance   string      // who we are: the table's number as text
 	MaxCgroups int         // selected cgroups with all below, 0 is 16,384; those beyond are in Counters.Full
-	// MaxNamespaces bounds the namespaces of a Snapshot (0 is 1,024), and
-	// MaxPerCgroup those with tasks of one and the same cgroup (0 is 256).
-	// Those above are in Counters.Excess, and on_exit decides about them.
+	// MaxNamespaces bounds the namespaces to be attached (0 is 1,024; those of
+	// select.netns count, and are never above), and MaxPerCgroup those with tasks
+	// of one and the same cgroup (0 is 256). on_exit decides about those above:
+	// they have Namespace.Excess, and are in Counters.Excess.
 	MaxNamespaces, MaxPerCgroup int
 	Logger                      *slog.Logger // nil: silent
 	// Without names features that are not to be used, as if the kernel
@@ -63,14 +64,15 @@ type Cgroup struct {
 	Held      bool // made again, it is selected before a process can be in it
 }
 
-// Namespace is a network namespace that needs an attachment. All of a snapshot
-// are different ones.
+// Namespace is a network namespace that needs an attachment, or would but for
+// Excess. All of a snapshot are different ones.
 type Namespace struct {
 	Ref    netns.Ref // leads in; without All as long as PID lives
 	PID    int       // a selected task that was seen in it, 0: none was; it can have ended
 	Cgroup uint64    // the id of that task's cgroup
 	Idle   bool      // no selected task was in it at the last look
 	Again  bool      // admitted as offline, and a task did exec or opened a socket since
+	Excess error     // which bound it is above, and so is not to be attached; nil: none
 	// All says that select.netns of the route with the index Selection names
 	// it: everything in it is captured, whatever its cgroup. Home can be such
 	// a namespace; without All none is home.

@@ -201,7 +201,7 @@ func (m *manager) reconcile(now cgroupsel.Snapshot) {
 	defer m.mu.Unlock()
 	m.last = now
 	for _, ns := range now.Namespaces {
-		if m.done[ns.Ref.Cookie()] {
+		if m.done[ns.Ref.Cookie()] || ns.Excess != nil {
 			continue
 		}
 		m.done[ns.Ref.Cookie()] = true
