@@ -207,6 +207,11 @@ func reject() part {
 	return part{&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED}}
 }
 
+// reset refuses a TCP connection.
+func reset() part {
+	return part{&expr.Reject{Type: unix.NFT_REJECT_TCP_RST}}
+}
+
 func accept() expr.Any       { return &expr.Verdict{Kind: expr.VerdictAccept} }
 func jump(chain string) part { return part{&expr.Verdict{Kind: expr.VerdictJump, Chain: chain}} }
 func drop() part             { return part{&expr.Verdict{Kind: expr.VerdictDrop}} }

@@ -120,7 +120,9 @@ func (r *ruleset) enter(p *Plan, w *way, bypass []*nftables.Set) {
 	}
 	r.add(enter, markIs(p.Mask, p.Mark), tcp(), tproxyTo(w.tproxy))
 	r.add(enter, markIs(p.Mask, p.Mark), udp(), tproxyTo(w.tproxy))
-	// All addresses are local on this way: nobody else may answer for them.
+	// All addresses are local on this way: nobody else may answer for them. The
+	// kernel sends no ICMP error from an IPv4 address that is not its own.
+	r.add(enter, markIs(p.Mask, p.Mark), tcp(), reset())
 	r.add(enter, markIs(p.Mask, p.Mark), reject())
 }
 

@@ -1,12 +1,19 @@
 package steer_test
 
 import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"cgtun/internal/labtest"
 	"cgtun/steer"
@@ -195,40 +202,67 @@ func TestTwoRoutesWithTwoWays(t *testing.T) {
 }
 
 // The way may be somebody else's transparent proxy: here shadowsocks' one,
-// whose server is far.
+// whose server is far. What it does not listen for is refused, and answered by
+// nobody else: all addresses are local on this way, and home has a service on
+// the port that is asked.
 func TestSelectedTakeTheTransparentProxy(t *testing.T) {
 	labtest.Need(t, labtest.Tool("ss-redir"), labtest.Tool("ss-server"))
-	for _, rpFilter := range []string{"0", "1"} {
-		t.Run("rp_filter "+rpFilter, func(t *testing.T) {
+	for _, tt := range []struct {
+		via, listen string
+		rpFilter    string
+		serves      string
+	}{
+		{"127.0.0.1:12345", "127.0.0.1", "0", "tcp4 udp4"},
+		{"127.0.0.1:12345", "127.0.0.1", "1", "tcp4 udp4"},
+		{"[::1]:12345", "::1", "1", "tcp6 udp6"},
+		{"0.0.0.0:12345", "0.0.0.0", "0", "tcp4 udp4"},
+		// It hears udp4, too, but cannot answer: TestListenerOfBothFamilies.
+		{"[::]:12345", "::", "1", "tcp4 tcp6 udp6"},
+		{"127.0.0.1:12345", "127.0.0.2", "0", ""}, // it is not there
+	} {
+		t.Run(fmt.Sprintf("%s to %s, rp_filter %s", tt.via, tt.listen, tt.rpFilter), func(t *testing.T) {
 			w := newWorld(t)
-			w.home.Sysctl("net.ipv4.conf.all.rp_filter", rpFilter)
+			w.home.Sysctl("net.ipv4.conf.all.rp_filter", tt.rpFilter)
 			config := filepath.Join(t.TempDir(), "ss.json")
-			text := `{"server":"10.8.0.2","server_port":8388,"local_address":"127.0.0.1","local_port":12345,` +
-				`"password":"lab","method":"aes-256-gcm","timeout":60}`
+			text := fmt.Sprintf(`{"server":"10.8.0.2","server_port":8388,"local_address":%q,"local_port":12345,`+
+				`"password":"lab","method":"aes-256-gcm","timeout":60}`, tt.listen)
 			if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 				t.Fatal(err)
 			}
-			w.far.Start("ss-server", "-c", config, "-u")
+			w.far.Start("ss-server", "-s", "10.8.0.2", "-p", "8388", "-k", "lab", "-m", "aes-256-gcm", "-u")
 			w.home.Start("ss-redir", "-c", config, "-u", "-T")
+			for _, network := range []string{"tcp", "udp"} {
+				labtest.Eventually(t, 20*time.Second, func() bool {
+					return strings.Contains(w.home.Run("ss", "-ln", "--"+network), ":12345")
+				}, "the proxy listens")
+			}
+			w.home.Serve(":7001", func(c *net.TCPConn) error { _, err := c.Write([]byte("home\n")); return err })
+			w.home.ServeUDPEcho(":7001")
 			w.leaks = w.router.Meter(nil, []string{server4, server6}) // but for what the proxy sends to its server
 			p := w.plan()
-			p.Device, p.Via = "", steer.Via{TProxy: netip.MustParseAddrPort("127.0.0.1:12345")}
+			p.Device, p.Via = "", steer.Via{TProxy: netip.MustParseAddrPort(tt.via)}
 			w.steer(p)
-			for _, network := range []string{"tcp4", "udp4"} {
+			for _, way := range ways {
 				for _, mark := range []string{"mark=0", "mark=101"} {
-					labtest.Eventually(t, 20*time.Second, func() bool {
-						return w.in("ask", network, server4+":7000", mark) == "uplink"
-					}, network+" "+mark+" through the proxy")
+					if strings.Contains(tt.serves, way.network) {
+						labtest.Eventually(t, 20*time.Second, func() bool {
+							return w.in("ask", way.network, way.server, mark) == "uplink"
+						}, "%s, %s through the proxy", way.network, mark)
+						continue
+					}
+					got := w.in("ask", way.network, strings.Replace(way.server, ":7000", ":7001", 1), mark)
+					if told := strings.Contains(got, "refused") || strings.Contains(got, "no route"); !told && mark == "mark=101" && way.network[:3] == "tcp" {
+						t.Errorf("%s, which the proxy does not serve, is not told: %s", way.network, got)
+					}
+					if !strings.HasPrefix(got, "dial") && !strings.HasPrefix(got, "write") && !strings.HasPrefix(got, "read") {
+						t.Errorf("%s, %s, which the proxy does not serve, was answered: %s", way.network, mark, got)
+					}
 				}
 			}
-			// Its listener is v4 only, and pings are nobody's to answer.
-			for _, network := range []string{"tcp6", "udp6"} {
-				if got := w.in("ask", network, "["+server6+"]:7000", "mark=101"); !strings.Contains(got, "unreachable") && !strings.Contains(got, "no route") {
-					t.Errorf("%s: %s", network, got)
+			for _, server := range []string{server4, server6} { // pings are nobody's to answer
+				if got := output(w.selected.Command(w.home.Command(t.Context(), "ping", "-c1", "-W1", server))); strings.Contains(got, "1 received") {
+					t.Errorf("ping was answered: %s", got)
 				}
-			}
-			if got := output(w.selected.Command(w.home.Command(t.Context(), "ping", "-c1", "-W1", server4))); strings.Contains(got, "1 received") {
-				t.Errorf("ping was answered: %s", got)
 			}
 			if n := w.leaks.Packets(); n != 0 {
 				t.Errorf("%d packets by the uplink", n)
@@ -237,5 +271,61 @@ func TestSelectedTakeTheTransparentProxy(t *testing.T) {
 				t.Errorf("others: %s, %d packets by the uplink", got, w.leaks.Packets())
 			}
 		})
+	}
+}
+
+// A listener without an address of its own hears both families, if it listens
+// for both.
+func TestListenerOfBothFamilies(t *testing.T) {
+	w := newWorld(t)
+	heard := make(chan string, 100)
+	var pc net.PacketConn
+	err := w.home.Do(func() (err error) {
+		lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) (err error) {
+			ctlErr := c.Control(func(fd uintptr) {
+				err = errors.Join(
+					unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_TRANSPARENT, 1),
+					unix.SetsockoptInt(int(fd), unix.SOL_IPV6, unix.IPV6_TRANSPARENT, 1))
+			})
+			return errors.Join(ctlErr, err)
+		}}
+		pc, err = lc.ListenPacket(context.Background(), "udp", "[::]:12345")
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pc.Close()
+	go func() {
+		for buf := make([]byte, 100); ; {
+			_, from, err := pc.ReadFrom(buf)
+			if err != nil {
+				return
+			}
+			heard <- from.String()
+		}
+	}()
+	for _, via := range []string{"0.0.0.0:12345", "[::]:12345"} {
+		p := w.plan()
+		p.Device, p.Via = "", steer.Via{TProxy: netip.MustParseAddrPort(via)}
+		s := w.steer(p)
+		for network, from := range map[string]string{"udp4": "10.9.0.2:", "udp6": "[fd09::2]:"} {
+			server := map[string]string{"udp4": server4 + ":7000", "udp6": "[" + server6 + "]:7000"}[network]
+			w.in("ask", network, server) // nobody answers
+			select {
+			case got := <-heard:
+				if !strings.HasPrefix(got, from) {
+					t.Errorf("%s, %s: heard %s", via, network, got)
+				}
+			case <-time.After(5 * time.Second):
+				t.Errorf("%s, %s: not heard", via, network)
+			}
+		}
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	if n := w.leaks.Packets(); n != 0 {
+		t.Errorf("%d packets by the uplink", n)
 	}
 }
