@@ -194,7 +194,6 @@ func (m *Manager) Run(ctx context.Context, ready func()) (err error) {
 	}
 
 	home := m.newSite(ns, Home)
-	home.doubted = true
 	if err := home.open(); err != nil {
 		return err
 	}

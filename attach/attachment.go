@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"cgtun/cgroupsel"
 	"cgtun/internal/netns"
 	"cgtun/steer"
 	"cgtun/tun"
@@ -42,6 +43,17 @@ func (a *Attachment) Local(addr netip.Addr) bool {
 	}
 	a.missing()
 	return false
+}
+
+// leavesBy is the device by which marked packets leave, as the gate is told.
+func (a *Attachment) leavesBy() int {
+	if !a.kernel() {
+		return a.around.Load().device
+	}
+	if link := a.steering.Link(); link != 0 {
+		return link
+	}
+	return cgroupsel.NoDevice
 }
 
 // kernel says that the kernel routes: there is no device of ours.

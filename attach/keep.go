@@ -123,26 +123,24 @@ func (s *site) ending(ctx context.Context, a *Attachment, err error) error {
 // admit lets the gate pass what leaves by our device. Not before something runs:
 // by then the namespace is set up, and what is in force is all of it.
 func (s *site) admit() error {
+	a := cgroupsel.Admission{Devices: make([]int, len(s.m.opts.Routes))}
+	for _, one := range s.attached {
+		a.Devices[one.selection] = one.leavesBy()
+	}
 	switch {
-	case !s.doubted:
-		return nil
 	case s.home():
 		// Steering guards there. It is for what outlives us that the gate knows
 		// the devices, too.
-		if !s.m.closed() {
+		if !s.m.closed() || slices.Equal(a.Devices, s.admitted) {
 			return nil
 		}
-	case !s.running() && !s.named():
+	case !s.doubted, !s.running() && !s.named():
 		return nil
-	}
-	a := cgroupsel.Admission{Devices: make([]int, len(s.m.opts.Routes))}
-	for _, one := range s.attached {
-		a.Devices[one.selection] = one.around.Load().device
 	}
 	if err := s.m.opts.Gate.Admit(s.ref(), a); err != nil {
 		return err
 	}
-	s.doubted = false
+	s.doubted, s.admitted = false, a.Devices
 	return nil
 }
 

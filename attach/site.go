@@ -66,9 +66,10 @@ type site struct {
 	decide  func()
 
 	// run's own:
-	idle    time.Time     // since when nobody is in it; zero: somebody is
-	doubted bool          // the gate has to be told again
-	lasted  time.Duration // for how long the last capture was in force
+	idle     time.Time     // since when nobody is in it; zero: somebody is
+	doubted  bool          // the gate has to be told again
+	admitted []int         // the devices that it was told last
+	lasted   time.Duration // for how long the last capture was in force
 
 	mu       sync.Mutex
 	ns       netns.Ref             // the way in can be another one later

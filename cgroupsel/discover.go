@@ -25,10 +25,14 @@ type Admission struct {
 	// Offline: it is not steered. When a selected task does exec or opens a
 	// socket there, Namespace.Again becomes true.
 	Offline bool
-	// Devices are the ifindices of the tuns there, by index of the selection:
-	// packets with its mark leave by this one alone. 0 or missing: by any.
+	// Devices are the ifindices of the tuns there, or of what a way leads to, by
+	// index of the selection: packets with its mark leave by this one alone. 0 or
+	// missing: by any.
 	Devices []int
 }
+
+// NoDevice in an Admission lets packets leave by none.
+const NoDevice = -1
 
 // fate is what was decided about a namespace.
 type fate uint8

@@ -226,6 +226,17 @@ func (s *Steering) Down() error {
 	return s.way.down
 }
 
+// Link returns the index of the device by which what is marked leaves now, 0:
+// by none.
+func (s *Steering) Link() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.way == nil || s.way.down != nil {
+		return 0
+	}
+	return s.way.link
+}
+
 // Missing returns a *FeatureError if the kernel refused an owned table: Repair
 // then has more to put back, and more is left after a kill.
 func (s *Steering) Missing() error {

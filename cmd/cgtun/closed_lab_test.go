@@ -1,11 +1,14 @@
 package main_test
 
 import (
+	"math/rand/v2"
+	"os"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	"cgtun/attach"
 	"cgtun/internal/labtest"
 )
 
@@ -66,9 +69,16 @@ func TestClosedStaysClosed(t *testing.T) {
 		rounds = 1
 	}
 	for range rounds {
+		began := time.Now()
 		d = w.start(w.closedConfig())
+		whole := time.Since(began)
 		d.kill()
 		w.noLeak("after SIGKILL")
+		half := w.lab.StartCommand(w.daemonCommand(w.closedConfig()))
+		time.Sleep(rand.N(whole)) // the point of death: not a wait
+		half.Signal(syscall.SIGKILL)
+		_ = half.Wait()
+		w.noLeak("killed while starting")
 	}
 	w.blocked("after SIGKILL")
 	w.machine.Run("nft", "flush", "ruleset")
@@ -94,6 +104,67 @@ func TestClosedStaysClosed(t *testing.T) {
 	}
 	if diff := before.Diff(w.lab.Snapshot(w.machine)); diff != "" {
 		t.Errorf("the machine is not as it was:\n%s", diff)
+	}
+}
+
+// A way by the kernel with on_exit = "closed" goes on after a kill, also of a
+// cgroup that is made again, and nothing selected leaves by another one: not when
+// the firewall was flushed, not when the way is gone. After a stop it blocks.
+func TestClosedWayByTheKernelGoesOn(t *testing.T) {
+	t.Parallel()
+	labtest.Alone(t)
+	w := newWorld(t)
+	w.server.ServeEcho(":7000")
+	w.server.ServeUDPEcho(port(far4, 7000))
+	w.server.ServeUDPEcho(port(far6, 7000))
+	text := strings.Replace(w.closedConfig(), "[route]", "[route]\nvia = {gateway = \"10.2.0.1\", gateway6 = \"fd02::1\", dev = \"eth1\"}", 1)
+	goesOn := func(when string) {
+		t.Helper()
+		for _, far := range []string{far4, far6} {
+			for _, network := range []string{"tcp", "udp"} {
+				q := probe{Do: "dial", Network: network, To: port(far, 7000), Say: "x"}
+				if a := w.probe(inside, q); a.Heard != "x" {
+					t.Errorf("%s: %s to %s: %+v", when, network, far, a)
+				}
+				q.Device, q.Wait = "eth0", time.Second
+				if a := w.probe(inside, q); a.Heard != "" {
+					t.Errorf("%s: %s to %s, bound to the uplink, was answered", when, network, far)
+				}
+			}
+		}
+		w.noLeak(when)
+	}
+	d := w.start(text)
+	goesOn("while it runs")
+	d.kill()
+	goesOn("after SIGKILL")
+	labtest.Eventually(t, patience(), func() bool { return os.Remove(w.sel.Dir) == nil }, "the cgroup is removed")
+	w.sel = w.lab.Cgroup("sel")
+	goesOn("in a cgroup that was made again")
+	w.machine.Run("nft", "flush", "ruleset")
+	goesOn("after a flush")
+	w.machine.Run("ip", "link", "set", "eth1", "down")
+	w.blocked("without the way")
+
+	d = w.start(text)
+	for _, state := range []string{"up", "down", "up"} {
+		w.machine.Run("ip", "link", "set", "eth1", state)
+		want := map[string]string{"up": attach.StateUp, "down": attach.StateFailed}[state]
+		if state == "up" {
+			w.machine.Run("ip", "addr", "add", "fd02::2/64", "dev", "eth1", "nodad")
+		}
+		labtest.Eventually(t, patience(), func() bool { return w.status().Attachments[0].State == want }, "the way is %s", state)
+		if state == "up" {
+			goesOn("when the way has come")
+		}
+	}
+	d.stop()
+	w.blocked("after SIGTERM")
+	if out, errs, code := w.cgtun("cleanup"); code != 0 {
+		t.Errorf("cleanup: %d %s %s", code, out, errs)
+	}
+	if a := w.probe(inside, probe{Do: "dial", Network: "tcp", To: port(far4, 7000), Say: "x"}); a.Heard != "x" || w.leaks.Packets() == 0 {
+		t.Errorf("after cleanup: %+v, %d packets by the uplink", a, w.leaks.Packets())
 	}
 }
 
