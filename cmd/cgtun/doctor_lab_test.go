@@ -141,6 +141,34 @@ func TestQuestionsAboutNobodyAndItself(t *testing.T) {
 	}
 }
 
+// Where no cgroup is selected by its path, explain says so, or speaks of what is
+// selected otherwise.
+func TestExplainWithoutCgroups(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	lab1 := w.lab.Host("lab1")
+	for selected, want := range map[string]string{
+		``:                                     "no: [select] cgroups has no plain path to speak of; name a cgroup with -cgroup",
+		fmt.Sprintf("netns = [%q]", lab1.Name): fmt.Sprintf("yes: all of network namespace %q is selected, and %s is not bypassed", lab1.Name, far4),
+		`interfaces = ["vnet0"]`:               fmt.Sprintf("yes: what comes in through \"vnet0\" is selected, and %s is not bypassed", far4),
+	} {
+		text := strings.Replace(w.config(second), fmt.Sprintf("cgroups = [%q]", w.sel.Path), "cgroups = []\n"+selected, 1)
+		text = strings.Replace(text, "[[rule]]", fmt.Sprintf("[[rule]]\nnetns = [%q]\nuse = \"reject\"\n[[rule]]", lab1.Name), 1)
+		d := w.start(text)
+		out, errs, code := w.cgtun("explain", far4+":80")
+		if code != 0 || !strings.Contains(out, want) {
+			t.Errorf("%s: %d %s%s, want %s", selected, code, out, errs, want)
+		}
+		if rejected := strings.Contains(out, "reject"); rejected != strings.Contains(selected, "netns") {
+			t.Errorf("%s: which rule: %s", selected, out)
+		}
+		if selected != "" && strings.Contains(out, "needs") {
+			t.Errorf("%s: %s", selected, out)
+		}
+		d.stop()
+	}
+}
+
 // What stops cgtun is an error, and says what mends it.
 func TestDoctorFindsWhatStopsIt(t *testing.T) {
 	t.Parallel()

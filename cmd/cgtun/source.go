@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -181,8 +182,17 @@ func (in *instance) Explain(ctx context.Context, q control.ExplainRequest) (cont
 		return e, nil
 	}
 	selection, selected := in.selector.Selected(string(e.Cgroup))
-	if !selected {
-		e.Why = fmt.Sprintf("cgroup %q is not selected; see [select] cgroups", string(e.Cgroup))
+	from, what := attach.Home, fmt.Sprintf("cgroup %q", string(e.Cgroup))
+	if e.Cgroup == "" {
+		selection, from, what = in.withoutCgroup()
+		selected = what != ""
+	}
+	switch {
+	case !selected && e.Cgroup == "":
+		e.Why = "[select] cgroups has no plain path to speak of; name a cgroup with -cgroup"
+		return e, nil
+	case !selected:
+		e.Why = what + " is not selected; see [select] cgroups"
 		return e, nil
 	}
 	// The first address is the one that a client tries first.
@@ -193,15 +203,33 @@ func (in *instance) Explain(ctx context.Context, q control.ExplainRequest) (cont
 			return e, nil
 		}
 	}
-	e.Captured, e.Why = true, fmt.Sprintf("cgroup %q is selected, and %s is not bypassed", string(e.Cgroup), addrs[0])
-	in.explainRule(&e, &in.routes[selection], proto, netip.AddrPortFrom(addrs[0], q.Port))
+	e.Captured, e.Why = true, fmt.Sprintf("%s is selected, and %s is not bypassed", what, addrs[0])
+	f := &flow.Flow{Proto: proto, Dst: netip.AddrPortFrom(addrs[0], q.Port), Attachment: from}
+	if e.Cgroup != "" {
+		f.Src = sourceTo(&in.routes[selection], addrs[0])
+	}
+	in.explainRule(&e, f)
 	return e, nil
 }
 
-func (in *instance) explainRule(e *control.Explain, route *config.Route, proto flow.Proto, dst netip.AddrPort) {
-	facts := &rules.Facts{
-		Flow:  &flow.Flow{Proto: proto, Src: sourceTo(route, dst.Addr()), Dst: dst, Attachment: attach.Home},
-		Owner: &flow.Owner{Cgroup: string(e.Cgroup)}, Known: rules.FactCgroup,
+// withoutCgroup says what is selected, by which route and as which attachment's,
+// where it is no cgroup; "" is nothing.
+func (in *instance) withoutCgroup() (selection int, from, what string) {
+	for i, r := range in.routes {
+		switch {
+		case len(r.Select.Netns) > 0:
+			return i, filepath.Base(r.Select.Netns[0]), fmt.Sprintf("all of network namespace %q", r.Select.Netns[0])
+		case len(r.Select.Interfaces) > 0:
+			return i, attach.Home, fmt.Sprintf("what comes in through %q", r.Select.Interfaces[0])
+		}
+	}
+	return 0, "", ""
+}
+
+func (in *instance) explainRule(e *control.Explain, f *flow.Flow) {
+	facts := &rules.Facts{Flow: f}
+	if e.Cgroup != "" {
+		facts.Owner, facts.Known = &flow.Owner{Cgroup: string(e.Cgroup)}, rules.FactCgroup
 	}
 	verdict, missing, path := in.router.Explain(facts)
 	if missing != 0 {
