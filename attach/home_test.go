@@ -27,6 +27,12 @@ const homeEnv = "CGTUN_ATTACH_HOME"
 // it changes back.
 func atHome(t *testing.T, body func(t *testing.T)) {
 	t.Helper()
+	atHomeBy(t, nil, body)
+}
+
+// atHomeBy is atHome with words before the command, such as those of setpriv(1).
+func atHomeBy(t *testing.T, words []string, body func(t *testing.T)) {
+	t.Helper()
 	if os.Getenv(homeEnv) == t.Name() {
 		body(t)
 		return
@@ -39,7 +45,8 @@ func atHome(t *testing.T, body func(t *testing.T)) {
 	home.Run("ip", "route", "add", "default", "via", "fd09::2")
 	before := lab.Snapshot(home)
 
-	cmd := home.Command(context.Background(), os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v", "-test.timeout=2m")
+	words = append(words, os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v", "-test.timeout=2m")
+	cmd := home.Command(context.Background(), words[0], words[1:]...)
 	cmd.Env = append(os.Environ(), homeEnv+"="+t.Name())
 	p := lab.StartCommand(cmd)
 	if err := p.Wait(); err != nil || !strings.Contains(p.Output(), "--- PASS: "+t.Name()) {

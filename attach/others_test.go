@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -361,6 +362,56 @@ func TestOthersAreRepaired(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+// Without CAP_NET_BROADCAST there are no events of other namespaces: they are
+// looked at each second, and that is said. Home's are followed as ever.
+func TestOthersWithoutEvents(t *testing.T) {
+	labtest.Need(t, labtest.Tool("setpriv"))
+	atHomeBy(t, []string{"setpriv", "--bounding-set=-net_broadcast"}, func(t *testing.T) {
+		var log lockedBuffer
+		r, g := others(t, func(o *attach.Options) { o.Logger = slog.New(slog.NewTextHandler(&log, nil)) })
+		if said := "other namespaces are looked at each second"; strings.Count(log.String(), said) != 1 {
+			t.Errorf("not said once: %s", log.String())
+		}
+		i := newInner(t, 1)
+		r.shows(i.namespace())
+		r.becomes(i, attach.StateOffline, "", "offline", g)
+		i.connect(1)
+		r.becomes(i, attach.StateUp, allInside, "admitted", g)
+		for _, take := range [][2]string{{"nft", "flush ruleset"}, {"ip", "rule del pref 10101"}} {
+			if out, err := i.try(take[0], take[1]); err != nil {
+				t.Fatalf("%v: %v: %s", take, err, out)
+			}
+			labtest.Eventually(t, soon, func() bool { return i.steered() == allInside }, "back after %v", take)
+		}
+		ip(t, "rule del pref 10101")
+		labtest.Eventually(t, within, func() bool { return steered() == all }, "home's rule is back")
+		i.ip("route del default")
+		i.ip("-6 route del default")
+		r.becomes(i, attach.StateOffline, "", "offline", g)
+		if err := r.stop(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// lockedBuffer may be written to and read at the same time.
+type lockedBuffer struct {
+	mu   sync.Mutex
+	text strings.Builder
+}
+
+func (b *lockedBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.text.Write(p)
+}
+
+func (b *lockedBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.text.String()
 }
 
 // Events of one namespace that are too many for the buffer hide those of another:
