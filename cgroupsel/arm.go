@@ -134,10 +134,34 @@ func (s *Selector) fillOne(at spot, dir *os.File) error {
 func (s *Selector) armRoot() error {
 	err := s.allowed(FeatureRoot)
 	if err == nil {
-		s.root, err = attachSockets(s.tree.root, socketPrograms(s.maps, bySel(s.maps)))
+		s.root, err = s.attachRoot(func(others []int32) []*ebpf.ProgramSpec {
+			return socketPrograms(s.maps, bySel(s.maps, others))
+		})
 	}
 	return err
 }
+
+// rooted are programs at the root of cgroup2. Those of closed selections are
+// pinned; those of open ones must not outlive us.
+type rooted struct{ open, closed hooks }
+
+// attachRoot attaches programs for the open selections and for the closed ones,
+// where there are any, which are told the selections that they are not for.
+func (s *Selector) attachRoot(programs func(others []int32) []*ebpf.ProgramSpec) (r rooted, err error) {
+	open, closed := s.opts.byExit()
+	if len(open) > 0 {
+		r.open, err = attachSockets(s.tree.root, programs(closed))
+	}
+	if err == nil && len(closed) > 0 {
+		r.closed, err = attachSockets(s.tree.root, programs(open))
+	}
+	if err != nil {
+		return rooted{}, errors.Join(err, r.Close())
+	}
+	return r, nil
+}
+
+func (r rooted) Close() error { return errors.Join(r.closed.Close(), r.open.Close()) }
 
 // armNamed attaches socket programs at the root that go by the namespace, where
 // those that go by the cgroup as well are refused.
@@ -147,7 +171,7 @@ func (s *Selector) armNamed() {
 	}
 	root, err := attachSockets(s.tree.root, socketPrograms(s.maps, byNamed(s.maps, s.exempt())))
 	if s.note(FeatureNetns, err) {
-		s.root = root
+		s.root.open = root
 	}
 }
 

@@ -68,7 +68,7 @@ type spaces struct {
 	exempt map[uint64]bool   // home and select.netns
 	holds  bool              // tasks are held; before Run
 	armed  time.Time         // since when gate and hold are in force; zero: not
-	arms   hooks             // gate and hold
+	arms   rooted            // the gate
 	excess uint64
 	above  bool // some are above the bounds, and that was said
 	waived uint64
@@ -92,6 +92,7 @@ func (s *Selector) openSpaces() (*spaces, error) {
 	if err != nil {
 		return nil, err
 	}
+	_, closed := s.opts.byExit()
 	l, err := s.readLayout()
 	if err != nil {
 		return nil, err
@@ -106,7 +107,7 @@ func (s *Selector) openSpaces() (*spaces, error) {
 	}
 	d := &spaces{
 		s: s, m: m, home: home.Cookie(), news: make(chan struct{}, 1),
-		program: &spaceProgram{sel: s.maps, m: m, l: l, t: t, own: uint32(os.Getpid()), closed: s.opts.closed()},
+		program: &spaceProgram{sel: s.maps, m: m, l: l, t: t, own: uint32(os.Getpid()), closed: closed},
 		by:      make(map[uint64]*space), exempt: make(map[uint64]bool),
 	}
 	err = d.spare(home)

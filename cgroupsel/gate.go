@@ -58,8 +58,9 @@ const loopback = 1
 // More stack slots.
 const slotGuardKey = -112 // a guardKey
 
-// gateProgram is for cgroup_skb/egress at the root of cgroup2.
-func (p *spaceProgram) gateProgram() *ebpf.ProgramSpec {
+// gateProgram is for cgroup_skb/egress at the root of cgroup2. It is not for
+// others.
+func (p *spaceProgram) gateProgram(others []int32) *ebpf.ProgramSpec {
 	ins := asm.Instructions{
 		asm.Mov.Reg(asm.R6, asm.R1),
 		asm.FnSkbCgroupId.Call(),
@@ -71,8 +72,8 @@ func (p *spaceProgram) gateProgram() *ebpf.ProgramSpec {
 		asm.LoadMem(asm.R8, asm.R0, valueMask, asm.Word),
 		asm.JEq.Imm(asm.R8, 0, "out"),
 		asm.LoadMem(asm.R7, asm.R0, valueMark, asm.Word),
-		asm.LoadMem(asm.R1, asm.R0, valueSelection, asm.Word),
 	)
+	ins = append(ins, notOf(others)...)
 	ins = append(ins, p.shutFlags()...)
 	ins = append(ins,
 		asm.LoadMem(asm.R9, asm.R6, skbIfindex, asm.Word),

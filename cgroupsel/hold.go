@@ -59,7 +59,9 @@ func (s *Selector) Arm() error {
 	d.alive()
 	err := s.allowed(FeatureGate)
 	if err == nil {
-		d.arms, err = attachSockets(s.tree.root, []*ebpf.ProgramSpec{d.program.gateProgram()})
+		d.arms, err = s.attachRoot(func(others []int32) []*ebpf.ProgramSpec {
+			return []*ebpf.ProgramSpec{d.program.gateProgram(others)}
+		})
 	}
 	errs := []error{s.missing(FeatureGate, err), d.settle()}
 	_, err = d.scan()

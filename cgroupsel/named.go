@@ -164,7 +164,7 @@ func (s *Selector) tryNamed() error {
 
 // orNamed is bySel where namespaces are selected, too. Who is in one belongs
 // to it, whatever its cgroup; but an entry with mask 0 is cgtun itself.
-func orNamed(m *maps) chooser {
+func orNamed(m *maps, others []int32) chooser {
 	ins := asm.Instructions{
 		asm.FnGetCurrentCgroupId.Call(),
 		asm.StoreMem(asm.RFP, slotID, asm.R0, asm.DWord),
@@ -177,13 +177,14 @@ func orNamed(m *maps) chooser {
 		asm.JEq.Imm(asm.R1, 0, "out"),
 	)
 	ins = append(ins, lookupNamed(m, "space")...)
-	return chooser(append(ins,
+	ins = append(ins,
 		asm.JNE.Imm(asm.R0, 0, "chosen"),
 		asm.Mov.Reg(asm.R0, asm.R9),
 		asm.JEq.Imm(asm.R0, 0, "out"),
 		asm.LoadMem(asm.R8, asm.R0, valueMask, asm.Word).WithSymbol("chosen"),
 		asm.LoadMem(asm.R7, asm.R0, valueMark, asm.Word),
-	))
+	)
+	return chooser(append(ins, notOf(others)...))
 }
 
 // byNamed asks for the namespace alone: for a program at the root, where the

@@ -16,8 +16,9 @@ import (
 
 // # Theory of operation: what outlives us
 //
-// With a closed Selection everything that selects, marks, shuts and guards is
-// pinned in a bpffs: the tracepoints of cgroups, the socket programs, the gate.
+// With a closed Selection everything that selects, marks, shuts and guards for it
+// is pinned in a bpffs: the tracepoints of cgroups, its socket programs, its gate.
+// Open selections beside it have programs of their own, which end with cgtun.
 // So after the end of cgtun, however it came, sockets of selected cgroups still
 // get their mark, those of cgroups that are made again, too; and
 //
@@ -175,7 +176,7 @@ func removePins(dir string) (bool, error) {
 // those of this selector, else none.
 func (d *spaces) settle() error {
 	instance := d.s.opts.Instance
-	if len(d.s.opts.closed()) == 0 {
+	if _, closed := d.s.opts.byExit(); len(closed) == 0 {
 		_, err := RemovePins(d.home, instance)
 		return err
 	}
@@ -206,7 +207,7 @@ func (d *spaces) pin(instance string) error {
 		if err := os.Mkdir(fill, 0o700); err != nil {
 			return err
 		}
-		for name, all := range map[string]hooks{"cgroups": d.s.traces, "sockets": d.s.root, "gate": d.arms} {
+		for name, all := range map[string]hooks{"cgroups": d.s.traces, "sockets": d.s.root.closed, "gate": d.arms.closed} {
 			if err := all.pin(filepath.Join(fill, name)); err != nil {
 				return err
 			}

@@ -133,22 +133,33 @@ func readID(l *layout, dst, src asm.Register) asm.Instructions {
 // selected, and leaves the mark in R7 and the mask in R8.
 type chooser asm.Instructions
 
-// bySel asks the map: for programs at the root.
-func bySel(m *maps) chooser {
+// bySel asks the map: for programs at the root. It is not for others.
+func bySel(m *maps, others []int32) chooser {
 	if m.named != nil {
-		return orNamed(m)
+		return orNamed(m, others)
 	}
 	ins := asm.Instructions{
 		asm.FnGetCurrentCgroupId.Call(),
 		asm.StoreMem(asm.RFP, slotID, asm.R0, asm.DWord),
 	}
 	ins = append(ins, mapCall(m.sel.FD(), slotID, asm.FnMapLookupElem)...)
-	return chooser(append(ins,
+	ins = append(ins,
 		asm.JEq.Imm(asm.R0, 0, "out"),
 		asm.LoadMem(asm.R8, asm.R0, valueMask, asm.Word),
 		asm.JEq.Imm(asm.R8, 0, "out"),
 		asm.LoadMem(asm.R7, asm.R0, valueMark, asm.Word),
-	))
+	)
+	return chooser(append(ins, notOf(others)...))
+}
+
+// notOf leaves the program if the value at R0 is of one of others. R1 is its
+// selection then.
+func notOf(others []int32) asm.Instructions {
+	ins := asm.Instructions{asm.LoadMem(asm.R1, asm.R0, valueSelection, asm.Word)}
+	for _, selection := range others {
+		ins = append(ins, asm.JEq.Imm(asm.R1, selection, "out"))
+	}
+	return ins
 }
 
 // always is for programs on the selected cgroups themselves: only cgtun's own

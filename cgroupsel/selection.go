@@ -23,15 +23,16 @@ func (o Options) value(selection int) value {
 	return value{Mark: one.Mark & one.Mask, Mask: one.Mask, Selection: uint32(selection)}
 }
 
-// closed lists the selections with Closed.
-func (o Options) closed() []int32 {
-	var all []int32
+// byExit lists the selections without Closed, and those with it.
+func (o Options) byExit() (open, closed []int32) {
 	for i, one := range o.Selections {
 		if one.Closed {
-			all = append(all, int32(i))
+			closed = append(closed, int32(i))
+		} else {
+			open = append(open, int32(i))
 		}
 	}
-	return all
+	return open, closed
 }
 
 // entry is a plain path of Selection.Cgroups.

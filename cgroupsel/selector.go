@@ -119,7 +119,7 @@ type Selector struct {
 	pick   *picker
 	maps   *maps   // nil: no BPF at all
 	traces hooks   // the tracepoints
-	root   hooks   // the socket programs at the root
+	root   rooted  // the socket programs
 	spaces *spaces // nil: no namespaces are found
 	held   bool
 	types  func() (*btf.Spec, error) // the kernel's, read at the first call, as that takes some 75 ms; New alone asks

@@ -1,6 +1,7 @@
 package main_test
 
 import (
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"strings"
@@ -165,6 +166,84 @@ func TestClosedWayByTheKernelGoesOn(t *testing.T) {
 	}
 	if a := w.probe(inside, probe{Do: "dial", Network: "tcp", To: port(far4, 7000), Say: "x"}); a.Heard != "x" || w.leaks.Packets() == 0 {
 		t.Errorf("after cleanup: %+v, %d packets by the uplink", a, w.leaks.Packets())
+	}
+}
+
+// Each route has its own on_exit: after a death what the open one selected goes
+// the ordinary way, in home and elsewhere, and what the closed one did reaches
+// nothing, nor in a namespace that nobody knew.
+func TestEachRouteHasItsOwnExit(t *testing.T) {
+	t.Parallel()
+	labtest.Alone(t)
+	w := newWorld(t)
+	w.routed()
+	w.server.ServeUDPEcho(port(far4, 7000))
+	shut := w.lab.Cgroup("shut")
+	inner, later := w.lab.Host("inner"), w.lab.Host("later")
+	for i, h := range []*labtest.Host{inner, later} {
+		w.lab.Link(h, w.machine, fmt.Sprintf("10.50.%d.2/24", i), fmt.Sprintf("10.50.%d.1/24", i))
+		h.Run("ip", "route", "add", "default", "via", fmt.Sprintf("10.50.%d.1", i))
+	}
+	text := fmt.Sprintf(`
+[[route]]
+name = "open"
+mark = %[1]d
+table = %[1]d
+priority = 10101
+[route.select]
+cgroups = [%[2]q]
+[route.tun]
+name = "tun0"
+
+[[route]]
+name = "closed"
+mark = %[3]d
+table = %[3]d
+priority = 10102
+on_exit = "closed"
+[route.select]
+cgroups = [%[4]q]
+netns = ["comes-later"]
+[route.tun]
+name = "tun1"
+
+[control]
+socket = %[5]q
+`, w.number, w.sel.Path, w.number+1_000_000_000, shut.Path, w.socket)
+	heard := func(c *labtest.Cgroup, h *labtest.Host) bool {
+		t.Helper()
+		q := probe{Do: "dial", Network: "udp", To: port(far4, 7000), Say: "x", Wait: time.Second}
+		out, err := c.In(t.Context(), h, "env", probeArgs(q)...).Output()
+		if err != nil {
+			t.Error(err)
+		}
+		return strings.Contains(string(out), `"Heard":"x"`)
+	}
+	for _, how := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
+		d := w.start(text)
+		for _, c := range []*labtest.Cgroup{w.sel, shut} {
+			for _, h := range []*labtest.Host{w.machine, inner} {
+				if !heard(c, h) {
+					t.Errorf("%s in %s: no answer while it runs", c.Path, h.Name)
+				}
+			}
+		}
+		d.Signal(how)
+		_ = d.Wait()
+		for _, h := range []*labtest.Host{w.machine, inner, later} {
+			if !heard(w.sel, h) {
+				t.Errorf("after %v, open, in %s: no answer", how, h.Name)
+			}
+			if heard(shut, h) {
+				t.Errorf("after %v, closed, in %s: an answer", how, h.Name)
+			}
+		}
+	}
+	if out, errs, code := w.cgtun("cleanup"); code != 0 {
+		t.Errorf("cleanup: %d %s%s", code, out, errs)
+	}
+	if !heard(shut, later) {
+		t.Error("after cleanup: no answer")
 	}
 }
 
