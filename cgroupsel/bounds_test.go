@@ -21,7 +21,8 @@ func TestNamespacesAreBounded(t *testing.T) {
 			sel, other := lab.Cgroup("sel"), lab.Cgroup("other")
 			selections := one(sel.Path, other.Path)
 			selections[0].Closed = closed
-			s := newSelector(t, cgroupsel.Options{Selections: selections, MaxPerCgroup: 2, MaxNamespaces: 3})
+			t.Cleanup(func() { removePins(t) })
+			s := newSelector(t, cgroupsel.Options{Selections: selections, Instance: pinner, MaxPerCgroup: 2, MaxNamespaces: 3})
 			m := manage(t, s, &manager{}).arm()
 			spaces, inside := map[string]*labtest.Host{}, map[string]*helper{}
 			enter := func(name string, c *labtest.Cgroup, want string) {
