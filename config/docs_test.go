@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"reflect"
 	"regexp"
 	"slices"
@@ -77,16 +78,27 @@ func TestDocsListEveryKey(t *testing.T) {
 	}
 }
 
-// TestDocsExamplesLoad loads each fenced block.
+// TestDocsExamplesLoad loads each fenced block of all pages.
 func TestDocsExamplesLoad(t *testing.T) {
-	blocks := regexp.MustCompile("(?ms)^```toml\n(.*?)^```").FindAllStringSubmatch(page(t), -1)
-	if len(blocks) < 4 {
-		t.Fatalf("only %d blocks found", len(blocks))
+	files, err := filepath.Glob("../docs/*.md")
+	if err != nil {
+		t.Fatal(err)
 	}
-	for i, block := range blocks {
-		if _, err := config.Parse(fmt.Sprintf("block %d", i+1), []byte(block[1])); err != nil {
-			t.Error(err)
+	n := 0
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
 		}
+		for i, block := range regexp.MustCompile("(?ms)^```toml\n(.*?)^```").FindAllStringSubmatch(string(text), -1) {
+			n++
+			if _, err := config.Parse(fmt.Sprintf("%s, block %d", file, i+1), []byte(block[1])); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	if n < 6 {
+		t.Errorf("only %d blocks found", n)
 	}
 }
 

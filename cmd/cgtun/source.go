@@ -85,8 +85,12 @@ func (in *instance) outboundStatus() (list control.List[control.Outbound]) {
 }
 
 // attachmentStatus shows one attachment. Where a namespace has several, the
-// flows of all are counted together.
+// flows of all are counted together; where the kernel routes there are none of
+// ours.
 func attachmentStatus(a *attach.State, flows router.AttachmentStats) control.Attachment {
+	if a.Kernel {
+		flows = router.AttachmentStats{}
+	}
 	c := control.Attachment{
 		ID: a.ID, NetnsIno: control.ID(a.NetnsIno), Netns: control.Text(a.Netns), Container: control.Text(a.Container),
 		Route: a.Route, Device: control.Text(a.Device), Capture: "tun", State: a.State, V4: a.V4, V6: a.V6,
