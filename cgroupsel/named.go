@@ -3,8 +3,6 @@ package cgroupsel
 import (
 	"errors"
 	"fmt"
-	"io/fs"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -24,8 +22,8 @@ import (
 // has one of its own then.
 //
 // A name can come, go, or lead to another namespace. `ip netns add` makes the
-// file first and mounts the namespace on it a moment later, which makes no
-// event: so a file that is no namespace yet is looked at again soon.
+// file first and mounts the namespace on it a moment later: inotify tells of the
+// one, the mount table of the other.
 
 // maxNamed bounds the names.
 const maxNamed = 1024
@@ -40,9 +38,7 @@ type name struct {
 // names are the names of all selections. Only New and Run touch them, one
 // after the other.
 type names struct {
-	all []name
-	// soon: one of them is a file, but no namespace yet.
-	soon   bool
+	all    []name
 	warned map[string]bool // what two routes name, and was said
 }
 
@@ -81,7 +77,6 @@ func (n *names) dirs() []string {
 // resolve finds out where the names lead now. Unless told to look afresh it
 // believes in a Ref as long as the inode is the same.
 func (n *names) resolve(afresh bool) {
-	n.soon = false
 	for i := range n.all {
 		one := &n.all[i]
 		var st unix.Stat_t
@@ -91,11 +86,23 @@ func (n *names) resolve(afresh bool) {
 		ref, err := netns.Named(one.text)
 		if err != nil {
 			ref = netns.Ref{}
-			_, missing := os.Lstat(one.path())
-			n.soon = n.soon || missing == nil && !errors.Is(err, fs.ErrPermission)
 		}
 		one.ref = ref
 	}
+}
+
+// moved says whether a name leads to another file than at the last look. It is
+// cheap: a machine can mount all the time.
+func (n *names) moved() bool {
+	return slices.ContainsFunc(n.all, func(one name) bool {
+		var st unix.Stat_t
+		var fs unix.Statfs_t
+		path := one.path()
+		if unix.Statfs(path, &fs) != nil || fs.Type != unix.NSFS_MAGIC || unix.Stat(path, &st) != nil {
+			return one.ref != (netns.Ref{})
+		}
+		return st.Ino != one.ref.Inode()
+	})
 }
 
 // namespaces lists what the names lead to. Of two routes that name the same

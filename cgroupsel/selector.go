@@ -310,7 +310,6 @@ func (s *Selector) Run(ctx context.Context, changed func(Snapshot)) error {
 	defer wait()
 	tick := time.NewTicker(s.every)
 	defer tick.Stop()
-	var again pause
 	s.look(w, true)
 	changed(s.Snapshot())
 	for {
@@ -324,26 +323,16 @@ func (s *Selector) Run(ctx context.Context, changed func(Snapshot)) error {
 		case <-w.names:
 			afresh = true
 		case <-w.events:
+		case <-w.mounts.events:
+			if afresh = s.names.moved(); !afresh {
+				continue
+			}
 		case <-tick.C:
-		case <-again.after(s.names.soon):
 		}
 		if s.look(w, afresh) {
 			changed(s.Snapshot())
 		}
 	}
-}
-
-// pause grows from a millisecond to a second, and begins anew when
-// nothing is to be waited for.
-type pause time.Duration
-
-func (p *pause) after(wait bool) <-chan time.Time {
-	if !wait {
-		*p = 0
-		return nil
-	}
-	*p = min(max(2**p, pause(time.Millisecond)), pause(time.Second))
-	return time.After(time.Duration(*p))
 }
 
 // look brings watches, programs and picture up to date. The watches come

@@ -1,6 +1,8 @@
 package cgroupsel
 
 import (
+	"encoding/binary"
+	"errors"
 	"os"
 	"path"
 	"sync"
@@ -18,6 +20,7 @@ type watcher struct {
 	names   chan struct{} // in the directories of names; nil: no inotify
 	cgroups inotify
 	netns   inotify
+	mounts  mountTable
 	news    *ringbuf.Reader // what the programs tell; nil: nothing
 	readers sync.WaitGroup
 }
@@ -38,6 +41,10 @@ func (s *Selector) watch() *watcher {
 	if w.netns.file != nil {
 		w.names = make(chan struct{}, 1)
 		w.readers.Go(func() { w.netns.read(w.names) })
+		if err := w.mounts.open(); err != nil {
+			s.log.Warn("names of network namespaces are followed late", "every", s.every, "err", err)
+		}
+		w.readers.Go(w.mounts.read)
 	}
 	if s.traces == nil {
 		return w
@@ -88,9 +95,61 @@ func (i *inotify) add(path string) bool {
 	return err == nil
 }
 
+func (m *mountTable) stop() {
+	if m.events != nil {
+		_, _ = unix.Write(m.end, binary.NativeEndian.AppendUint64(nil, 1))
+	}
+}
+
+// close is for when read has returned.
+func (m *mountTable) close() {
+	if m.events != nil {
+		_ = unix.Close(m.table)
+		_ = unix.Close(m.end)
+	}
+}
+
 func (i *inotify) close() {
 	if i.file != nil {
 		i.file.Close()
+	}
+}
+
+// mountTable tells of mounts by poll(2), as proc_pid_mountinfo(5) has it. The
+// zero value tells of nothing.
+type mountTable struct {
+	table, end int           // end is an eventfd
+	events     chan struct{} // nil: not open
+}
+
+func (m *mountTable) open() (err error) {
+	// Not by os.Open: the runtime would poll it, too, and whoever asks first
+	// gets the event.
+	if m.table, err = unix.Open("/proc/self/mountinfo", unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
+		return os.NewSyscallError("open /proc/self/mountinfo", err)
+	}
+	if m.end, err = unix.Eventfd(0, unix.EFD_CLOEXEC); err != nil {
+		return errors.Join(os.NewSyscallError("eventfd", err), unix.Close(m.table))
+	}
+	m.events = make(chan struct{}, 1)
+	return nil
+}
+
+// read tells of events until stop.
+func (m *mountTable) read() {
+	if m.events == nil {
+		return
+	}
+	fds := []unix.PollFd{{Fd: int32(m.table), Events: unix.POLLPRI}, {Fd: int32(m.end), Events: unix.POLLIN}}
+	for {
+		n, err := unix.Poll(fds, -1)
+		switch {
+		case errors.Is(err, unix.EINTR):
+		case err != nil || n == 0 || fds[1].Revents != 0:
+			return
+		default:
+			tell(m.events)
+		}
 	}
 }
 
@@ -159,5 +218,7 @@ func (w *watcher) close() {
 	if w.news != nil {
 		w.news.Close()
 	}
+	w.mounts.stop()
 	w.readers.Wait()
+	w.mounts.close()
 }
