@@ -26,36 +26,45 @@ const (
 	readerNice = -10
 )
 
-// run reads records and keeps deadlines until ctx ends. The caller waits for
-// what it returns, which has ended when the context's end was seen.
-func (d *spaces) run(ctx context.Context) (wait func(), err error) {
+// run reads records and keeps deadlines until ctx ends, or the caller calls wait,
+// which it does in any case. What comes by failed is why no record is read any
+// more.
+func (d *spaces) run(ctx context.Context) (failed <-chan error, wait func(), err error) {
 	if d == nil {
-		return func() {}, nil
+		return nil, func() {}, nil
 	}
 	ring, err := ringbuf.NewReader(d.m.seen)
 	if err != nil {
-		return nil, fmt.Errorf("read records of new tasks: %w", err)
+		return nil, nil, fmt.Errorf("read records of new tasks: %w", err)
 	}
+	ctx, cancel := context.WithCancel(ctx)
 	var work sync.WaitGroup
-	work.Go(func() { d.read(ring) })
+	ended := make(chan error, 1)
+	work.Go(func() {
+		if err := d.read(ring); !errors.Is(err, ringbuf.ErrClosed) {
+			ended <- fmt.Errorf("read records of new tasks: %w", err)
+		}
+	})
 	work.Go(func() { d.watch(ctx) })
 	work.Go(func() { d.watchHeld(ctx) })
 	stop := context.AfterFunc(ctx, func() { ring.Close() })
-	return func() {
+	return ended, func() {
 		stop()
+		cancel()
 		ring.Close()
 		work.Wait()
 	}, nil
 }
 
-// read takes records until the ring is closed. Its thread dies with it, as its
-// priority is not for others.
-func (d *spaces) read(ring *ringbuf.Reader) {
+// read takes records until the ring is closed, which takes the sign of life
+// away. Any other error leaves it to grow old: then nobody is held, and the gate
+// stays shut until Close. Its thread dies with it, as its priority is not for
+// others.
+func (d *spaces) read(ring *ringbuf.Reader) error {
 	runtime.LockOSThread()
 	if err := unix.Setpriority(unix.PRIO_PROCESS, unix.Gettid(), readerNice); err != nil {
 		d.s.log.Debug("the reader of new tasks has no raised priority", "err", err)
 	}
-	defer d.pause()
 	var raw ringbuf.Record
 	var r record
 	for {
@@ -63,8 +72,11 @@ func (d *spaces) read(ring *ringbuf.Reader) {
 		err := ring.ReadInto(&raw)
 		switch {
 		case errors.Is(err, os.ErrDeadlineExceeded):
+		case errors.Is(err, ringbuf.ErrClosed):
+			d.pause()
+			return err
 		case err != nil:
-			return
+			return err
 		default:
 			if _, err := binary.Decode(raw.RawSample, binary.NativeEndian, &r); err == nil {
 				d.take(r)

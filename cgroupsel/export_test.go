@@ -1,9 +1,15 @@
 package cgroupsel
 
 import (
+	"errors"
+	"fmt"
+	"os"
+	"regexp"
+	"strconv"
 	"time"
 
 	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
 )
 
 // SelectedIDs lists the ids in the map, with those that are there as "not
@@ -35,6 +41,37 @@ const FeatureLetGo = featureLetGo
 func (s *Selector) Stall() (goOn func()) {
 	s.spaces.mu.Lock()
 	return s.spaces.mu.Unlock
+}
+
+// SetBeat writes the sign of life of the reader. It is for the time when Run
+// has returned.
+func (s *Selector) SetBeat(at uint64) { s.spaces.beat(at) }
+
+// BreakRecords makes the next read of records fail: what the reader waits by is
+// another file then.
+func (s *Selector) BreakRecords() error {
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		return err
+	}
+	defer null.Close()
+	all, err := os.ReadDir("/proc/self/fdinfo")
+	if err != nil {
+		return err
+	}
+	ring := regexp.MustCompile(fmt.Sprintf(`(?m)^tfd: +%d `, s.spaces.m.seen.FD()))
+	for _, e := range all {
+		info, err := os.ReadFile("/proc/self/fdinfo/" + e.Name())
+		if err != nil || !ring.Match(info) {
+			continue
+		}
+		fd, err := strconv.Atoi(e.Name())
+		if err != nil {
+			return err
+		}
+		return unix.Dup3(int(null.Fd()), fd, unix.O_CLOEXEC)
+	}
+	return errors.New("nobody waits for records")
 }
 
 // Entries counts what is in the maps of namespaces.

@@ -1,11 +1,14 @@
 package cgroupsel_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
 	"os/exec"
+	"sync"
 	"testing"
+	"time"
 
 	"cgtun/cgroupsel"
 	"cgtun/internal/labtest"
@@ -171,4 +174,54 @@ func TestMissingGateIsSaid(t *testing.T) {
 	// The hold is there all the same.
 	space, _ := newSpace(lab, "s")
 	says(t, stopFirst(t, lab, space, sel, false), "sent")
+}
+
+// Run ends with an error when new namespaces cannot be told of any more, and
+// leaves the gate shut. With an old sign of life it stays so while the process
+// lives; without any it is open for who is to be open, and for nobody else.
+func TestGateWithoutASignOfLife(t *testing.T) {
+	lab, _, _ := newLab(t)
+	open, closed := lab.Cgroup("open"), lab.Cgroup("closed")
+	sels := append(one(open.Path), one(closed.Path)...)
+	sels[1].Mark, sels[1].Closed = testMark^0xff, true
+	t.Cleanup(func() { removePins(t) })
+	s := newSelector(t, cgroupsel.Options{Selections: sels, Instance: pinner, Without: []string{cgroupsel.FeatureHold}})
+	ended, first := make(chan error, 1), make(chan struct{})
+	once := sync.OnceFunc(func() { close(first) })
+	go func() { ended <- s.Run(t.Context(), func(cgroupsel.Snapshot) { once() }) }()
+	<-first
+	if err := s.Arm(); err != nil {
+		t.Fatal(err)
+	}
+	space, meter := newSpace(lab, "s")
+	ways := []*helper{stay(t, lab, space, open), stay(t, lab, space, closed)}
+	send := func(when string, want ...string) {
+		t.Helper()
+		for i, p := range ways {
+			p.tell("go")
+			if got := p.line(); got != want[i] {
+				t.Errorf("%s, selection %d: %s, want %s", when, i, got, want[i])
+			}
+		}
+	}
+	send("while Run runs", denied, denied)
+	if err := s.BreakRecords(); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case err := <-ended:
+		if err == nil || errors.Is(err, context.Canceled) {
+			t.Errorf("Run: %v, want why no record is read", err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Fatal("Run goes on without records")
+	}
+	send("after the error", denied, denied)
+	s.SetBeat(1)
+	send("with an old sign of life", denied, denied)
+	s.SetBeat(0)
+	send("without a sign of life", "sent", denied)
+	if n := meter.Packets(); n != 1 {
+		t.Errorf("%d packets outside, want 1", n)
+	}
 }

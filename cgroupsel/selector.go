@@ -299,11 +299,12 @@ func (s *Selector) isHeld() bool { return s.held && s.full.Load() == 0 }
 // Run watches until ctx ends, and calls changed with the first picture and
 // with each new one. It calls it from its own goroutine; while changed runs
 // nothing is missed, as only the newest picture counts. It returns ctx's
-// error.
+// error, or why new namespaces cannot be told of any more: what is in force
+// stays so until Close.
 func (s *Selector) Run(ctx context.Context, changed func(Snapshot)) error {
 	w := s.watch()
 	defer w.close()
-	wait, err := s.spaces.run(ctx)
+	failed, wait, err := s.spaces.run(ctx)
 	if err != nil {
 		return err
 	}
@@ -317,6 +318,8 @@ func (s *Selector) Run(ctx context.Context, changed func(Snapshot)) error {
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
+		case err := <-failed:
+			return err
 		case <-s.spaces.changed():
 			changed(s.Snapshot())
 			continue
