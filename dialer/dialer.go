@@ -19,7 +19,7 @@ import (
 // Target is what a flow wants. Addr is the address that the client dialled and
 // the one that is dialled.
 type Target struct {
-	Flow  *flow.Flow // may be nil: a probe
+	Flow  *flow.Flow // nil: for cgtun itself, such as a probe, or a connection to the server of a proxy
 	Addr  netip.AddrPort
 	Name  string   // a name known for Addr; it classifies and grants nothing
 	Avoid []string // outbounds that failed this flow already
@@ -76,14 +76,17 @@ type PacketConn struct {
 
 // Error is a failed dial.
 type Error struct {
-	Hop    string // the outbound at which it failed
-	Op     string // what was tried: "connect", "bind", "open", "configure"
-	Addr   netip.AddrPort
+	Hop    string         // the outbound at which it failed
+	Op     string         // what was tried: "connect", "bind", "open", "configure", "resolve", "greet", "ask"
+	Addr   netip.AddrPort // with which; zero: no address was known yet
 	Reason flow.Reason
 	Err    error
 }
 
 func (e *Error) Error() string {
+	if !e.Addr.IsValid() {
+		return fmt.Sprintf("outbound %q: %s: %v", e.Hop, e.Op, e.Err)
+	}
 	return fmt.Sprintf("outbound %q: %s %s: %v", e.Hop, e.Op, e.Addr, e.Err)
 }
 

@@ -74,6 +74,12 @@ func captures(mark uint32, capture []Mark) bool {
 // Name implements Outbound.
 func (d *Direct) Name() string { return d.name }
 
+// Type implements Hop.
+func (d *Direct) Type() string { return TypeDirect }
+
+// Path implements Hop.
+func (d *Direct) Path() []string { return d.path }
+
 // DialStream implements Outbound. The deadline of ctx is that of the connect;
 // when it is over, ctx has no hold on the conn.
 func (d *Direct) DialStream(ctx context.Context, t Target) (*Conn, error) {

@@ -210,7 +210,7 @@ func (r *Router) Explain(f *rules.Facts) (v rules.Verdict, missing rules.Fact, p
 		return v, missing, nil
 	}
 	if o, ok := p.outs[v.Use]; ok {
-		path = []string{o.Name()}
+		path = dialer.PathOf(o.Outbound)
 	}
 	return v, 0, path
 }

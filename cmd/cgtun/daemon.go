@@ -40,19 +40,13 @@ type instance struct {
 	selector  *cgroupsel.Selector
 	manager   *attach.Manager
 	router    *router.Router
-	outbounds []outbound
+	outbounds []dialer.Hop
 	buffers   *stack.Buffers // of all stacks
 	stacks    stacks
 	state     atomic.Value // control.State
 	limits    control.Limits
 	hangup    chan os.Signal // SIGHUP
 	server    *control.Server
-}
-
-// outbound is one way out with what status shows of it.
-type outbound struct {
-	kind string
-	*dialer.Direct
 }
 
 // runDaemon captures what the file selects until ctx ends, and leaves the
@@ -219,14 +213,12 @@ func (in *instance) setRouter() error {
 		capture = append(capture, dialer.Mark{Value: r.Mark, Mask: r.Mask})
 	}
 	configs := append([]dialer.Config{{Name: rules.UseDirect, Type: dialer.TypeDirect}}, in.file.Outbounds...)
+	if in.outbounds, err = dialer.New(configs, capture...); err != nil {
+		return err
+	}
 	byName := map[string]dialer.Outbound{}
-	for _, c := range configs {
-		direct, err := dialer.NewDirect(c, capture...)
-		if err != nil {
-			return err
-		}
-		in.outbounds = append(in.outbounds, outbound{kind: dialer.TypeDirect, Direct: direct})
-		byName[c.Name] = direct
+	for _, o := range in.outbounds {
+		byName[o.Name()] = o
 	}
 	in.router = router.New(router.Options{Logger: in.log, Owners: owners{in}, MaxSockets: in.maxSockets(),
 		MaxMemory: int64(in.file.Limits.Memory), MemoryUsed: in.buffers.Fit})

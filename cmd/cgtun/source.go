@@ -77,7 +77,7 @@ func (in *instance) outboundStatus() (list control.List[control.Outbound]) {
 		}
 		n := stats[o.Name()]
 		list = append(list, control.Outbound{
-			Name: o.Name(), Type: o.kind, State: state, ConnectMS: n.ConnectMS,
+			Name: o.Name(), Type: o.Type(), State: state, ConnectMS: n.ConnectMS,
 			DialsTotal: n.DialsTotal, FailuresTotal: n.FailuresTotal, UpBytes: n.UpBytes, DownBytes: n.DownBytes,
 		})
 	}

@@ -1,0 +1,94 @@
+package dialer
+
+import (
+	"fmt"
+	"strings"
+)
+
+// Hop is an Outbound that is made of one [[outbound]]: a Direct or a Proxy.
+type Hop interface {
+	Outbound
+	// Type is that of the configuration.
+	Type() string
+	// Path is the way of a connection, the nearest hop first. The caller does
+	// not change it.
+	Path() []string
+	// State says whether the outbound can be used at all, and if not why, in
+	// words for the user. It asks the kernel anew each time, and no server.
+	State() (up bool, reason string)
+}
+
+// New makes an outbound of each configuration, in their order. It looks nothing
+// up and dials nobody: a name that is not known and an interface that is not
+// there may come later. The first one must be the plain Direct by which the
+// servers of proxies without Via are reached; Via is a name among the others.
+// capture has the marks that lead into a tun.
+func New(configs []Config, capture ...Mark) ([]Hop, error) {
+	b := builder{configs: map[string]Config{}, made: map[string]Hop{}, capture: capture}
+	for i, c := range configs {
+		if i == 0 {
+			b.plain = c.Name
+		}
+		if _, ok := b.configs[c.Name]; ok {
+			return nil, fmt.Errorf("make outbound %q: there are two of that name", c.Name)
+		}
+		b.configs[c.Name] = c
+	}
+	var hops []Hop
+	for _, c := range configs {
+		h, err := b.make(c.Name, nil)
+		if err != nil {
+			return nil, err
+		}
+		hops = append(hops, h)
+	}
+	return hops, nil
+}
+
+type builder struct {
+	configs map[string]Config
+	made    map[string]Hop
+	plain   string
+	capture []Mark
+}
+
+// make makes the outbound of that name, what it leads through first. trail has
+// the names that lead to it.
+func (b *builder) make(name string, trail []string) (Hop, error) {
+	if h, ok := b.made[name]; ok {
+		return h, nil
+	}
+	c, ok := b.configs[name]
+	if !ok {
+		return nil, fmt.Errorf("make outbound %q: via %q is none", trail[len(trail)-1], name)
+	}
+	trail = append(trail, name)
+	if len(trail) > len(b.configs) {
+		return nil, fmt.Errorf("make outbound %q: via leads back to itself: %s", name, strings.Join(trail, " > "))
+	}
+	var h Hop
+	switch {
+	case c.Type == TypeDirect || c.Type == "":
+		d, err := NewDirect(c, b.capture...)
+		if err != nil {
+			return nil, err
+		}
+		h = d
+	default:
+		via := c.Via
+		if via == "" {
+			via = b.plain
+		}
+		next, err := b.make(via, trail)
+		if err != nil {
+			return nil, err
+		}
+		p, err := NewProxy(c, next)
+		if err != nil {
+			return nil, err
+		}
+		h = p
+	}
+	b.made[name] = h
+	return h, nil
+}

@@ -1,0 +1,213 @@
+package dialer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"slices"
+	"time"
+
+	"cgtun/flow"
+)
+
+// attempt bounds what concerns a proxy alone: the connection to its server, and
+// the greeting with its credentials. How long the proxy takes to reach the
+// target is for the context of the dial to bound.
+const attempt = 5 * time.Second
+
+// A protocol is how a proxy is talked to, over a connection to its server that
+// has the deadline of ctx and is cut when ctx ends. Neither method closes c, or
+// reads a byte beyond the proxy's answer unless the conn that it returns gives
+// that byte back. Errors are *Error made by Proxy.fail, or anything else, which
+// becomes one; none has a credential.
+type protocol interface {
+	// greet does what comes before any target: TLS, authentication. It returns
+	// what to go on with, which may be c.
+	greet(ctx context.Context, c flow.Conn) (flow.Conn, error)
+	// connect asks for t and returns the tunnel, which may be c. An error of
+	// the target's, as the proxy has told it, is a *refusal.
+	connect(ctx context.Context, c flow.Conn, t Target) (flow.Conn, error)
+}
+
+// refusal is a proxy's word on why there is no way to the target.
+type refusal struct {
+	reason flow.Reason
+	text   string
+}
+
+func (e *refusal) Error() string           { return e.text }
+func (e *refusal) FlowReason() flow.Reason { return e.reason }
+
+// denied is that the proxy does not want us, whatever the target.
+type denied struct{ text string }
+
+func (e *denied) Error() string           { return e.text }
+func (e *denied) FlowReason() flow.Reason { return flow.Prohibited }
+
+// Proxy is an outbound through a server, which is itself reached by another
+// outbound. It holds nothing open, so that nothing is to be closed. Safe for
+// concurrent use.
+type Proxy struct {
+	name, kind string
+	next       Outbound
+	bare       bool // next is nobody's choice, and no hop of the path
+	server     *server
+	protocol   protocol
+}
+
+// NewProxy makes an outbound of any type but TypeDirect, whose server is reached
+// by next.
+func NewProxy(c Config, next Outbound) (*Proxy, error) {
+	talk, err := newProtocol(c)
+	if err != nil {
+		return nil, fmt.Errorf("make outbound %q: %w", c.Name, err)
+	}
+	s, err := newServer(c.Server)
+	if err != nil {
+		return nil, fmt.Errorf("make outbound %q: %w", c.Name, err)
+	}
+	return &Proxy{name: c.Name, kind: c.Type, next: next, bare: c.Via == "", server: s, protocol: talk}, nil
+}
+
+// newProtocol returns the way to talk to a proxy of the configured type.
+func newProtocol(c Config) (protocol, error) {
+	return nil, fmt.Errorf("type %q is not in this version", c.Type)
+}
+
+// Name implements Outbound.
+func (p *Proxy) Name() string { return p.name }
+
+// Type implements Hop.
+func (p *Proxy) Type() string { return p.kind }
+
+// Path implements Hop.
+func (p *Proxy) Path() []string { return p.path(PathOf(p.next)) }
+
+// path returns the path of a connection that reaches the server by way of
+// nearer.
+func (p *Proxy) path(nearer []string) []string {
+	if p.bare {
+		nearer = nil
+	}
+	return append(slices.Clip(nearer), p.name)
+}
+
+// PathOf returns the path that a connection by o would have, as far as it can be
+// told beforehand.
+func PathOf(o Outbound) []string {
+	if h, ok := o.(interface{ Path() []string }); ok {
+		return h.Path()
+	}
+	return []string{o.Name()}
+}
+
+// State implements Hop.
+func (p *Proxy) State() (up bool, reason string) {
+	if h, ok := p.next.(Hop); ok {
+		return h.State()
+	}
+	return true, ""
+}
+
+// DialStream implements Outbound.
+func (p *Proxy) DialStream(ctx context.Context, t Target) (*Conn, error) {
+	c, addr, err := p.reach(ctx)
+	if err != nil {
+		return nil, err
+	}
+	tunnel := c.Conn
+	err = during(ctx, c.Conn, func(ctx context.Context) (err error) {
+		tunnel, err = p.protocol.connect(ctx, tunnel, t)
+		return err
+	})
+	if err != nil {
+		_ = c.Close()
+		return nil, p.asked(addr, t.Addr, err)
+	}
+	return &Conn{Conn: tunnel, Path: c.Path}, nil
+}
+
+// reach connects to the server and greets it. The path is that of what goes
+// through it.
+func (p *Proxy) reach(ctx context.Context) (*Conn, netip.AddrPort, error) {
+	ctx, cancel := context.WithTimeout(ctx, attempt)
+	defer cancel()
+	c, addr, err := p.server.dial(ctx, p.next)
+	if err != nil {
+		return nil, addr, p.unreached(addr, err)
+	}
+	greeted := c.Conn
+	err = during(ctx, c.Conn, func(ctx context.Context) (err error) {
+		greeted, err = p.protocol.greet(ctx, c.Conn)
+		return err
+	})
+	if err != nil {
+		_ = c.Close()
+		return nil, addr, p.fail("greet", addr, err)
+	}
+	return &Conn{Conn: greeted, Path: p.path(c.Path)}, addr, nil
+}
+
+// OpenPackets implements Outbound.
+func (p *Proxy) OpenPackets(context.Context, Target) (*PacketConn, error) {
+	return nil, fmt.Errorf("outbound %q: carry datagrams: %w", p.name, errors.ErrUnsupported)
+}
+
+// during calls do with a conn that has the deadline of ctx and whose reads and
+// writes end with ctx. Afterwards ctx has no hold on the conn.
+func during(ctx context.Context, c flow.Conn, do func(context.Context) error) error {
+	if deadline, ok := ctx.Deadline(); ok {
+		if err := c.SetDeadline(deadline); err != nil {
+			return err
+		}
+	}
+	stop := context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Unix(1, 0)) })
+	err := do(ctx)
+	if !stop() {
+		return ctx.Err()
+	}
+	if err != nil {
+		return err
+	}
+	return c.SetDeadline(time.Time{})
+}
+
+// unreached is the error of a server that was not reached. That of a nearer hop
+// which failed by itself stays as it is.
+func (p *Proxy) unreached(addr netip.AddrPort, err error) error {
+	var nearer *Error
+	if !errors.As(err, &nearer) {
+		return p.fail("resolve", addr, err)
+	}
+	if nearer.Addr != addr {
+		return nearer
+	}
+	err = nearer.Err
+	if !p.bare {
+		err = fmt.Errorf("through %q: %w", nearer.Hop, err)
+	}
+	return p.fail(nearer.Op, addr, err)
+}
+
+// asked is the error of a proxy that was asked for target.
+func (p *Proxy) asked(addr, target netip.AddrPort, err error) error {
+	var said *refusal
+	if errors.As(err, &said) {
+		return &Error{Hop: p.name, Op: "connect", Addr: target, Reason: said.reason, Err: said}
+	}
+	return p.fail("ask", addr, err)
+}
+
+// fail makes an Error of what is wrong with the proxy itself. Refused and Reset
+// are words of a target, to a client and to who judges outbounds; a proxy that
+// is not there or hangs up leaves the target unreachable.
+func (p *Proxy) fail(op string, addr netip.AddrPort, err error) error {
+	why := flow.ReasonOf(err)
+	switch {
+	case why == flow.Refused, why == flow.Reset, errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		why = flow.HostUnreachable
+	}
+	return &Error{Hop: p.name, Op: op, Addr: addr, Reason: why, Err: err}
+}
