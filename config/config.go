@@ -131,25 +131,47 @@ func Default() *File {
 	return f
 }
 
-// Load reads a file and the lists that its rules name, relative paths from the
-// folder of the file. The error is of type Errors.
-func Load(path string) (*File, error) {
-	data, err := readFile(path, maxFile)
+// Load reads a file, the lists that its rules name and the passwords of its
+// outbounds, relative paths from the folder of the file. A nil env leaves the
+// passwords out that stand in the environment. The error is of type Errors.
+func Load(path string, env Env) (*File, error) {
+	data, err := read(path)
 	if err != nil {
-		return nil, Errors{{File: path, Msg: fmt.Sprintf("%v; allowed: a readable TOML file (cgtun init writes an example)", err)}}
+		return nil, err
 	}
 	f, rep, err := parse(path, data)
 	if err != nil {
 		return nil, err
 	}
+	folder := filepath.Dir(path)
 	for i := range f.Rules {
-		f.Rules[i].Listed = rep.lists(at("rule", i), filepath.Dir(path), f.Rules[i].CIDRFile)
+		f.Rules[i].Listed = rep.lists(at("rule", i), folder, f.Rules[i].CIDRFile)
 	}
+	rep.secrets(folder, f.Outbounds, env)
 	return f.unless(rep)
 }
 
-// Parse is Load on what was read already; name stands in its errors. It reads
-// no other file: rules.Config.Listed stays empty.
+// Read is Load without any other file and without passwords, for who wants to
+// know the tables alone, and may be nobody who can read those.
+func Read(path string) (*File, error) {
+	data, err := read(path)
+	if err != nil {
+		return nil, err
+	}
+	return Parse(path, data)
+}
+
+func read(path string) ([]byte, error) {
+	data, err := readFile(path, maxFile)
+	if err != nil {
+		return nil, Errors{{File: path, Msg: fmt.Sprintf("%v; allowed: a readable TOML file (cgtun init writes an example)", err)}}
+	}
+	return data, nil
+}
+
+// Parse is Read on what was read already; name stands in its errors. It reads
+// no other file: rules.Config.Listed stays empty, and so does the Password that
+// stands elsewhere.
 func Parse(name string, data []byte) (*File, error) {
 	f, rep, err := parse(name, data)
 	if err != nil {

@@ -56,7 +56,7 @@ func examples(t *testing.T, folder string) []string {
 func TestBadFiles(t *testing.T) {
 	for _, file := range examples(t, "bad") {
 		t.Run(strings.TrimSuffix(filepath.Base(file), ".toml"), func(t *testing.T) {
-			_, err := config.Load(file)
+			_, err := config.Load(file, os.LookupEnv)
 			var all config.Errors
 			if !errors.As(err, &all) {
 				t.Fatalf("no mistake found, but %v", err)
@@ -84,7 +84,7 @@ func TestFileThatCannotBeRead(t *testing.T) {
 		{"too large", large, large + ": is larger than 1MiB; allowed: a readable TOML file (cgtun init writes an example)"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			_, err := config.Load(tt.path)
+			_, err := config.Load(tt.path, nil)
 			var all config.Errors
 			if !errors.As(err, &all) || err.Error() != tt.want {
 				t.Errorf("got  %v\nwant %s", err, tt.want)
@@ -104,7 +104,7 @@ func TestFileThatIsAPipe(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.Close()
-	f, err := config.Load(fmt.Sprintf("/proc/self/fd/%d", r.Fd()))
+	f, err := config.Load(fmt.Sprintf("/proc/self/fd/%d", r.Fd()), nil)
 	if err != nil || f.Log.SlogLevel() != slog.LevelDebug {
 		t.Errorf("%+v, %v", f, err)
 	}
@@ -114,7 +114,7 @@ func TestFileThatIsAPipe(t *testing.T) {
 func TestGoodFiles(t *testing.T) {
 	for _, file := range examples(t, "good") {
 		t.Run(strings.TrimSuffix(filepath.Base(file), ".toml"), func(t *testing.T) {
-			f, err := config.Load(file)
+			f, err := config.Load(file, os.LookupEnv)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -21,11 +21,11 @@ type Config struct {
 	Server       string     `toml:"server"` // HOST:PORT
 	Username     string     `toml:"username"`
 	Password     Secret     `toml:"password"`
-	PasswordFile string     `toml:"password_file"`
-	PasswordEnv  string     `toml:"password_env"`
-	TLSCA        string     `toml:"tls_ca"`     // PEM file beside the system's roots
-	RemoteDNS    bool       `toml:"remote_dns"` // the proxy gets the name that the client looked up
-	Via          string     `toml:"via"`        // the outbound through which Server is reached
+	PasswordFile string     `toml:"password_file"` // read into Password by config
+	PasswordEnv  string     `toml:"password_env"`  // likewise
+	TLSCA        string     `toml:"tls_ca"`        // PEM file beside the system's roots
+	RemoteDNS    bool       `toml:"remote_dns"`    // the proxy gets the name that the client looked up
+	Via          string     `toml:"via"`           // the outbound through which Server is reached
 }
 
 // The values of type.
@@ -157,6 +157,15 @@ func (c *Config) validateProxy(bad func(key, what string)) {
 	}
 	if len(passwords) > 0 && c.Username == "" {
 		bad(passwords[0], "is written without username; allowed: both or none")
+	}
+	if what := badCredential(c.Type, c.Username); what != "" {
+		bad("username", what)
+	}
+	if c.Type != TypeSOCKS5 && strings.Contains(c.Username, ":") {
+		bad("username", fmt.Sprintf("holds a colon; allowed: text without one with type %q (RFC 7617)", c.Type))
+	}
+	if what := badCredential(c.Type, c.Password.Reveal()); what != "" {
+		bad("password", what)
 	}
 }
 

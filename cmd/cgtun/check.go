@@ -17,7 +17,10 @@ func runCheck(_ context.Context, c *call) error {
 	if path == "" {
 		path = config.DefaultPath
 	}
-	_, err := config.Load(path)
+	if err := hideMemory(); err != nil {
+		return err
+	}
+	_, err := config.Load(path, os.LookupEnv)
 	return err
 }
 

@@ -125,7 +125,7 @@ func (w *cleaner) stopped() error {
 	if path == "" || w.answers != "" {
 		return nil
 	}
-	file, err := config.Load(path)
+	file, err := config.Read(path)
 	if err != nil {
 		return err
 	}

@@ -103,7 +103,7 @@ func TestInitWritesOnce(t *testing.T) {
 	if data, err := os.ReadFile(path); err != nil || string(data) != config.Example {
 		t.Errorf("what was written is not the example (%v)", err)
 	}
-	if _, err := config.Load(path); err != nil {
+	if _, err := config.Load(path, nil); err != nil {
 		t.Errorf("the example is not good: %v", err)
 	}
 	if err := os.WriteFile(path, []byte("mine"), 0o644); err != nil {

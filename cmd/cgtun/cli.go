@@ -245,7 +245,7 @@ func (c *call) client() (control.Client, error) {
 	case c.socket != "":
 		return control.Client{Socket: c.socket}, nil
 	case c.config != "":
-		file, err := config.Load(c.config)
+		file, err := config.Read(c.config)
 		if err != nil {
 			return control.Client{}, err
 		}

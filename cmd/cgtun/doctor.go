@@ -128,7 +128,7 @@ func (p *patient) load() {
 	if p.path == "" {
 		return
 	}
-	if file, err := config.Load(p.path); err != nil {
+	if file, err := config.Load(p.path, nil); err != nil {
 		p.bad = err
 	} else {
 		p.file = file

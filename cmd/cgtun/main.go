@@ -64,8 +64,18 @@ func (c *call) do() error {
 
 // daemon runs in the foreground until SIGINT or SIGTERM.
 func (c *call) daemon() error {
-	file, err := config.Load(c.config)
+	if err := hideMemory(); err != nil {
+		return err
+	}
+	env, err := takeOver()
 	if err != nil {
+		return err
+	}
+	file, err := config.Load(c.config, env.lookup)
+	if err != nil {
+		return err
+	}
+	if err := env.handOn(file); err != nil {
 		return err
 	}
 	if c.socket != "" {
