@@ -36,13 +36,14 @@ import (
 	"time"
 
 	"cgtun/cgroupsel"
+	"cgtun/flow"
 	"cgtun/internal/netns"
 	"cgtun/steer"
 	"cgtun/tun"
 )
 
 // Home is the id of the attachments of the namespace that cgtun was started in.
-const Home = "home"
+const Home = flow.Home
 
 const (
 	// calm is how long changes are gathered after one was looked at, at home

@@ -123,10 +123,9 @@ func required(k key) bool {
 }
 
 // isNotYet tells whether a key, or a table that holds it, is on the list of
-// what this version does not serve. The keys of a proxy go with its type.
+// what this version does not serve. tls_ca goes with its type.
 func isNotYet(path string) bool {
-	proxy := []string{"server", "username", "password", "password_file", "password_env", "tls_ca", "remote_dns", "via"}
-	if key, ok := strings.CutPrefix(path, "outbound."); ok && slices.Contains(proxy, key) {
+	if path == "outbound.tls_ca" {
 		path = "outbound.type"
 	}
 	// Of the ways in table form one is listed, by its value.

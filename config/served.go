@@ -35,8 +35,9 @@ var notServed = []notYet{
 	{"dns.cache", always, "to leave the key out"},
 	{"dns.hosts", filled, "to leave the key out"},
 	{"dns.route", filled, "to leave the table out"},
-	{"outbound[].type", isNot(dialer.TypeDirect), `"direct"`},
+	{"outbound[].type", isNot(dialer.TypeDirect, dialer.TypeSOCKS5), `"direct", "socks5"`},
 	{"outbound[].mptcp", filled, "false"},
+	{"outbound[].remote_dns", filled, "false"},
 	{"group", filled, "to leave the table out"},
 	{"rule[].domain", filled, ruleKeys},
 	{"rule[].domain_suffix", filled, ruleKeys},
@@ -81,8 +82,8 @@ func empty(v reflect.Value) bool {
 	return v.IsZero()
 }
 
-func isNot[T comparable](served T) func(any) bool {
-	return func(v any) bool { return v != any(served) }
+func isNot[T comparable](served ...T) func(any) bool {
+	return func(v any) bool { return !slices.Contains(served, v.(T)) }
 }
 
 // served reports each written value that is not served, and puts stand-ins in

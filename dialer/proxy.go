@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"cgtun/flow"
@@ -26,8 +27,9 @@ type protocol interface {
 	// greet does what comes before any target: TLS, authentication. It returns
 	// what to go on with, which may be c.
 	greet(ctx context.Context, c flow.Conn) (flow.Conn, error)
-	// connect asks for t and returns the tunnel, which may be c. An error of
-	// the target's, as the proxy has told it, is a *refusal.
+	// connect asks for t and returns the tunnel, which may be c: for the name of
+	// t if it has one, which is a well-formed host name then. An error of the
+	// target's, as the proxy has told it, is a *refusal.
 	connect(ctx context.Context, c flow.Conn, t Target) (flow.Conn, error)
 }
 
@@ -55,6 +57,7 @@ type Proxy struct {
 	bare       bool // next is nobody's choice, and no hop of the path
 	server     *server
 	protocol   protocol
+	names      bool // asked for names, where they are known
 }
 
 // NewProxy makes an outbound of any type but TypeDirect, whose server is reached
@@ -68,11 +71,15 @@ func NewProxy(c Config, next Outbound) (*Proxy, error) {
 	if err != nil {
 		return nil, fmt.Errorf("make outbound %q: %w", c.Name, err)
 	}
-	return &Proxy{name: c.Name, kind: c.Type, next: next, bare: c.Via == "", server: s, protocol: talk}, nil
+	return &Proxy{name: c.Name, kind: c.Type, next: next, bare: c.Via == "", server: s, protocol: talk, names: c.RemoteDNS}, nil
 }
 
 // newProtocol returns the way to talk to a proxy of the configured type.
 func newProtocol(c Config) (protocol, error) {
+	switch c.Type {
+	case TypeSOCKS5:
+		return newSOCKS5(c)
+	}
 	return nil, fmt.Errorf("type %q is not in this version", c.Type)
 }
 
@@ -118,6 +125,7 @@ func (p *Proxy) DialStream(ctx context.Context, t Target) (*Conn, error) {
 		return nil, err
 	}
 	tunnel := c.Conn
+	t = p.named(t, addr.Addr())
 	err = during(ctx, c.Conn, func(ctx context.Context) (err error) {
 		tunnel, err = p.protocol.connect(ctx, tunnel, t)
 		return err
@@ -127,6 +135,45 @@ func (p *Proxy) DialStream(ctx context.Context, t Target) (*Conn, error) {
 		return nil, p.asked(addr, t.Addr, err)
 	}
 	return &Conn{Conn: tunnel, Path: c.Path}, nil
+}
+
+// named returns t with the name that the proxy at server is to be asked for, if
+// it is to be asked for one. A proxy in home would resolve as home does, and so
+// take a client from elsewhere to what home alone reaches: such a client gets the
+// address that it asked for.
+func (p *Proxy) named(t Target, server netip.Addr) Target {
+	t.Addr = netip.AddrPortFrom(t.Addr.Addr().Unmap(), t.Addr.Port())
+	away := t.Flow == nil || t.Flow.Attachment != flow.Home
+	if !p.names || !hostName(t.Name) || away && homeAddress(server) {
+		t.Name = ""
+	}
+	return t
+}
+
+// maxName is the longest host name (RFC 1035 §2.3.4).
+const maxName = 253
+
+// hostName says whether name can be sent to a proxy as it is: what came from the
+// wire could be anything, also one of the many ways to write an address.
+func hostName(name string) bool {
+	top := strings.TrimSuffix(name, ".")
+	top = top[strings.LastIndexByte(top, '.')+1:]
+	if len(name) > maxName || top == "" || '0' <= top[0] && top[0] <= '9' {
+		return false
+	}
+	for _, c := range []byte(name) {
+		switch {
+		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9', c == '-', c == '_', c == '.':
+		default:
+			return false
+		}
+	}
+	return true
+}
+
+// homeAddress says whether a leads to cgtun's own network namespace.
+func homeAddress(a netip.Addr) bool {
+	return a.IsLoopback() || a.IsUnspecified() || missingSource(a) == ""
 }
 
 // reach connects to the server and greets it. The path is that of what goes

@@ -38,12 +38,15 @@ func (p Proto) String() string {
 	return "unknown"
 }
 
+// Home is the id of the attachment of the namespace that cgtun was started in.
+const Home = "home"
+
 // Flow says what a client asked for. It is immutable.
 type Flow struct {
 	ID         uint64 // unique in the life of the process
 	Proto      Proto
 	Src, Dst   netip.AddrPort // Dst is zero in the Flow of a PacketConn: it has many peers
-	Attachment string         // id of the attachment it came in by, "home" for one
+	Attachment string         // id of the attachment it came in by
 	Start      time.Time
 }
 
