@@ -8,6 +8,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -95,19 +96,6 @@ func TestFailingServeEndsRun(t *testing.T) {
 				func(err error) bool { return errors.Is(err, broken) }},
 			{"without a reason", func(context.Context, *attach.Attachment) error { return nil },
 				func(err error) bool { return err != nil && !strings.Contains(err.Error(), "%!") }},
-			{"device deleted", func(ctx context.Context, a *attach.Attachment) error {
-				if _, err := tool("ip", "link del tun0"); err != nil {
-					return err
-				}
-				for {
-					_, _, err := a.Device.Queues()[0].ReadPacket([][]byte{make([]byte, 70000)})
-					if tun.IsEnd(err) {
-						return fmt.Errorf("read: %w", err)
-					}
-				}
-			}, func(err error) bool {
-				return errors.Is(err, netns.ErrGone) && strings.Contains(err.Error(), "tun0 was deleted by somebody")
-			}},
 		} {
 			o := options()
 			begin := make(chan struct{})
@@ -125,6 +113,78 @@ func TestFailingServeEndsRun(t *testing.T) {
 			}
 		}
 	})
+}
+
+// A device that somebody at home deletes or renames is made again, and steered to, while
+// the other one goes on; at once, or when its name is free.
+func TestDeviceAtHomeIsMadeAgain(t *testing.T) {
+	atHome(t, func(t *testing.T) {
+		var serving [2]atomic.Int32 // how often it has begun
+		var lingers atomic.Bool     // who serves takes time to end
+		o := options()
+		o.Routes = append(o.Routes, attach.Route{
+			Name: "other", Instance: "102",
+			Tun:  tun.Options{Name: "tun1", Table: 102},
+			Plan: steer.Plan{Mark: 102, Mask: 0xffffffff, Table: 102, Priority: 10102},
+		})
+		o.Serve = func(ctx context.Context, a *attach.Attachment) error {
+			stop := context.AfterFunc(ctx, func() { a.Device.Queues()[0].SetReadDeadline(time.Unix(1, 0)) })
+			defer stop()
+			serving[map[string]int{"default": 0, "other": 1}[a.Route]].Add(1)
+			for {
+				_, _, err := a.Device.Queues()[0].ReadPacket([][]byte{make([]byte, 70000)})
+				switch {
+				case ctx.Err() != nil:
+					return nil
+				case tun.IsEnd(err):
+					for lingers.Load() && ctx.Err() == nil {
+						time.Sleep(time.Millisecond)
+					}
+					return fmt.Errorf("read: %w", err)
+				}
+			}
+		}
+		r := run(t, o)
+		back := func(times int32) bool { return serving[0].Load() == times && r.home().Err == nil && steered() == all }
+		for i, taken := range [][]string{
+			{"link del tun0"},
+			{"link set tun0 down", "link set tun0 name gone0"},
+			{"link del tun0"},
+		} {
+			for _, args := range taken {
+				ip(t, args)
+			}
+			labtest.Eventually(t, 10*time.Second, func() bool { return back(int32(i) + 2) }, "back after %v", taken)
+		}
+		if out, _ := tool("ip", "link show gone0"); !strings.Contains(out, "does not exist") {
+			t.Errorf("the device of another name is left: %s", out)
+		}
+		// The name is taken for a while: the steering stays.
+		lingers.Store(true)
+		ip(t, "link del tun0")
+		ip(t, "tuntap add dev tun0 mode tun")
+		lingers.Store(false)
+		labtest.Eventually(t, 10*time.Second, func() bool { return r.home().Err != nil }, "an error in the state")
+		if got := steered(); got != "rule rule6 nft" {
+			t.Errorf("while its name is taken there is %q", got)
+		}
+		ip(t, "link del tun0")
+		labtest.Eventually(t, 20*time.Second, func() bool { return back(5) }, "back when the name is free")
+		if n := serving[1].Load(); n != 1 {
+			t.Errorf("the other route was served %d times", n)
+		}
+		if err := r.stop(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// Tries to make a device again are bounded, and wait longer each time.
+func TestRenewalsAreBounded(t *testing.T) {
+	pauses := attach.Renewals()
+	if len(pauses) == 0 || len(pauses) > 20 || pauses[0] != 0 || !slices.IsSorted(pauses) || pauses[len(pauses)-1] > 10*time.Second {
+		t.Errorf("pauses %v", pauses)
+	}
 }
 
 // A plan that cannot be applied is undone, and what is served has ended.

@@ -32,6 +32,7 @@ type Attachment struct {
 	// Under the lock of the site.
 	plan steer.Plan // in force
 	err  error      // why what is wanted is not; nil: it is
+	lost bool       // its device is not there, and is closed; written by the site's goroutine alone
 }
 
 // Local says whether an address is one of the namespace's own, or routed to one
@@ -47,13 +48,14 @@ func (a *Attachment) Local(addr netip.Addr) bool {
 
 // leavesBy is the device by which marked packets leave, as the gate is told.
 func (a *Attachment) leavesBy() int {
-	if !a.kernel() {
-		return a.around.Load().device
+	link := a.around.Load().device
+	if a.kernel() {
+		link = a.steering.Link()
 	}
-	if link := a.steering.Link(); link != 0 {
-		return link
+	if link == 0 {
+		return cgroupsel.NoDevice
 	}
-	return cgroupsel.NoDevice
+	return link
 }
 
 // kernel says that the kernel routes: there is no device of ours.
@@ -108,7 +110,7 @@ func (a *Attachment) close() error {
 			errs = append(errs, err)
 		}
 	}
-	if a.Device != nil {
+	if a.Device != nil && !a.lost {
 		errs = append(errs, a.Device.Close())
 	}
 	return errors.Join(errs...)

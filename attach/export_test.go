@@ -1,6 +1,23 @@
 package attach
 
-import "cgtun/internal/netns"
+import (
+	"time"
+
+	"cgtun/internal/netns"
+)
+
+// Renewals lists how long each try to make a device again waits, in a row of
+// tries that fail.
+func Renewals() (pauses []time.Duration) {
+	var r renewal
+	for {
+		pause, ok := r.next()
+		if !ok {
+			return pauses
+		}
+		pauses = append(pauses, pause)
+	}
+}
 
 // AttachNothing makes owners be found at home without a device or steering.
 func (m *Manager) AttachNothing() (release func(), err error) {

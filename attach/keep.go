@@ -24,10 +24,13 @@ func (s *site) serve(ctx context.Context, inForce func()) error {
 	var work sync.WaitGroup
 	defer work.Wait()
 	defer cancel()
-	served := make(chan error, len(s.attached))
+	served := make(chan ended, len(s.attached))
+	begin := func(a *Attachment) {
+		work.Go(func() { served <- ended{a, s.m.opts.Serve(ctx, a)} })
+	}
 	for _, a := range s.attached {
 		if a.Device != nil {
-			work.Go(func() { served <- s.ending(ctx, a, s.m.opts.Serve(ctx, a)) })
+			begin(a)
 		}
 	}
 	if err := s.apply(); err != nil {
@@ -48,22 +51,36 @@ func (s *site) serve(ctx context.Context, inForce func()) error {
 	look := time.NewTicker(every)
 	defer look.Stop()
 	inForce()
-	return s.keep(ctx, served, look.C)
+	return s.keep(ctx, begin, served, look.C)
 }
 
-// keep applies what is wanted whenever that may have changed.
-func (s *site) keep(ctx context.Context, served <-chan error, look <-chan time.Time) error {
+// ended is how the serving of an attachment ended.
+type ended struct {
+	of  *Attachment
+	err error
+}
+
+// keep applies what is wanted whenever that may have changed. What it has begun
+// to be served comes by served when that ends.
+func (s *site) keep(ctx context.Context, begin func(*Attachment), served <-chan ended, look <-chan time.Time) error {
 	again := s.again
 	var later, calmed <-chan time.Time
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
-		case err := <-served:
+		case e := <-served:
 			if ctx.Err() != nil {
 				return nil
 			}
-			return err
+			if err := s.over(e); err != nil {
+				return err
+			}
+			continue
+		case <-s.renewal.due:
+			if err := s.renew(begin); err != nil {
+				return err
+			}
 		case <-again:
 			again, calmed = nil, time.After(calm)
 			if s.home() {
@@ -104,20 +121,28 @@ func (s *site) keep(ctx context.Context, served <-chan error, look <-chan time.T
 	}
 }
 
-// ending says why serving an attachment has ended by itself.
-func (s *site) ending(ctx context.Context, a *Attachment, err error) error {
+// over says why serving an attachment has ended by itself, unless it goes on.
+func (s *site) over(e ended) error {
+	err := e.err
 	switch {
-	case ctx.Err() != nil:
-		return nil
+	case !slices.Contains(s.attached, e.of):
+		return nil // a new one is in its place
+	case s.home() && errors.Is(err, netns.ErrGone):
+		s.lose(e.of, errDeleted(e.of))
+		return s.lost(e.of)
+	case e.of.lost:
+		return s.lost(e.of)
 	case err == nil:
 		err = errors.New("it ended by itself")
-	case errors.Is(err, netns.ErrGone) && s.home():
-		return fmt.Errorf("device %s was deleted by somebody; start cgtun again: %w", a.Device.Name(), err)
 	case errors.Is(err, netns.ErrGone) && s.ref().Do(func() error { return nil }) == nil:
 		// The namespace is there: somebody inside has deleted the device.
-		err = fmt.Errorf("device %s was deleted by somebody", a.Device.Name())
+		err = errDeleted(e.of)
 	}
 	return fmt.Errorf("serve attachment %s: %w", s.id, err)
+}
+
+func errDeleted(a *Attachment) error {
+	return fmt.Errorf("device %s was deleted by somebody", a.Device.Name())
 }
 
 // admit lets the gate pass what leaves by our device. Not before something runs:
@@ -148,6 +173,9 @@ func (s *site) admit() error {
 func (s *site) repair() error {
 	var errs []error
 	for _, a := range s.attached {
+		if a.lost {
+			continue // applied when the device is back
+		}
 		what, err := a.steering.Repair()
 		if what != "" || err != nil {
 			s.repaired(what, err)
@@ -204,7 +232,9 @@ func (s *site) failing() error {
 	defer s.mu.Unlock()
 	var errs []error
 	for _, a := range s.attached {
-		errs = append(errs, a.err)
+		if !a.lost {
+			errs = append(errs, a.err)
+		}
 	}
 	return errors.Join(errs...)
 }
@@ -214,7 +244,14 @@ func (s *site) failing() error {
 func (s *site) apply() error {
 	var errs []error
 	for i, a := range s.attached {
+		if a.lost {
+			continue
+		}
 		err := s.applyOne(a)
+		if errors.Is(err, errNoDevice) {
+			s.lose(a, errDeleted(a))
+			continue
+		}
 		s.mu.Lock()
 		a.err = err
 		s.mu.Unlock()
@@ -226,6 +263,9 @@ func (s *site) apply() error {
 	return errors.Join(errs...)
 }
 
+// errNoDevice says that the device at home is not there under its name.
+var errNoDevice = errors.New("the device is not there")
+
 func (s *site) applyOne(a *Attachment) error {
 	around, err := a.look(s)
 	if err == nil && a.Device != nil && around.device != 0 && !around.whole(a.Device) {
@@ -236,6 +276,9 @@ func (s *site) applyOne(a *Attachment) error {
 	}
 	if err != nil {
 		return err
+	}
+	if s.home() && a.Device != nil && around.device == 0 {
+		return errNoDevice
 	}
 	a.around.Store(around)
 	if s.home() {

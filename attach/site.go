@@ -70,6 +70,7 @@ type site struct {
 	doubted  bool          // the gate has to be told again
 	admitted []int         // the devices that it was told last
 	lasted   time.Duration // for how long the last capture was in force
+	renewal  renewal       // of home's devices
 
 	mu       sync.Mutex
 	ns       netns.Ref             // the way in can be another one later

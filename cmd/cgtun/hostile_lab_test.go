@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"cgtun/attach"
+	"cgtun/control"
 	"cgtun/internal/labtest"
 )
 
@@ -138,9 +140,8 @@ func TestCgroupMadeAgainIsCaptured(t *testing.T) {
 	}
 }
 
-// Somebody takes the device away while connections are made: what happens then,
-// nothing leaves by the uplink as long as cgtun is there, and what is left
-// afterwards goes.
+// Somebody takes the device away while connections are made: it is back, or made
+// again, and nothing leaves by the uplink meanwhile.
 func TestDeviceTakenAwayLeaksNothing(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -158,19 +159,24 @@ func TestDeviceTakenAwayLeaksNothing(t *testing.T) {
 		return w.probe(inside, probe{Do: "dial", Network: "tcp", To: port(far4, 7000), Say: "x", Wait: 500 * time.Millisecond}).Heard == "x"
 	}, "captured connections work again")
 	w.noLeak("device back")
-	w.machine.Run("ip", "link", "del", "tun0")
-	ended := make(chan error, 1)
-	go func() { ended <- d.Wait() }()
-	select {
-	case err := <-ended:
-		if err == nil {
-			t.Errorf("cgtun ended without an error:\n%s", d.Output())
-		}
-	case <-time.After(5 * time.Second):
-		w.probe(inside, probe{Do: "dial", Network: "tcp", To: port(far4, 7000), Say: "x", Wait: 300 * time.Millisecond})
-		w.noLeak("device deleted")
-		d.stop()
+	// Deleted, and under another name: it is made again.
+	for _, taken := range []string{"link del tun0", "link set tun0 down name gone0", "link del tun0"} {
+		sender := w.lab.StartCommand(w.command(t.Context(), inside, "env", probeArgs(probe{Do: "stream", To: port(far4, 7000)})...))
+		began := time.Now()
+		w.machine.Run("ip", strings.Fields(taken)...)
+		labtest.Eventually(t, patience(), func() bool {
+			a := w.probe(inside, probe{Do: "dial", Network: "tcp", To: port(far6, 7000), Say: "x", Wait: 200 * time.Millisecond})
+			return a.Heard == "x"
+		}, "back after %s", taken)
+		t.Logf("after %s a connection was answered in %v", taken, time.Since(began).Round(time.Millisecond))
+		sender.Signal(syscall.SIGKILL)
+		_ = sender.Wait()
+		w.noLeak(taken)
 	}
+	if s := w.status(); s.State != control.Ready || len(s.Attachments) != 1 || s.Attachments[0].State != attach.StateUp {
+		t.Errorf("status %+v", s)
+	}
+	d.stop()
 	w.unchanged(before, "device deleted")
 }
 
