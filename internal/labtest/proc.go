@@ -142,7 +142,10 @@ func (p *Proc) WaitOutput(text string, timeout time.Duration) {
 	if ended && strings.Contains(p.Output(), text) {
 		return
 	}
-	if !ok || ended {
-		p.t.Fatalf("%s did not say %q within %v (ended: %v):\n%s", p.name, text, timeout, ended, p.Output())
+	if ended {
+		p.t.Fatalf("%s ended without saying %q (%v)", p.name, text, p.Wait())
+	}
+	if !ok {
+		p.t.Fatalf("%s did not say %q within %v", p.name, text, timeout)
 	}
 }
