@@ -100,6 +100,9 @@ type Options struct {
 	// Serve moves the packets of a device until ctx ends.
 	Serve func(context.Context, *Attachment) error
 	Gate  Gate // nil: none
+	// HomeChanged is called when links, addresses or routes of home, or the
+	// attachments, may have changed. It must not wait; nil: nobody wants to know.
+	HomeChanged func()
 	// CgroupPath finds the path of a cgroup by its id; nil: none is known.
 	CgroupPath func(id uint64) (string, bool)
 	// Process finds the process of a socket by its cookie, and its program;
@@ -131,6 +134,9 @@ func New(o Options) *Manager {
 	}
 	if o.Gate == nil {
 		o.Gate = noGate{}
+	}
+	if o.HomeChanged == nil {
+		o.HomeChanged = func() {}
 	}
 	m := &Manager{opts: o, again: make(chan struct{}, 1), sites: map[uint64]*site{}, numbers: map[int]*site{}, left: map[uint64]*cgroupsel.Snapshot{}}
 	m.picked.Store(&cgroupsel.Snapshot{})
@@ -212,7 +218,9 @@ func (m *Manager) Run(ctx context.Context, ready func()) (err error) {
 	var others sync.WaitGroup
 	defer others.Wait()
 	defer cancel()
-	others.Go(func() { events.run(ctx, m.opts.Logger, m.changed, m.lookAgain) })
+	others.Go(func() {
+		events.run(ctx, m.opts.Logger, m.changed, func() { m.opts.HomeChanged(); m.lookAgain() })
+	})
 	return home.serve(ctx, func() {
 		m.scan(ctx, &others)
 		m.arm(ctx)
@@ -333,9 +341,22 @@ func (m *Manager) number(s *site) int {
 		return noNumber
 	}
 	m.mu.Lock()
-	defer m.mu.Unlock()
 	m.numbers[n] = s
+	m.mu.Unlock()
+	m.opts.HomeChanged()
 	return n
+}
+
+// Numbers returns the numbers that the attached namespaces have in home: the
+// near ends of their veths name them (RTM_NEWNSID of rtnetlink(7)).
+func (m *Manager) Numbers() map[int]bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	numbers := make(map[int]bool, len(m.numbers))
+	for n := range m.numbers {
+		numbers[n] = true
+	}
+	return numbers
 }
 
 // refuse lets a namespace that cannot be attached do what on_exit says.
@@ -378,6 +399,9 @@ func (m *Manager) homeAddresses() []netip.Prefix {
 
 // changed lets the site look again that has this number.
 func (m *Manager) changed(number int) {
+	if number == noNumber {
+		m.opts.HomeChanged()
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if number == noNumber {

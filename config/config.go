@@ -4,7 +4,7 @@
 //
 // It owns what concerns the file as a whole: positions, cross references, the
 // list of what this version serves, and the tables that no other package
-// serves ([policy], [limits], [log]). Every other table is decoded into the
+// serves ([limits], [log]). Every other table is decoded into the
 // Config struct of the package that serves it, which has the keys, defaults
 // and ranges. Only cmd/cgtun calls it.
 //
@@ -17,7 +17,6 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -31,6 +30,7 @@ import (
 	"cgtun/dialer"
 	"cgtun/dns"
 	"cgtun/group"
+	"cgtun/policy"
 	"cgtun/rules"
 	"cgtun/steer"
 	"cgtun/tun"
@@ -54,7 +54,7 @@ type File struct {
 	Outbounds []dialer.Config `toml:"outbound"`
 	Groups    []group.Config  `toml:"group"`
 	Rules     []rules.Config  `toml:"rule"`
-	Policy    Policy          `toml:"policy"`
+	Policy    policy.Config   `toml:"policy"`
 	Control   control.Config  `toml:"control"`
 	Limits    Limits          `toml:"limits"`
 	Log       Log             `toml:"log"`
@@ -69,13 +69,6 @@ type Route struct {
 	steer.Config
 	Select cgroupsel.Config `toml:"select"`
 	Tun    tun.Config       `toml:"tun"`
-}
-
-// Policy is the [policy] table.
-type Policy struct {
-	// Allow has prefixes that captured container processes may reach although
-	// the built-in policy denies them.
-	Allow []netip.Prefix `toml:"allow"`
 }
 
 // Limits is the [limits] table.

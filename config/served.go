@@ -44,7 +44,6 @@ var notServed = []notYet{
 	{"rule[].domain_keyword", filled, ruleKeys},
 	{"rule[].domain_regex", filled, ruleKeys},
 	{"rule[].domain_file", filled, ruleKeys},
-	{"policy.allow", filled, "[]"},
 	{"control.metrics", filled, `""`},
 }
 

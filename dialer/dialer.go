@@ -53,6 +53,26 @@ func OpenEcho(ctx context.Context, o Outbound, t Target) (*PacketConn, error) {
 	return nil, fmt.Errorf("outbound %q: carry ICMP: %w", o.Name(), errors.ErrUnsupported)
 }
 
+// Leave is how sockets leave this machine, as far as an outbound says so; the zero
+// Leave is how every socket does.
+type Leave struct {
+	Interface string     // bound to it; empty: to none
+	Source    netip.Addr // zero: the kernel's choice
+	Mark      uint32
+}
+
+// Leaver is an Outbound that says how its sockets leave. A group says it for all
+// of its members.
+type Leaver interface{ Leaves() []Leave }
+
+// Leaves returns how the sockets of o leave. The caller does not change it.
+func Leaves(o Outbound) []Leave {
+	if l, ok := o.(Leaver); ok {
+		return l.Leaves()
+	}
+	return []Leave{{}}
+}
+
 // Conn is a connected outbound stream.
 type Conn struct {
 	flow.Conn

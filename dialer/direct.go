@@ -80,6 +80,15 @@ func (d *Direct) Type() string { return TypeDirect }
 // Path implements Hop.
 func (d *Direct) Path() []string { return d.path }
 
+// Leaves implements Leaver.
+func (d *Direct) Leaves() []Leave {
+	l := Leave{Source: d.source, Mark: d.mark}
+	if d.via != nil {
+		l.Interface = d.via.name
+	}
+	return []Leave{l}
+}
+
 // DialStream implements Outbound. The deadline of ctx is that of the connect;
 // when it is over, ctx has no hold on the conn.
 func (d *Direct) DialStream(ctx context.Context, t Target) (*Conn, error) {

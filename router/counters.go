@@ -2,6 +2,7 @@ package router
 
 import (
 	"log/slog"
+	"maps"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -10,7 +11,8 @@ import (
 )
 
 type counters struct {
-	flows, refused, denied, panics       atomic.Uint64
+	flows, refused, panics               atomic.Uint64
+	denied                               denials
 	ownersUnknown, closedForgotten, lost atomic.Uint64
 	peersEvicted                         atomic.Uint64
 }
@@ -20,7 +22,7 @@ type Counters struct {
 	FlowsTotal      uint64
 	FlowsLive       uint64
 	RefusedTotal    uint64 // flows that no outbound could connect
-	DeniedTotal     uint64 // flows that a rule rejected or dropped
+	DeniedTotal     uint64 // flows that a rule rejected or dropped, or the guard denied
 	PanicsTotal     uint64 // flows lost to a fault of ours
 	OwnersFailed    uint64 // look-ups of an owner that failed
 	ClosedForgotten uint64 // closed flows that went out of the table early, for want of room
@@ -32,11 +34,52 @@ type Counters struct {
 func (r *Router) Counters() Counters {
 	c := &r.counts
 	return Counters{
-		FlowsTotal: c.flows.Load(), FlowsLive: uint64(r.table.len()), RefusedTotal: c.refused.Load(), DeniedTotal: c.denied.Load(),
+		FlowsTotal: c.flows.Load(), FlowsLive: uint64(r.table.len()), RefusedTotal: c.refused.Load(), DeniedTotal: c.denied.total(),
 		PanicsTotal: c.panics.Load(), OwnersFailed: c.ownersUnknown.Load(),
 		ClosedForgotten: c.closedForgotten.Load(), EventsLost: c.lost.Load(),
 		PeersEvicted: c.peersEvicted.Load(),
 	}
+}
+
+// The kinds of denials that are not the guard's own.
+const (
+	byRule  = "rule"
+	byFault = "fault" // the guard could not judge
+)
+
+// denials are counts of denied flows by kind.
+type denials struct {
+	mu   sync.Mutex
+	kind map[string]uint64
+}
+
+// add counts one, and says whether it was the first of its kind.
+func (d *denials) add(kind string) (first bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.kind == nil {
+		d.kind = make(map[string]uint64)
+	}
+	d.kind[kind]++
+	return d.kind[kind] == 1
+}
+
+func (d *denials) total() (n uint64) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, of := range d.kind {
+		n += of
+	}
+	return n
+}
+
+// Denials returns Counters.DeniedTotal by kind: "rule", and those of the guard's
+// flow.Denied.
+func (r *Router) Denials() map[string]uint64 {
+	d := &r.counts.denied
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return maps.Clone(d.kind)
 }
 
 // ways is what is counted of each outbound, by name. It outlives reloads.

@@ -2,6 +2,7 @@ package router
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"time"
 
@@ -15,19 +16,43 @@ import (
 func (r *Router) refusal(v rules.Verdict, p flow.Proto) (tell, why flow.Reason) {
 	switch v.Use {
 	case rules.UseDrop:
-		r.counts.denied.Add(1)
+		r.counts.denied.add(byRule)
 		return flow.Dropped, flow.Dropped
 	case rules.UseReject:
-		r.counts.denied.Add(1)
-		if p == flow.TCP {
-			return flow.Refused, flow.Prohibited
-		}
-		return flow.Prohibited, flow.Prohibited
+		r.counts.denied.add(byRule)
+		return refusalOf(p), flow.Prohibited
 	}
 	// No rules yet, or a name that was checked when the file was read.
 	r.counts.refused.Add(1)
 	r.log.Debug("no outbound of that name", "outbound", v.Use)
 	return flow.NetUnreachable, flow.NetUnreachable
+}
+
+// refusalOf is what the client of a flow that is not wanted is told.
+func refusalOf(p flow.Proto) flow.Reason {
+	if p == flow.TCP {
+		return flow.Refused
+	}
+	return flow.Prohibited
+}
+
+// judge asks the guard about a flow that would leave in one of these ways, and
+// counts what it denies: of no failure is that.
+func (r *Router) judge(e *entry, leaves []dialer.Leave) error {
+	err := r.aside(func() error { return r.opts.Guard.Judge(e.flow, leaves) })
+	if err == nil {
+		return nil
+	}
+	kind := byFault
+	var denied *flow.Denied
+	if errors.As(err, &denied) {
+		kind = denied.Kind
+	}
+	if r.counts.denied.add(kind) {
+		r.log.Info("a flow is denied; [policy] allow opens what is wanted", "attachment", e.flow.Attachment, "dst", e.flow.Dst.String(), "reason", kind, "err", err)
+	}
+	e.failed(err)
+	return err
 }
 
 // dialled counts what an outbound made of a flow that it was given at began,

@@ -136,6 +136,8 @@ type peer struct {
 	tell flow.Reason // what the client hears if out is nil
 	// until is when a refusal is forgotten.
 	until time.Time
+	// judged is the version of the guard that let it pass.
+	judged uint64
 
 	// Guarded by source.mu.
 	place *list.Element
@@ -205,13 +207,14 @@ func (s *source) send(out *packetOut, dgs []flow.Datagram) {
 func (s *source) peer(ctx context.Context, addr netip.AddrPort, now time.Time) *peer {
 	s.mu.Lock()
 	p := s.peers[addr]
-	if p != nil && p.holds(now) {
+	s.mu.Unlock()
+	if p != nil && p.holds(now) && s.passes(p) {
+		s.mu.Lock()
 		p.last = now
 		s.idle.MoveToBack(p.place)
 		s.mu.Unlock()
 		return p
 	}
-	s.mu.Unlock()
 	if p != nil {
 		s.end(p, flow.Closed)
 	}
@@ -231,6 +234,18 @@ func (p *peer) holds(now time.Time) bool {
 		return now.Before(p.until)
 	}
 	return !p.out.dead.Load()
+}
+
+// passes says whether the guard still lets a peer pass. It is asked again when it
+// may have changed its mind; why it has, the flow says that comes after.
+func (s *source) passes(p *peer) bool {
+	guard := s.r.opts.Guard
+	version := guard.Version()
+	if p.out == nil || p.judged == version {
+		return true
+	}
+	p.judged = version
+	return s.r.aside(func() error { return guard.Judge(p.e.flow, dialer.Leaves(p.out.key.outbound)) }) == nil
 }
 
 // newPeer makes a flow, asks the rules, and opens a socket where there is none.
@@ -258,12 +273,18 @@ func (s *source) settle(ctx context.Context, p *peer, f *flow.Flow, now time.Tim
 	}
 	verdict, outbound := s.r.match(f, s.owner)
 	p.e.decided(verdict, s.owner)
-	if outbound == nil {
+	if outbound.Outbound == nil {
 		p.refuse(s.r, verdict, now)
 		return
 	}
+	p.judged = s.r.opts.Guard.Version()
+	if err := s.r.judge(p.e, outbound.leaves); err != nil {
+		p.tell, p.until = refusalOf(f.Proto), now.Add(refusedFor)
+		p.e.end(flow.ReasonOf(err))
+		return
+	}
 	began := time.Now()
-	out, err := s.open(ctx, outbound, f)
+	out, err := s.open(ctx, outbound.Outbound, f)
 	if err != nil {
 		why := p.e.dialled(began, err)
 		p.tell, p.until = why, now.Add(failedFor)

@@ -32,11 +32,29 @@ type Owners interface {
 	Owner(context.Context, *flow.Flow) (*flow.Owner, error)
 }
 
+// Guard judges where flows want to go, before their outbound is asked. Safe for
+// concurrent use.
+type Guard interface {
+	// Judge says why a flow may not reach its destination by an outbound whose
+	// sockets leave so, by a *flow.Denied. Nil: it may. It may ask the kernel.
+	Judge(f *flow.Flow, leaves []dialer.Leave) error
+	// Version changes whenever another answer is possible: who is served by
+	// datagrams is judged again then.
+	Version() uint64
+}
+
+// noGuard lets everything pass.
+type noGuard struct{}
+
+func (noGuard) Judge(*flow.Flow, []dialer.Leave) error { return nil }
+func (noGuard) Version() uint64                        { return 0 }
+
 // Options are what a Router needs and its bounds; zero values mean the
 // defaults.
 type Options struct {
 	Logger *slog.Logger // default: none
 	Owners Owners       // default: every owner is unknown
+	Guard  Guard        // default: every destination is open
 
 	// Deadline of a flow from its start to its connection: 30 s.
 	Deadline time.Duration
@@ -69,6 +87,9 @@ type Options struct {
 func (o Options) withDefaults() Options {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.NewTextHandler(io.Discard, nil))
+	}
+	if o.Guard == nil {
+		o.Guard = noGuard{}
 	}
 	set := func(d *time.Duration, def time.Duration) {
 		if *d == 0 {
@@ -117,7 +138,8 @@ type policy struct {
 // out is an outbound and what is counted of it.
 type out struct {
 	dialer.Outbound
-	way *way
+	way    *way
+	leaves []dialer.Leave
 }
 
 // New returns a Router that refuses everything until Reload gives it rules.
@@ -160,27 +182,24 @@ func (r *Router) Reload(set *rules.Set, outbounds map[string]dialer.Outbound) {
 	defer r.reload.Unlock()
 	p := &policy{set: set, outs: make(map[string]out, len(outbounds))}
 	for name, o := range outbounds {
-		p.outs[name] = out{Outbound: o, way: r.ways.get(name)}
+		p.outs[name] = out{Outbound: o, way: r.ways.get(name), leaves: dialer.Leaves(o)}
 	}
 	r.policy.Store(p)
 }
 
-// decide asks the rules about a flow, and about its owner first. The outbound
-// is nil for rules.Reject, rules.Drop and a name that nobody has.
-func (r *Router) decide(ctx context.Context, f *flow.Flow) (rules.Verdict, dialer.Outbound, *flow.Owner) {
+// decide asks the rules about a flow, and about its owner first. There is no
+// Outbound for rules.Reject, rules.Drop and a name that nobody has.
+func (r *Router) decide(ctx context.Context, f *flow.Flow) (rules.Verdict, out, *flow.Owner) {
 	owner := r.owner(ctx, f)
 	v, o := r.match(f, owner)
 	return v, o, owner
 }
 
 // match is decide for a flow whose owner was looked up already.
-func (r *Router) match(f *flow.Flow, owner *flow.Owner) (rules.Verdict, dialer.Outbound) {
+func (r *Router) match(f *flow.Flow, owner *flow.Owner) (rules.Verdict, out) {
 	p := r.policy.Load()
 	v, _ := p.set.Match(&rules.Facts{Flow: f, Owner: owner, Known: rules.FactOwner})
-	if o, ok := p.outs[v.Use]; ok {
-		return v, o.Outbound
-	}
-	return v, nil
+	return v, p.outs[v.Use]
 }
 
 func (r *Router) owner(ctx context.Context, f *flow.Flow) *flow.Owner {
@@ -203,16 +222,20 @@ func (r *Router) owner(ctx context.Context, f *flow.Flow) *flow.Owner {
 }
 
 // Explain says what the rules in force make of the facts, and which path a
-// flow would take: nil where none would be dialled.
-func (r *Router) Explain(f *rules.Facts) (v rules.Verdict, missing rules.Fact, path []string) {
+// flow would take: nil where none would be dialled. An error is the guard's.
+func (r *Router) Explain(f *rules.Facts) (v rules.Verdict, missing rules.Fact, path []string, err error) {
 	p := r.policy.Load()
 	if v, missing = p.set.Match(f); missing != 0 {
-		return v, missing, nil
+		return v, missing, nil, nil
 	}
-	if o, ok := p.outs[v.Use]; ok {
-		path = dialer.PathOf(o.Outbound)
+	o, ok := p.outs[v.Use]
+	if !ok {
+		return v, 0, nil, nil
 	}
-	return v, 0, path
+	if err := r.opts.Guard.Judge(f.Flow, o.leaves); err != nil {
+		return v, 0, nil, err
+	}
+	return v, 0, dialer.PathOf(o.Outbound), nil
 }
 
 // recovered ends a flow whose goroutine panics: the flow is lost, the others

@@ -72,10 +72,15 @@ func (s *streamEnds) reject(st flow.Stream, why flow.Reason) {
 func (r *Router) connect(ctx context.Context, e *entry, s flow.Stream, ends *streamEnds) bool {
 	verdict, outbound, owner := r.decide(ctx, e.flow)
 	e.decided(verdict, owner)
-	if outbound == nil {
+	if outbound.Outbound == nil {
 		tell, why := r.refusal(verdict, flow.TCP)
 		ends.reject(s, tell)
 		e.end(why)
+		return false
+	}
+	if err := r.judge(e, outbound.leaves); err != nil {
+		ends.reject(s, refusalOf(flow.TCP))
+		e.end(flow.ReasonOf(err))
 		return false
 	}
 	began := time.Now()
@@ -103,7 +108,7 @@ func (r *Router) connect(ctx context.Context, e *entry, s flow.Stream, ends *str
 }
 
 // dial gives a flow what is left of its deadline.
-func (r *Router) dial(ctx context.Context, f *flow.Flow, o dialer.Outbound, ends *streamEnds) (c *dialer.Conn, err error) {
+func (r *Router) dial(ctx context.Context, f *flow.Flow, o out, ends *streamEnds) (c *dialer.Conn, err error) {
 	if err := r.takeSocket(); err != nil {
 		return nil, err
 	}

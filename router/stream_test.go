@@ -379,9 +379,9 @@ func TestExplain(t *testing.T) {
 		{"198.51.100.1:80", 0, rules.Verdict{}, rules.FactOwner, ""},
 		{"198.51.100.1:80", rules.FactOwner, rules.Verdict{Rule: 3, Line: 12, Use: "up"}, 0, "up"},
 	} {
-		v, missing, path := r.Explain(&rules.Facts{Flow: newClient(tt.dst).flow, Known: tt.known})
-		if v != tt.want || missing != tt.missing || strings.Join(path, " ") != tt.path {
-			t.Errorf("%s: got %+v, missing %d, path %v", tt.dst, v, missing, path)
+		v, missing, path, err := r.Explain(&rules.Facts{Flow: newClient(tt.dst).flow, Known: tt.known})
+		if v != tt.want || missing != tt.missing || strings.Join(path, " ") != tt.path || err != nil {
+			t.Errorf("%s: got %+v, missing %d, path %v, error %v", tt.dst, v, missing, path, err)
 		}
 	}
 	if len(r.Flows()) != 0 {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"os"
 	"os/signal"
 	"runtime"
@@ -23,6 +24,7 @@ import (
 	"cgtun/control"
 	"cgtun/dialer"
 	"cgtun/internal/netns"
+	"cgtun/policy"
 	"cgtun/router"
 	"cgtun/rules"
 	"cgtun/stack"
@@ -40,6 +42,7 @@ type instance struct {
 	selector  *cgroupsel.Selector
 	manager   *attach.Manager
 	router    *router.Router
+	policy    *policy.Judge
 	outbounds []dialer.Hop
 	buffers   *stack.Buffers // of all stacks
 	stacks    stacks
@@ -124,6 +127,7 @@ func (in *instance) run(ctx context.Context, server *control.Server) error {
 	work.Go(func() error { return in.onHangup(ctx) })
 	work.Go(func() error { return in.watchdog(ctx) })
 	work.Go(func() error { return in.router.Run(ctx) })
+	work.Go(func() error { return in.policy.Run(ctx) })
 	work.Go(func() error { return in.manager.Run(ctx, in.ready) })
 	work.Go(func() error {
 		<-ctx.Done()
@@ -220,10 +224,38 @@ func (in *instance) setRouter() error {
 	for _, o := range in.outbounds {
 		byName[o.Name()] = o
 	}
-	in.router = router.New(router.Options{Logger: in.log, Owners: owners{in}, MaxSockets: in.maxSockets(),
+	if err := in.setPolicy(); err != nil {
+		return err
+	}
+	in.router = router.New(router.Options{Logger: in.log, Owners: owners{in}, Guard: in.policy, MaxSockets: in.maxSockets(),
 		MaxMemory: int64(in.file.Limits.Memory), MemoryUsed: in.buffers.Fit})
 	in.router.Reload(set, byName)
 	return nil
+}
+
+// setPolicy makes the judge of destinations. It is asked when the manager is
+// there, but for its first look at home.
+func (in *instance) setPolicy() (err error) {
+	o := policy.Options{Allow: in.file.Policy.Allow, Home: attach.Home, Logger: in.log}
+	for _, c := range in.file.Outbounds {
+		if c.Interface != "" {
+			o.Interfaces = append(o.Interfaces, c.Interface)
+		}
+	}
+	o.Attached = func() map[int]bool { return in.manager.Numbers() }
+	o.Devices = func() (all []netip.Addr) {
+		if in.manager == nil {
+			return nil
+		}
+		for _, a := range in.manager.States() {
+			for _, p := range a.Addresses {
+				all = append(all, p.Addr())
+			}
+		}
+		return all
+	}
+	in.policy, err = policy.New(o)
+	return err
 }
 
 func (in *instance) setManager(routes []attach.Route) {
@@ -233,7 +265,7 @@ func (in *instance) setManager(routes []attach.Route) {
 		}
 	}
 	in.manager = attach.New(attach.Options{
-		Routes: routes, Serve: in.serve, Gate: in.selector, CgroupPath: in.selector.PathByID, Process: in.selector.PID, Logger: in.log,
+		Routes: routes, Serve: in.serve, Gate: in.selector, CgroupPath: in.selector.PathByID, Process: in.selector.PID, HomeChanged: in.policy.LookAgain, Logger: in.log,
 	})
 	in.manager.Reconcile(in.selector.Snapshot())
 }
@@ -241,5 +273,6 @@ func (in *instance) setManager(routes []attach.Route) {
 // serve is the netstack of an attachment.
 func (in *instance) serve(ctx context.Context, a *attach.Attachment) error {
 	defer in.router.ForgetAttachment(a.ID)
+	in.policy.LookAgain() // the device has addresses
 	return in.stacks.serve(ctx, a, in.router, stack.Options{Logger: in.log, TCP: stack.TCPOptions{Buffers: in.buffers}})
 }

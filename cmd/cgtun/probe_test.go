@@ -118,6 +118,12 @@ func (q probe) run() error {
 }
 
 func (q probe) tell(a answer, err error) error {
+	a.failed(err)
+	return json.NewEncoder(os.Stdout).Encode(a)
+}
+
+// failed notes an error, if it is one.
+func (a *answer) failed(err error) {
 	var errno syscall.Errno
 	switch {
 	case errors.As(err, &errno):
@@ -127,7 +133,6 @@ func (q probe) tell(a answer, err error) error {
 	case err != nil:
 		a.Errno = err.Error()
 	}
-	return json.NewEncoder(os.Stdout).Encode(a)
 }
 
 // options sets the socket options that the probe asks for.

@@ -116,6 +116,11 @@ func (in *instance) turnedAway(states []attach.State, flows router.Counters, sel
 		"cgroups": selected.Full + selected.Unread, "marks": selected.Refused, "guard": selected.GuardDrops,
 		"namespaces": selected.Waived + selected.Excess, "tasks": selected.Lost,
 	}
+	for kind, n := range in.router.Denials() {
+		if kind != "rule" {
+			c["policy"] += n
+		}
+	}
 	in.stacks.addTo(c)
 	for _, a := range states {
 		c["guard"] += a.Dropped.Guard
@@ -235,11 +240,20 @@ func (in *instance) explainRule(e *control.Explain, f *flow.Flow) {
 	if e.Cgroup != "" {
 		facts.Owner, facts.Known = &flow.Owner{Cgroup: string(e.Cgroup)}, rules.FactCgroup
 	}
-	verdict, missing, path := in.router.Explain(facts)
+	verdict, missing, path, err := in.router.Explain(facts)
 	if missing != 0 {
 		owner := control.Text("owner")
 		e.Needs = owner
 		return
+	}
+	if err != nil {
+		e.Why += fmt.Sprintf("; refused: %v; see [policy] allow", err)
+	} else if from := *f; from.Attachment == attach.Home {
+		// What home's own processes may, those of containers may not.
+		from.Attachment = ""
+		if _, _, _, err := in.router.Explain(&rules.Facts{Flow: &from, Owner: facts.Owner, Known: facts.Known}); err != nil {
+			e.Why += fmt.Sprintf("; refused from other namespaces than home: %v", err)
+		}
 	}
 	e.Use, e.Path = control.Text(verdict.Use), path
 	if verdict.Rule > 0 {
