@@ -124,8 +124,8 @@ func Default() *File {
 	return f
 }
 
-// Load reads a file, the lists that its rules name and the passwords of its
-// outbounds, relative paths from the folder of the file. A nil env leaves the
+// Load reads a file, the lists that its rules name and the passwords and
+// certificates of its outbounds, relative paths from the folder of the file. A nil env leaves the
 // passwords out that stand in the environment. The error is of type Errors.
 func Load(path string, env Env) (*File, error) {
 	data, err := read(path)
@@ -141,6 +141,7 @@ func Load(path string, env Env) (*File, error) {
 		f.Rules[i].Listed = rep.lists(at("rule", i), folder, f.Rules[i].CIDRFile)
 	}
 	rep.secrets(folder, f.Outbounds, env)
+	rep.authorities(folder, f.Outbounds)
 	return f.unless(rep)
 }
 

@@ -24,7 +24,10 @@ func mistakes(t *testing.T, path, text string, env config.Env) string {
 	if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	_, err := config.Load(path, env)
+	f, err := config.Load(path, env)
+	if err == nil && env != nil && f.Outbounds[0].Password.Reveal() != "hunter2" {
+		t.Error("the password is another one than was given")
+	}
 	var all config.Errors
 	errors.As(err, &all)
 	var about []string
@@ -78,7 +81,7 @@ func TestPasswordFiles(t *testing.T) {
 		{"/dev/null", "is no ordinary file; " + allowed},
 	} {
 		t.Run(strings.ReplaceAll(tt.file, "/", "_"), func(t *testing.T) {
-			got := mistakes(t, filepath.Join(dir, "f.toml"), withPassword("password_file", tt.file), nil)
+			got := mistakes(t, filepath.Join(dir, "f.toml"), withPassword("password_file", tt.file), os.LookupEnv)
 			want := tt.want
 			if want != "" {
 				want = "f.toml:6:17: outbound.password_file " + strings.ReplaceAll(want, "DIR", dir)
@@ -126,7 +129,7 @@ func TestReadLeavesPasswordsAlone(t *testing.T) {
 	if err := os.WriteFile(path, []byte(withPassword("password_file", "none")), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := config.Read(path); err != nil && strings.Contains(err.Error(), "password") {
+	if _, err := config.Read(path); err != nil {
 		t.Error(err)
 	}
 }

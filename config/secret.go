@@ -22,6 +22,28 @@ type Env func(name string) (value string, ok bool)
 // maxSecret is the largest password file in bytes.
 const maxSecret = 4 << 10
 
+// authorities reads the certificates that outbounds believe.
+func (r *report) authorities(folder string, outbounds []dialer.Config) {
+	const allowed = "a readable file of certificates in PEM"
+	for i := range outbounds {
+		o := &outbounds[i]
+		key := at("outbound", i) + ".tls_ca"
+		if o.TLSCA == "" || r.isBroken(key) {
+			continue
+		}
+		path := o.TLSCA
+		if !filepath.IsAbs(path) {
+			path = filepath.Join(folder, path)
+		}
+		pem, err := readFile(path, maxFile)
+		if err != nil {
+			r.bad(key, fmt.Sprintf("%.60q %v; allowed: %s", o.TLSCA, err, allowed))
+		} else if what := o.SetCA(pem); what != "" {
+			r.bad(key, fmt.Sprintf("%.60q %s", o.TLSCA, what))
+		}
+	}
+}
+
 // secrets puts passwords that stand elsewhere into the outbounds. What is
 // reported shows neither a password nor what could be one by mistake, such as
 // the value of a key for a name.

@@ -8,7 +8,6 @@ import (
 	"strings"
 
 	"cgtun/cgroupsel"
-	"cgtun/dialer"
 	"cgtun/dns"
 	"cgtun/steer"
 )
@@ -35,7 +34,6 @@ var notServed = []notYet{
 	{"dns.cache", always, "to leave the key out"},
 	{"dns.hosts", filled, "to leave the key out"},
 	{"dns.route", filled, "to leave the table out"},
-	{"outbound[].type", isNot(dialer.TypeDirect, dialer.TypeSOCKS5), `"direct", "socks5"`},
 	{"outbound[].mptcp", filled, "false"},
 	{"outbound[].remote_dns", filled, "false"},
 	{"group", filled, "to leave the table out"},

@@ -2,6 +2,7 @@ package dialer
 
 import (
 	"fmt"
+	"log/slog"
 	"strings"
 )
 
@@ -22,9 +23,9 @@ type Hop interface {
 // up and dials nobody: a name that is not known and an interface that is not
 // there may come later. The first one must be the plain Direct by which the
 // servers of proxies without Via are reached; Via is a name among the others.
-// capture has the marks that lead into a tun.
-func New(configs []Config, capture ...Mark) ([]Hop, error) {
-	b := builder{configs: map[string]Config{}, made: map[string]Hop{}, capture: capture}
+// log is for what NewProxy says, capture has the marks that lead into a tun.
+func New(configs []Config, log *slog.Logger, capture ...Mark) ([]Hop, error) {
+	b := builder{configs: map[string]Config{}, made: map[string]Hop{}, log: log, capture: capture}
 	for i, c := range configs {
 		if i == 0 {
 			b.plain = c.Name
@@ -49,6 +50,7 @@ type builder struct {
 	configs map[string]Config
 	made    map[string]Hop
 	plain   string
+	log     *slog.Logger
 	capture []Mark
 }
 
@@ -83,7 +85,7 @@ func (b *builder) make(name string, trail []string) (Hop, error) {
 		if err != nil {
 			return nil, err
 		}
-		p, err := NewProxy(c, next)
+		p, err := NewProxy(c, next, b.log)
 		if err != nil {
 			return nil, err
 		}

@@ -1,6 +1,7 @@
 package dialer
 
 import (
+	"crypto/x509"
 	"fmt"
 	"log/slog"
 	"net"
@@ -26,6 +27,8 @@ type Config struct {
 	TLSCA        string     `toml:"tls_ca"`        // PEM file beside the system's roots
 	RemoteDNS    bool       `toml:"remote_dns"`    // the proxy gets the name that the client looked up
 	Via          string     `toml:"via"`           // the outbound through which Server is reached
+
+	roots *x509.CertPool // those of TLSCA and of the system; nil: of the system alone
 }
 
 // The values of type.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/netip"
 	"slices"
 	"strings"
@@ -58,11 +59,13 @@ type Proxy struct {
 	server     *server
 	protocol   protocol
 	names      bool // asked for names, where they are known
+	account    *lockout
 }
 
 // NewProxy makes an outbound of any type but TypeDirect, whose server is reached
-// by next.
-func NewProxy(c Config, next Outbound) (*Proxy, error) {
+// by next. It logs when the server begins and ends to refuse the account; a nil
+// log is none.
+func NewProxy(c Config, next Outbound, log *slog.Logger) (*Proxy, error) {
 	talk, err := newProtocol(c)
 	if err != nil {
 		return nil, fmt.Errorf("make outbound %q: %w", c.Name, err)
@@ -71,7 +74,13 @@ func NewProxy(c Config, next Outbound) (*Proxy, error) {
 	if err != nil {
 		return nil, fmt.Errorf("make outbound %q: %w", c.Name, err)
 	}
-	return &Proxy{name: c.Name, kind: c.Type, next: next, bare: c.Via == "", server: s, protocol: talk, names: c.RemoteDNS}, nil
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	return &Proxy{
+		name: c.Name, kind: c.Type, next: next, bare: c.Via == "", server: s, protocol: talk, names: c.RemoteDNS,
+		account: &lockout{name: c.Name, log: log},
+	}, nil
 }
 
 // newProtocol returns the way to talk to a proxy of the configured type.
@@ -79,6 +88,8 @@ func newProtocol(c Config) (protocol, error) {
 	switch c.Type {
 	case TypeSOCKS5:
 		return newSOCKS5(c)
+	case TypeHTTP, TypeHTTPS:
+		return newConnectMethod(c), nil
 	}
 	return nil, fmt.Errorf("type %q is not in this version", c.Type)
 }
@@ -112,6 +123,9 @@ func PathOf(o Outbound) []string {
 
 // State implements Hop.
 func (p *Proxy) State() (up bool, reason string) {
+	if reason := p.account.state(); reason != "" {
+		return false, reason
+	}
 	if h, ok := p.next.(Hop); ok {
 		return h.State()
 	}
@@ -119,7 +133,12 @@ func (p *Proxy) State() (up bool, reason string) {
 }
 
 // DialStream implements Outbound.
-func (p *Proxy) DialStream(ctx context.Context, t Target) (*Conn, error) {
+func (p *Proxy) DialStream(ctx context.Context, t Target) (_ *Conn, err error) {
+	pass, err := p.account.enter()
+	if err != nil {
+		return nil, p.fail("greet", netip.AddrPort{}, err)
+	}
+	defer func() { p.account.leave(pass, err) }()
 	c, addr, err := p.reach(ctx)
 	if err != nil {
 		return nil, err

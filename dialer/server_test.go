@@ -103,18 +103,18 @@ func TestServerSilentAddressIsPassed(t *testing.T) {
 func TestNewFollowsVia(t *testing.T) {
 	direct := Config{Name: "direct", Type: TypeDirect}
 	t.Run("circle", func(t *testing.T) {
-		_, err := New([]Config{direct, {Name: "a", Type: TypeSOCKS5, Server: "192.0.2.1:1", Via: "b"}, {Name: "b", Type: TypeSOCKS5, Server: "192.0.2.1:1", Via: "a"}})
+		_, err := New([]Config{direct, {Name: "a", Type: TypeSOCKS5, Server: "192.0.2.1:1", Via: "b"}, {Name: "b", Type: TypeSOCKS5, Server: "192.0.2.1:1", Via: "a"}}, nil)
 		if err == nil {
 			t.Error("New made a circle")
 		}
 	})
 	t.Run("unknown", func(t *testing.T) {
-		if _, err := New([]Config{direct, {Name: "a", Type: TypeSOCKS5, Server: "192.0.2.1:1", Via: "b"}}); err == nil {
+		if _, err := New([]Config{direct, {Name: "a", Type: TypeSOCKS5, Server: "192.0.2.1:1", Via: "b"}}, nil); err == nil {
 			t.Error("New led through nobody")
 		}
 	})
 	t.Run("order", func(t *testing.T) {
-		hops, err := New([]Config{direct, {Name: "eth", Type: TypeDirect, Interface: "eth0"}})
+		hops, err := New([]Config{direct, {Name: "eth", Type: TypeDirect, Interface: "eth0"}}, nil)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -46,7 +46,7 @@ func proxyTo(t *testing.T, c Config, addr netip.AddrPort) *Proxy {
 		t.Fatal(err)
 	}
 	c.Name, c.Server = "relay", addr.String()
-	p, err := NewProxy(c, direct)
+	p, err := NewProxy(c, direct, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

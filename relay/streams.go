@@ -120,8 +120,8 @@ func (o *Options) outcome(by Side, why error, up, down int64) Result {
 // kernel socket throws away what is not acknowledged and has no event for it,
 // so it is asked again and again; others do it by themselves.
 func resetAfterDelivery(ctx context.Context, c flow.Conn) {
-	if k, ok := c.(Kernel); ok {
-		drain(ctx, k.TCP())
+	if k := flow.Socket(c); k != nil {
+		drain(ctx, k)
 	}
 	_ = c.Reset()
 }

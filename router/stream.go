@@ -100,8 +100,8 @@ func (r *Router) connect(ctx context.Context, e *entry, s flow.Stream, ends *str
 		return false
 	}
 	ends.client = client
-	if k, ok := server.Conn.(relay.Kernel); ok {
-		e.watchSocket(k.TCP())
+	if k := flow.Socket(server.Conn); k != nil {
+		e.watchSocket(k)
 	}
 	e.path(server.Path)
 	return true

@@ -217,7 +217,7 @@ func (in *instance) setRouter() error {
 		capture = append(capture, dialer.Mark{Value: r.Mark, Mask: r.Mask})
 	}
 	configs := append([]dialer.Config{{Name: rules.UseDirect, Type: dialer.TypeDirect}}, in.file.Outbounds...)
-	if in.outbounds, err = dialer.New(configs, capture...); err != nil {
+	if in.outbounds, err = dialer.New(configs, in.log, capture...); err != nil {
 		return err
 	}
 	byName := map[string]dialer.Outbound{}

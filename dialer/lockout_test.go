@@ -1,0 +1,122 @@
+package dialer
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"cgtun/flow"
+)
+
+// pipeConn is a conn of no network, so that a test has a time of its own.
+type pipeConn struct{ net.Conn }
+
+func (pipeConn) CloseWrite() error { return nil }
+func (pipeConn) Reset() error      { return nil }
+
+// A proxy that does not take our account is left alone for a minute: the flows
+// are refused at once, one line says so. Then one dial at a time asks again,
+// and the first that is let in ends it.
+func TestAccountThatIsNotTaken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		good := false
+		next := &scripted{name: "direct"}
+		next.dial = func(context.Context, netip.AddrPort) (*Conn, error) {
+			if good && next.dials.Load()%2 == 0 {
+				return nil, &Error{Hop: "direct", Op: "connect", Addr: netip.MustParseAddrPort("192.0.2.9:3128"), Err: errors.New("no route")}
+			}
+			ours, theirs := net.Pipe()
+			go func() {
+				defer theirs.Close()
+				readRequest(theirs)
+				answer := "HTTP/1.1 407 No\r\n\r\n"
+				if good {
+					answer = "HTTP/1.1 200 OK\r\n\r\n"
+				}
+				_, _ = io.WriteString(theirs, answer)
+			}()
+			return &Conn{Conn: pipeConn{ours}}, nil
+		}
+		var log bytes.Buffer
+		p, err := NewProxy(Config{Name: "relay", Type: TypeHTTP, Server: "192.0.2.9:3128"}, next, slog.New(slog.NewTextHandler(&log, nil)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		// Somebody's own proxy is reached by it: what it says is not that one's.
+		far, err := NewProxy(Config{Name: "far", Type: TypeHTTP, Server: "192.0.2.10:3128", Via: "relay"}, p, slog.New(slog.NewTextHandler(&log, nil)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		dial := func(o Outbound) error {
+			t.Helper()
+			c, err := o.DialStream(t.Context(), somewhere)
+			if err == nil {
+				_ = c.Close()
+			}
+			return err
+		}
+		began := time.Now()
+		for time.Since(began) < 4*time.Minute-time.Second {
+			if err := errors.Join(dial(p), dial(far)); flow.ReasonOf(err) != flow.Prohibited {
+				t.Fatalf("after %v: %v", time.Since(began), err)
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
+		if n := next.dials.Load(); n != 4 {
+			t.Errorf("%d dials in four minutes, want 4", n)
+		}
+		if n := strings.Count(log.String(), "\n"); n != 1 || !strings.Contains(log.String(), "outbound=relay") {
+			t.Errorf("the log has %d lines:\n%s", n, log.String())
+		}
+		if up, why := p.State(); up || !strings.Contains(why, "407") {
+			t.Errorf("state %t, %q", up, why)
+		}
+		if up, why := far.State(); up || !strings.Contains(why, "407") {
+			t.Errorf("state of what leads through it %t, %q", up, why)
+		}
+		log.Reset()
+		next.dials.Store(1)
+		good = true
+		time.Sleep(2 * time.Second)
+		// The proxy is not reached: nobody has looked at the account.
+		if err := dial(p); flow.ReasonOf(err) == flow.Prohibited {
+			t.Errorf("the dial that asks again: %v", err)
+		}
+		if err := dial(p); flow.ReasonOf(err) != flow.Prohibited {
+			t.Errorf("a dial beside it: %v", err)
+		}
+		time.Sleep(lockedAgain)
+		if err := dial(p); err != nil {
+			t.Errorf("the account is taken: %v", err)
+		}
+		if up, why := p.State(); !up {
+			t.Errorf("down: %s", why)
+		}
+		if n := strings.Count(log.String(), "\n"); n != 1 || !strings.Contains(log.String(), "is back") {
+			t.Errorf("the log has %d lines:\n%s", n, log.String())
+		}
+	})
+}
+
+// What was on its way when the account was refused ends no spell.
+func TestLateSuccessEndsNoSpell(t *testing.T) {
+	l := lockout{name: "relay", log: slog.New(slog.DiscardHandler)}
+	early, err := l.enter()
+	if err != nil {
+		t.Fatal(err)
+	}
+	pass, _ := l.enter()
+	l.leave(pass, &Error{Hop: "relay", Err: &denied{"407"}})
+	l.leave(early, nil)
+	if _, err := l.enter(); err == nil {
+		t.Error("the account is asked for again")
+	}
+}
