@@ -180,14 +180,14 @@ func (s *source) forward(ctx context.Context, dgs []flow.Datagram) {
 		p.e.up.Add(int64(len(d.Data)))
 		if p.out == run {
 			if run == nil {
-				s.unreachable(d.Peer, p.tell, 0)
+				s.unreachable(d.Peer, p.tell, nil)
 			}
 			continue
 		}
 		s.send(run, dgs[start:i])
 		run, start = p.out, i
 		if run == nil {
-			s.unreachable(d.Peer, p.tell, 0)
+			s.unreachable(d.Peer, p.tell, nil)
 		}
 	}
 	s.send(run, dgs[start:])
@@ -399,23 +399,14 @@ func (s *source) failed(e *flow.PeerError) {
 	}
 	s.mu.Unlock()
 	if p != nil {
-		s.unreachable(e.Peer, why, e.MTU)
+		s.unreachable(e.Peer, why, e.ICMP)
 	}
-}
-
-// tooBig is a client that can be told the MTU of a path.
-type tooBig interface {
-	TooBig(peer netip.AddrPort, mtu int) error
 }
 
 // unreachable tells the client. An error means that its device has gone, which
 // the next read says too.
-func (s *source) unreachable(peer netip.AddrPort, why flow.Reason, mtu int) {
-	if c, ok := s.client.(tooBig); ok && why == flow.TooBig && mtu > 0 {
-		_ = c.TooBig(peer, mtu)
-		return
-	}
-	_ = s.client.Unreachable(peer, why)
+func (s *source) unreachable(peer netip.AddrPort, why flow.Reason, said *flow.ICMPError) {
+	_ = s.client.Unreachable(peer, why, said)
 }
 
 // makeRoom ends the longest silent peer where one more would be too many.

@@ -52,7 +52,7 @@ func (s *streamEnds) close(r *Router) {
 func (s *streamEnds) abort(st flow.Stream) {
 	if !s.answered {
 		s.answered = true
-		st.Reject(flow.Unknown)
+		st.Reject(flow.Unknown, nil)
 	}
 	if s.client != nil {
 		_ = s.client.Reset()
@@ -62,9 +62,9 @@ func (s *streamEnds) abort(st flow.Stream) {
 	}
 }
 
-func (s *streamEnds) reject(st flow.Stream, why flow.Reason) {
+func (s *streamEnds) reject(st flow.Stream, why flow.Reason, said *flow.ICMPError) {
 	s.answered = true
-	st.Reject(why)
+	st.Reject(why, said)
 }
 
 // connect brings a flow to the point where both ends are connected. If it
@@ -74,12 +74,12 @@ func (r *Router) connect(ctx context.Context, e *entry, s flow.Stream, ends *str
 	e.decided(verdict, owner)
 	if outbound.Outbound == nil {
 		tell, why := r.refusal(verdict, flow.TCP)
-		ends.reject(s, tell)
+		ends.reject(s, tell, nil)
 		e.end(why)
 		return false
 	}
 	if err := r.judge(e, outbound.leaves); err != nil {
-		ends.reject(s, refusalOf(flow.TCP))
+		ends.reject(s, refusalOf(flow.TCP), nil)
 		e.end(flow.ReasonOf(err))
 		return false
 	}
@@ -87,7 +87,7 @@ func (r *Router) connect(ctx context.Context, e *entry, s flow.Stream, ends *str
 	server, err := r.dial(ctx, e.flow, outbound, ends)
 	if why := e.dialled(began, err); err != nil {
 		e.failed(err)
-		ends.reject(s, why)
+		ends.reject(s, why, flow.Said(err))
 		e.end(why)
 		return false
 	}
