@@ -326,7 +326,7 @@ func (s *source) open(ctx context.Context, outbound dialer.Outbound, f *flow.Flo
 		return nil, err
 	}
 	var conn *dialer.PacketConn
-	err := s.r.aside(func() (err error) {
+	err := s.r.inFlight(ctx, f, func(ctx context.Context) (err error) {
 		if f.Proto == flow.ICMP {
 			conn, err = dialer.OpenEcho(ctx, outbound, target(f))
 			return err

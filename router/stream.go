@@ -115,7 +115,7 @@ func (r *Router) dial(ctx context.Context, f *flow.Flow, o out, ends *streamEnds
 	ends.place = true
 	ctx, cancel := context.WithDeadline(ctx, f.Start.Add(r.opts.Deadline))
 	defer cancel()
-	err = r.aside(func() (err error) {
+	err = r.inFlight(ctx, f, func(ctx context.Context) (err error) {
 		c, err = o.DialStream(ctx, target(f))
 		return err
 	})
