@@ -8,7 +8,6 @@ import (
 	"strings"
 
 	"cgtun/cgroupsel"
-	"cgtun/dns"
 	"cgtun/steer"
 )
 
@@ -28,12 +27,6 @@ type notYet struct {
 var notServed = []notYet{
 	{"select.docker", isNot(cgroupsel.DockerOff), "false"},
 	{"route.via", ownProgram, `"tun", {gateway, gateway6, dev}, {dev}, {tproxy}`},
-	{"dns.mode", isNot(dns.ModeOff), `"off"`},
-	{"dns.upstreams", filled, "[]"},
-	{"dns.outbound", filled, `""`},
-	{"dns.cache", always, "to leave the key out"},
-	{"dns.hosts", filled, "to leave the key out"},
-	{"dns.route", filled, "to leave the table out"},
 	{"outbound[].mptcp", filled, "false"},
 	{"outbound[].remote_dns", filled, "false"},
 	{"group", filled, "to leave the table out"},
@@ -59,8 +52,6 @@ var standIns = []struct {
 			f.routes[i].Select.Docker = cgroupsel.DockerOff
 		}
 	}, `select.docker is not written and its default "auto" is not in this version: docker is not captured`},
-	{"dns.mode", func(f *File) { f.DNS.Mode = dns.ModeOff },
-		`dns.mode is not written and its default "forward" is not in this version: queries are ordinary flows`},
 }
 
 // ownProgram: a transparent listener of ours, or a container as a router.
@@ -69,7 +60,6 @@ func ownProgram(v any) bool {
 	return via.Mode == steer.ViaTProxy || via.Container != ""
 }
 
-func always(any) bool   { return true }
 func filled(v any) bool { return !empty(reflect.ValueOf(v)) }
 
 func empty(v reflect.Value) bool {

@@ -105,6 +105,7 @@ type source struct {
 
 	owner   *flow.Owner // as of ownedAt
 	ownedAt time.Time
+	asked   atomic.Pointer[passed]
 	swept   time.Time
 
 	mu    sync.Mutex
@@ -174,6 +175,11 @@ func (s *source) forward(ctx context.Context, dgs []flow.Datagram) {
 	start := 0
 	for i := range dgs {
 		d := &dgs[i]
+		if s.query(ctx, d, now) {
+			s.send(run, dgs[start:i])
+			run, start = nil, i+1
+			continue
+		}
 		if p == nil || p.addr != d.Peer {
 			p = s.peer(ctx, d.Peer, now)
 		}
@@ -268,9 +274,7 @@ func (s *source) newPeer(ctx context.Context, addr netip.AddrPort, now time.Time
 
 // settle decides about a new peer.
 func (s *source) settle(ctx context.Context, p *peer, f *flow.Flow, now time.Time) {
-	if now.Sub(s.ownedAt) > ownerFor {
-		s.owner, s.ownedAt = s.r.owner(ctx, f), now
-	}
+	s.lookUpOwner(ctx, f, now)
 	verdict, outbound := s.r.match(f, s.owner)
 	p.e.decided(verdict, s.owner)
 	if outbound.Outbound == nil {
@@ -302,6 +306,12 @@ func (s *source) settle(ctx context.Context, p *peer, f *flow.Flow, now time.Tim
 	}
 	p.out = out
 	p.e.path(out.conn.Path)
+}
+
+func (s *source) lookUpOwner(ctx context.Context, f *flow.Flow, now time.Time) {
+	if now.Sub(s.ownedAt) > ownerFor {
+		s.owner, s.ownedAt = s.r.owner(ctx, f), now
+	}
 }
 
 // refuse ends the flow of a peer that the rules give no outbound.

@@ -55,6 +55,9 @@ type Options struct {
 	Logger *slog.Logger // default: none
 	Owners Owners       // default: every owner is unknown
 	Guard  Guard        // default: every destination is open
+	// Resolver answers what is sent to port 53. Default: that is a flow as any
+	// other.
+	Resolver Resolver
 
 	// Deadline of a flow from its start to its connection: 30 s.
 	Deadline time.Duration

@@ -70,6 +70,14 @@ func (s *streamEnds) reject(st flow.Stream, why flow.Reason, said *flow.ICMPErro
 // connect brings a flow to the point where both ends are connected. If it
 // returns false, the client was told and the flow has ended.
 func (r *Router) connect(ctx context.Context, e *entry, s flow.Stream, ends *streamEnds) bool {
+	if r.takes(flow.TCP, e.flow.Dst) {
+		return r.queries(ctx, e, s, ends)
+	}
+	return r.connectServer(ctx, e, s, ends)
+}
+
+// connectServer is connect for a flow to a server.
+func (r *Router) connectServer(ctx context.Context, e *entry, s flow.Stream, ends *streamEnds) bool {
 	verdict, outbound, owner := r.decide(ctx, e.flow)
 	e.decided(verdict, owner)
 	if outbound.Outbound == nil {

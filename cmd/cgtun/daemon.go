@@ -23,6 +23,7 @@ import (
 	"cgtun/config"
 	"cgtun/control"
 	"cgtun/dialer"
+	"cgtun/dns"
 	"cgtun/internal/netns"
 	"cgtun/policy"
 	"cgtun/router"
@@ -43,6 +44,7 @@ type instance struct {
 	manager   *attach.Manager
 	router    *router.Router
 	policy    *policy.Judge
+	resolver  *dns.Resolver
 	outbounds []dialer.Hop
 	buffers   *stack.Buffers // of all stacks
 	stacks    stacks
@@ -128,6 +130,7 @@ func (in *instance) run(ctx context.Context, server *control.Server) error {
 	work.Go(func() error { return in.watchdog(ctx) })
 	work.Go(func() error { return in.router.Run(ctx) })
 	work.Go(func() error { return in.policy.Run(ctx) })
+	work.Go(func() error { return in.resolver.Run(ctx) })
 	work.Go(func() error { return in.manager.Run(ctx, in.ready) })
 	work.Go(func() error {
 		<-ctx.Done()
@@ -228,7 +231,9 @@ func (in *instance) setRouter() error {
 	if err := in.setPolicy(); err != nil {
 		return err
 	}
-	in.router = router.New(router.Options{Logger: in.log, Owners: owners{in}, Guard: in.policy, MaxSockets: in.maxSockets(),
+	in.resolver = dns.New(dns.Options{Logger: in.log})
+	in.resolver.Reload(in.file.DNS, byName)
+	in.router = router.New(router.Options{Logger: in.log, Owners: owners{in}, Guard: in.policy, Resolver: in.resolver, MaxSockets: in.maxSockets(),
 		MaxMemory: int64(in.file.Limits.Memory), MemoryUsed: in.buffers.Fit})
 	in.router.Reload(set, byName)
 	return nil
@@ -275,5 +280,6 @@ func (in *instance) setManager(routes []attach.Route) {
 func (in *instance) serve(ctx context.Context, a *attach.Attachment) error {
 	defer in.router.ForgetAttachment(a.ID)
 	in.policy.LookAgain() // the device has addresses
+	defer in.resolver.Forget(a.ID)
 	return in.stacks.serve(ctx, a, in.router, stack.Options{Logger: in.log, TCP: stack.TCPOptions{Buffers: in.buffers}})
 }

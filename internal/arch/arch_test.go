@@ -64,6 +64,7 @@ var owners = map[string][]string{
 	"github.com/vishvananda/netns":     {"steer", "attach", "tun", "dialer", "internal/netns"},
 	"github.com/BurntSushi/toml":       {"config"},
 	"github.com/gaissmai/bart":         {"rules", "policy"},
+	"github.com/miekg/dns":             {"dns"},
 	"github.com/coreos/go-systemd/v22": {"cmd/cgtun", "cgroupsel"},
 	"go.uber.org/goleak":               {"internal/labtest"},
 }

@@ -1,0 +1,73 @@
+package main_test
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"cgtun/internal/labtest"
+)
+
+// zones are the dnsmasq of names: each says who answered, and what it does not
+// know it refuses to others.
+func (w *world) zone(h *labtest.Host, addr, answer string, more ...string) {
+	w.t.Helper()
+	h.Start("dnsmasq", append([]string{"--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts", "--bind-interfaces",
+		"--user=root", "--pid-file=", "--listen-address=" + addr, "--max-ttl=600", "--local-ttl=300", "--address=/name.example/" + answer}, more...)...)
+}
+
+// resolvers writes the resolv.conf of the machine, as "ip netns exec" shows it.
+func (w *world) resolvers(text string) {
+	w.t.Helper()
+	dir := filepath.Join("/etc/netns", w.machine.Name)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() { os.RemoveAll(dir) })
+	if err := os.WriteFile(filepath.Join(dir, "resolv.conf"), []byte(text), 0o644); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// Queries of a captured process are answered, by UDP and TCP, for whatever
+// server: from the cache when it is dead, by others where it never was, and
+// none of them leaves the ordinary way. What is no query goes to its server.
+func TestQueriesAreAnswered(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, "dig", "dnsmasq")
+	w.server.Run("ip", "addr", "add", "203.0.113.11/32", "dev", "lo")
+	w.resolvers("nameserver 203.0.113.11\n")
+	w.zone(w.server, far4, "192.0.2.77", "--auth-zone=zone.example", "--auth-server=ns.zone.example", "--host-record=h.zone.example,192.0.2.1", "--auth-peer=10.2.0.2")
+	w.zone(w.server, far6, "192.0.2.77")
+	w.zone(w.server, "203.0.113.11", "192.0.2.88", "--address=/other.example/192.0.2.89")
+	w.listening(53)
+	w.start(w.config(second))
+	any53 := w.router.MeterMatch(`iifname "eth0" udp dport 53`, `iifname "eth0" tcp dport 53`)
+	dig := func(args string) string {
+		out, err := w.try(inside, "dig", strings.Fields("+tries=1 +time=6 "+args)...)
+		if err != nil {
+			return err.Error()
+		}
+		return strings.TrimSpace(out)
+	}
+	for _, tt := range []struct{ args, want string }{
+		{"+short name.example @" + far4, "192.0.2.77"},
+		{"+short +tcp name.example @" + far4, "192.0.2.77"},
+		{"+short name.example @" + far6, "192.0.2.77"},
+		{"+short name.example @203.0.113.11", "192.0.2.88"},
+		{"+short name.example @203.0.113.99", "192.0.2.88"},   // nobody is there
+		{"+short other.example @" + far4, "192.0.2.89"},       // refused there
+		{"zone.example AXFR @" + far4, "h.zone.example."},     // a flow
+		{"+short +norecurse name.example @" + far4, "192.0"},  // one too
+		{"+short CH TXT version.bind @" + far4, "\"dnsmasq-"}, // and this
+	} {
+		if out := dig(tt.args); !strings.Contains(out, tt.want) {
+			t.Errorf("dig %s: %s, want %s", tt.args, out, tt.want)
+		}
+	}
+	if n := any53.Packets(); n != 0 {
+		t.Errorf("%d packets to port 53 left by the uplink", n)
+	}
+	w.noLeak("queries")
+}

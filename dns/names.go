@@ -1,0 +1,133 @@
+package dns
+
+import (
+	"container/list"
+	"net/netip"
+	"sync"
+	"time"
+)
+
+const (
+	// nameFor is how long an address keeps the name that it was given for,
+	// beyond the TTL of the answer: programs keep addresses for longer.
+	nameFor = time.Hour
+	// maxNames bounds the addresses that are remembered for one client, and
+	// maxClients the clients.
+	maxNames   = 2048
+	maxClients = 1024
+)
+
+// names remembers by what name a client has got an address: one client is a
+// source address in an attachment, and all of an attachment whose queries came
+// by another family than its flows. Safe for concurrent use.
+type names struct {
+	mu      sync.Mutex
+	clients map[clientKey]*list.Element
+	order   list.List // of *client, the one that asked last in front
+}
+
+type clientKey struct {
+	attachment string
+	src        netip.Addr // not valid: all of the attachment
+}
+
+type client struct {
+	key   clientKey
+	names map[netip.Addr]*list.Element
+	order list.List // of *named, the newest in front
+}
+
+type named struct {
+	addr  netip.Addr
+	name  string
+	by    netip.Addr // who asked
+	until time.Time
+}
+
+func newNames() *names { return &names{clients: map[clientKey]*list.Element{}} }
+
+// note remembers what a client was told.
+func (n *names) note(attachment string, src netip.Addr, name string, addrs []netip.Addr, ttl time.Duration, now time.Time) {
+	if len(addrs) == 0 || name == "" {
+		return
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, key := range []clientKey{{attachment, src}, {attachment, netip.Addr{}}} {
+		c := n.client(key)
+		for _, a := range addrs {
+			c.note(named{addr: a.Unmap(), name: name, by: src, until: now.Add(ttl + nameFor)})
+		}
+	}
+}
+
+func (n *names) client(key clientKey) *client {
+	if e := n.clients[key]; e != nil {
+		n.order.MoveToFront(e)
+		return e.Value.(*client)
+	}
+	if len(n.clients) >= maxClients {
+		delete(n.clients, n.order.Remove(n.order.Back()).(*client).key)
+	}
+	c := &client{key: key, names: map[netip.Addr]*list.Element{}}
+	n.clients[key] = n.order.PushFront(c)
+	return c
+}
+
+func (c *client) note(one named) {
+	if e := c.names[one.addr]; e != nil {
+		*e.Value.(*named) = one
+		c.order.MoveToFront(e)
+		return
+	}
+	if len(c.names) >= maxNames {
+		delete(c.names, c.order.Remove(c.order.Back()).(*named).addr)
+	}
+	c.names[one.addr] = c.order.PushFront(&one)
+}
+
+// find returns the name under which src has got dst last, "" if it has not.
+func (n *names) find(attachment string, src, dst netip.Addr, now time.Time) string {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	src, dst = src.Unmap(), dst.Unmap()
+	if one := n.look(clientKey{attachment, src}, dst, now); one != nil {
+		return one.name
+	}
+	one := n.look(clientKey{attachment, netip.Addr{}}, dst, now)
+	if one == nil || !(one.by.IsLoopback() || one.by.Is4() != src.Is4()) {
+		return "" // another client's
+	}
+	return one.name
+}
+
+func (n *names) look(key clientKey, dst netip.Addr, now time.Time) *named {
+	e := n.clients[key]
+	if e == nil {
+		return nil
+	}
+	c := e.Value.(*client)
+	found := c.names[dst]
+	if found == nil {
+		return nil
+	}
+	one := found.Value.(*named)
+	if now.After(one.until) {
+		delete(c.names, dst)
+		c.order.Remove(found)
+		return nil
+	}
+	return one
+}
+
+// forget drops what the clients of an attachment were told.
+func (n *names) forget(attachment string) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for key, e := range n.clients {
+		if key.attachment == attachment {
+			n.order.Remove(e)
+			delete(n.clients, key)
+		}
+	}
+}

@@ -1,0 +1,176 @@
+package router
+
+import (
+	"context"
+	"net"
+	"net/netip"
+	"sync/atomic"
+	"time"
+
+	"cgtun/dialer"
+	"cgtun/flow"
+)
+
+// Queries to port 53 are answered where their flows come out of the capture,
+// whatever server they are for. What is sent there and is no query to answer
+// goes on as the flow that it is.
+
+// Resolver answers queries, and knows by what names clients got addresses. Way
+// is what the rules say of what a client sends to an upstream. Safe for
+// concurrent use.
+type Resolver interface {
+	// Takes says whether what is sent to dst is looked at.
+	Takes(dst netip.AddrPort) bool
+	// Take looks at one message. Not mine: it goes on as a flow. With wait, that
+	// is called in a goroutine of its own and calls reply, else answer is the
+	// answer. No answer, nil, is one too.
+	Take(f *flow.Flow, msg []byte, way func(netip.AddrPort, flow.Proto) (dialer.Outbound, error)) (
+		answer []byte, wait func(ctx context.Context, reply func([]byte)), mine bool)
+	// Serve does the same for the messages of a connection, until it ends or,
+	// with pass, the client has sent something that is to go on: read, and all
+	// that comes after it.
+	Serve(ctx context.Context, f *flow.Flow, c net.Conn, way func(netip.AddrPort, flow.Proto) (dialer.Outbound, error)) (read []byte, pass bool)
+}
+
+// takes says whether a flow's destination is one that queries are answered for.
+func (r *Router) takes(proto flow.Proto, dst netip.AddrPort) bool {
+	return r.opts.Resolver != nil && proto != flow.ICMP && r.opts.Resolver.Takes(dst)
+}
+
+// denied is what the rules say of an upstream to which they give no outbound.
+type denied struct{ why flow.Reason }
+
+func (e *denied) Error() string           { return "a rule denies it: " + e.why.String() }
+func (e *denied) FlowReason() flow.Reason { return e.why }
+
+// way returns what the rules say of upstreams on behalf of a client, and the
+// guard of the one that the client itself asks.
+func (r *Router) way(f *flow.Flow, owner *flow.Owner, last *atomic.Pointer[passed]) func(netip.AddrPort, flow.Proto) (dialer.Outbound, error) {
+	return func(to netip.AddrPort, proto flow.Proto) (dialer.Outbound, error) {
+		g := *f
+		g.Dst, g.Proto = to, proto
+		verdict, outbound := r.match(&g, owner)
+		if outbound.Outbound == nil {
+			_, why := r.refusal(verdict, flow.UDP)
+			return nil, &denied{why}
+		}
+		now := passed{to, outbound.Outbound, r.opts.Guard.Version()}
+		if before := last.Load(); to == f.Dst && (before == nil || *before != now) {
+			if err := r.judge(&entry{flow: f, r: r}, outbound.leaves); err != nil {
+				return nil, err
+			}
+			last.Store(&now)
+		}
+		return outbound.Outbound, nil
+	}
+}
+
+// passed is the last server of a client's choice that the guard has let pass.
+type passed struct {
+	to      netip.AddrPort
+	out     dialer.Outbound
+	version uint64
+}
+
+// query has one datagram answered. False: it is to go on.
+func (s *source) query(ctx context.Context, d *flow.Datagram, now time.Time) bool {
+	if !s.r.takes(s.client.Flow().Proto, d.Peer) {
+		return false
+	}
+	src := s.client.Flow()
+	f := flow.New(src.Proto, src.Src, d.Peer, src.Attachment)
+	if s.r.policy.Load().set.NeedsOwner() {
+		s.lookUpOwner(ctx, f, now)
+	}
+	way, size := s.r.way(f, s.owner, &s.asked), d.Segment
+	if size == 0 {
+		size = len(d.Data)
+	}
+	for data := d.Data; len(data) > 0; data = data[min(size, len(data)):] {
+		answer, wait, mine := s.r.opts.Resolver.Take(f, data[:min(size, len(data))], way)
+		if !mine {
+			return false
+		}
+		reply := func(answer []byte) {
+			if answer != nil {
+				_, _ = s.client.WriteBatch([]flow.Datagram{{Peer: f.Dst, Data: answer}}) // if its device is gone, the reader hears of it
+			}
+		}
+		if wait == nil {
+			reply(answer)
+			continue
+		}
+		s.back.Go(func() {
+			defer s.r.recovered(s.noEntry(), func() {})
+			wait(ctx, reply)
+		})
+	}
+	return true
+}
+
+// queries answers a client's queries. True: what it sends now is for a server,
+// to which it is connected.
+func (r *Router) queries(ctx context.Context, e *entry, s flow.Stream, ends *streamEnds) bool {
+	var owner *flow.Owner
+	if r.policy.Load().set.NeedsOwner() {
+		owner = r.owner(ctx, e.flow)
+	}
+	way := r.way(e.flow, owner, new(atomic.Pointer[passed]))
+	if _, err := way(e.flow.Dst, flow.TCP); err != nil {
+		return r.connectServer(ctx, e, s, ends) // it is told as any other flow
+	}
+	ends.answered = true
+	client, err := s.Accept()
+	if err != nil {
+		e.failed(err)
+		e.end(flow.Canceled)
+		return false
+	}
+	ends.client = client
+	e.path(nil)
+	read, pass := r.opts.Resolver.Serve(ctx, e.flow, client, way)
+	if !pass {
+		e.end(flow.Closed)
+		return false
+	}
+	return r.passOn(ctx, e, ends, read)
+}
+
+// passOn connects a flow whose client is connected already, and has sent read.
+func (r *Router) passOn(ctx context.Context, e *entry, ends *streamEnds, read []byte) bool {
+	if err := r.connectLate(ctx, e, ends, read); err != nil {
+		e.failed(err)
+		_ = ends.client.Reset()
+		e.end(flow.ReasonOf(err))
+		return false
+	}
+	return true
+}
+
+func (r *Router) connectLate(ctx context.Context, e *entry, ends *streamEnds, read []byte) error {
+	verdict, outbound, owner := r.decide(ctx, e.flow)
+	e.decided(verdict, owner)
+	if outbound.Outbound == nil {
+		_, why := r.refusal(verdict, flow.TCP)
+		return &denied{why}
+	}
+	if err := r.judge(e, outbound.leaves); err != nil {
+		return err
+	}
+	began := time.Now()
+	server, err := r.dial(ctx, e.flow, outbound, ends)
+	e.dialled(began, err)
+	if err != nil {
+		return err
+	}
+	ends.server = server
+	if _, err := server.Write(read); err != nil {
+		return err
+	}
+	e.up.Add(int64(len(read)))
+	if k := flow.Socket(server.Conn); k != nil {
+		e.watchSocket(k)
+	}
+	e.path(server.Path)
+	return nil
+}
