@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"cgtun/cgroupsel"
+	"cgtun/group"
 	"cgtun/steer"
 )
 
@@ -29,7 +30,8 @@ var notServed = []notYet{
 	{"route.via", ownProgram, `"tun", {gateway, gateway6, dev}, {dev}, {tproxy}`},
 	{"outbound[].mptcp", filled, "false"},
 	{"outbound[].remote_dns", filled, "false"},
-	{"group", filled, "to leave the table out"},
+	{"group[].replay", filled, "false, or to leave the key out"},
+	{"group[].resume", filled, "false, or to leave the key out"},
 	{"rule[].domain", filled, ruleKeys},
 	{"rule[].domain_suffix", filled, ruleKeys},
 	{"rule[].domain_keyword", filled, ruleKeys},
@@ -52,6 +54,18 @@ var standIns = []struct {
 			f.routes[i].Select.Docker = cgroupsel.DockerOff
 		}
 	}, `select.docker is not written and its default "auto" is not in this version: docker is not captured`},
+}
+
+// groupStandIns are those of each [[group]].
+var groupStandIns = []struct {
+	key  string
+	act  func(*group.Config)
+	says string
+}{
+	{"replay", func(c *group.Config) { c.Replay = false },
+		"group.replay is not written and its default true is not in this version: a flow whose path fails before the first answer is not tried elsewhere"},
+	{"resume", func(c *group.Config) { c.Resume = false },
+		"group.resume is not written and its default true is not in this version: downloads that break are not resumed"},
 }
 
 // ownProgram: a transparent listener of ours, or a container as a router.
@@ -103,6 +117,21 @@ func (d *decoder) served(l *layout) {
 		if !written {
 			s.act(&l.File)
 			l.File.notServed = append(l.File.notServed, s.says)
+		}
+	}
+	d.groupsServed(l)
+}
+
+// groupsServed does for groups what standIns do for tables that are always there.
+func (d *decoder) groupsServed(l *layout) {
+	for _, s := range groupStandIns {
+		for i := range l.Groups {
+			if _, written := d.written[at("group", i)+"."+s.key]; !written {
+				s.act(&l.Groups[i])
+				if !slices.Contains(l.File.notServed, s.says) {
+					l.File.notServed = append(l.File.notServed, s.says)
+				}
+			}
 		}
 	}
 }

@@ -140,6 +140,7 @@ type Group struct {
 	Type      string       `json:"type"`
 	Outbounds List[string] `json:"outbounds"`
 	Order     List[string] `json:"order"`
+	Note      Text         `json:"note"` // for the user
 }
 
 // Counters count from the start of the daemon, but FlowsLive.
@@ -218,5 +219,6 @@ type Explain struct {
 	Line      *int         `json:"line"` // of that rule in the file
 	Use       Text         `json:"use"`
 	Path      List[string] `json:"path"`
-	Needs     Text         `json:"needs"` // name or owner: what would have to be known to say it
+	Needs     Text         `json:"needs"`  // name or owner: what would have to be known to say it
+	Choice    Text         `json:"choice"` // of a group: whom it would ask, and why
 }

@@ -22,7 +22,7 @@ type Target struct {
 	Flow  *flow.Flow // nil: for cgtun itself, such as a probe, or a connection to the server of a proxy
 	Addr  netip.AddrPort
 	Name  string   // a name known for Addr; it classifies and grants nothing
-	Avoid []string // outbounds that failed this flow already
+	Avoid []string // outbounds that failed this flow already: groups leave them out
 }
 
 // Outbound is one way out, or a group that looks like one. Safe for concurrent
@@ -77,6 +77,16 @@ func Leaves(o Outbound) []Leave {
 type Conn struct {
 	flow.Conn
 	Path []string // outbound names, the nearest hop first
+	// Report, if not nil, wants to hear how the conn does; Ended once and
+	// last. Safe for concurrent use; it returns at once.
+	Report func(Outcome)
+}
+
+// Tell reports, if somebody wants to hear it.
+func (c *Conn) Tell(o Outcome) {
+	if c.Report != nil {
+		c.Report(o)
+	}
 }
 
 // Packets moves datagrams through an outbound. ReadBatch may be called beside

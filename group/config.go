@@ -1,5 +1,13 @@
-// Package group holds the settings of groups: several outbounds that look like
-// one. config decodes and checks them.
+// Package group makes several outbounds look like one. A Group is itself a
+// dialer.Outbound: it asks its members in the order that its type and their
+// scores give, the next one before the first has failed, and hides the failures
+// of paths as long as one of them works.
+//
+// It owns what is known of the paths (Scores), from the flows that take them
+// and from probes where there are none. It opens no socket itself and knows no
+// kind of outbound. router asks a Group as it asks any outbound; cmd makes them
+// and calls Scores.Run. The algorithm is that of RFC 8305 (Happy Eyeballs), with
+// paths in the place of addresses.
 package group
 
 import (

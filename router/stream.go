@@ -25,6 +25,10 @@ func (r *Router) ServeStream(ctx context.Context, s flow.Stream) {
 		return
 	}
 	result := relay.Streams(ctx, ends.client, ends.server.Conn, relay.Options{Up: &e.up, Down: &e.down, Half: e.closing})
+	ends.outcome = dialer.Outcome{
+		News: dialer.Ended, Reason: result.Reason, ByServer: result.By == relay.Server,
+		Up: result.Up, Down: result.Down, Lasted: time.Since(ends.since),
+	}
 	e.end(result.Reason)
 }
 
@@ -32,8 +36,10 @@ func (r *Router) ServeStream(ctx context.Context, s flow.Stream) {
 type streamEnds struct {
 	client   flow.Conn
 	server   *dialer.Conn
-	place    bool // taken for the server's socket
-	answered bool // Accept or Reject was called
+	place    bool           // taken for the server's socket
+	answered bool           // Accept or Reject was called
+	since    time.Time      // that server is connected
+	outcome  dialer.Outcome // what is told of server when it is closed
 }
 
 func (s *streamEnds) close(r *Router) {
@@ -45,6 +51,8 @@ func (s *streamEnds) close(r *Router) {
 	}
 	if s.server != nil {
 		_ = s.server.Close()
+		s.outcome.News = dialer.Ended
+		s.server.Tell(s.outcome)
 	}
 }
 
@@ -52,7 +60,7 @@ func (s *streamEnds) close(r *Router) {
 func (s *streamEnds) abort(st flow.Stream) {
 	if !s.answered {
 		s.answered = true
-		st.Reject(flow.Unknown, nil)
+		st.Reject(flow.Unknown)
 	}
 	if s.client != nil {
 		_ = s.client.Reset()
@@ -62,9 +70,9 @@ func (s *streamEnds) abort(st flow.Stream) {
 	}
 }
 
-func (s *streamEnds) reject(st flow.Stream, why flow.Reason, said *flow.ICMPError) {
+func (s *streamEnds) reject(st flow.Stream, why flow.Reason) {
 	s.answered = true
-	st.Reject(why, said)
+	st.Reject(why)
 }
 
 // connect brings a flow to the point where both ends are connected. If it
@@ -82,12 +90,12 @@ func (r *Router) connectServer(ctx context.Context, e *entry, s flow.Stream, end
 	e.decided(verdict, owner)
 	if outbound.Outbound == nil {
 		tell, why := r.refusal(verdict, flow.TCP)
-		ends.reject(s, tell, nil)
+		ends.reject(s, tell)
 		e.end(why)
 		return false
 	}
 	if err := r.judge(e, outbound.leaves); err != nil {
-		ends.reject(s, refusalOf(flow.TCP), nil)
+		ends.reject(s, refusalOf(flow.TCP))
 		e.end(flow.ReasonOf(err))
 		return false
 	}
@@ -95,11 +103,11 @@ func (r *Router) connectServer(ctx context.Context, e *entry, s flow.Stream, end
 	server, err := r.dial(ctx, e.flow, outbound, ends)
 	if why := e.dialled(began, err); err != nil {
 		e.failed(err)
-		ends.reject(s, why, flow.Said(err))
+		ends.reject(s, why)
 		e.end(why)
 		return false
 	}
-	ends.server, ends.answered = server, true
+	ends.server, ends.since, ends.answered = server, time.Now(), true
 	client, err := s.Accept()
 	if err != nil {
 		_ = server.Reset() // nobody is left who could use it
@@ -123,7 +131,7 @@ func (r *Router) dial(ctx context.Context, f *flow.Flow, o out, ends *streamEnds
 	ends.place = true
 	ctx, cancel := context.WithDeadline(ctx, f.Start.Add(r.opts.Deadline))
 	defer cancel()
-	err = r.inFlight(ctx, f, func(ctx context.Context) (err error) {
+	err = r.aside(func() (err error) {
 		c, err = o.DialStream(ctx, target(f))
 		return err
 	})

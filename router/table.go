@@ -89,10 +89,18 @@ func (e *entry) decided(v rules.Verdict, o *flow.Owner) {
 }
 
 // path notes that the outbound is connected, and by which path. The names are
-// kept, not copied.
+// kept, not copied. The bytes are those of the last hop: where a group was asked,
+// of the outbound that it has chosen.
 func (e *entry) path(names []string) {
+	var way *way
+	if n := len(names); n > 0 {
+		way = e.r.ways.find(names[n-1])
+	}
 	e.mu.Lock()
 	e.state, e.hops = flow.StateOpen, names
+	if way != nil {
+		e.way = way
+	}
 	e.mu.Unlock()
 	e.r.table.watches.tell(flow.EventUpdate, e)
 }

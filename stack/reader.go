@@ -100,13 +100,6 @@ func (r *reader) packet(off tun.Offload, n int) {
 		c.multicast.Add(1)
 		return
 	}
-	if h.ttl <= 1 {
-		c.expired.Add(1)
-		if pkt, ok := icmpExpired(r.s.own, r.inOnePiece(n)); ok {
-			r.s.sendError(pkt)
-		}
-		return
-	}
 	if h.fragment && h.proto == protoTCP {
 		r.s.fragments.take(h, r.inOnePiece(n))
 		return
@@ -130,12 +123,10 @@ func (r *reader) packet(off tun.Offload, n int) {
 		}
 		r.s.udp.deliverParsed(off, h, r.inOnePiece(n))
 	case protoICMPv4, protoICMPv6:
-		r.s.takeEcho(off, h, r.inOnePiece(n))
+		r.deliver(h, n)
 	default:
 		c.otherProto.Add(1)
-		if pkt, ok := icmpError(flow.Refused, r.inOnePiece(n)); ok {
-			r.s.sendError(pkt)
-		}
+		r.s.sendError(flow.Refused, r.inOnePiece(n))
 	}
 }
 
@@ -171,13 +162,19 @@ func (r *reader) deliver(h ipHeader, n int) {
 	pkt.DecRef()
 }
 
-// sendError sends an ICMP error if the rate allows it.
-func (s *Stack) sendError(pkt []byte) {
+// sendError tells the sender of a packet by ICMP why it failed, if the reason
+// has a message and the rate allows it.
+func (s *Stack) sendError(why flow.Reason, orig []byte) bool {
+	pkt, ok := icmpError(why, orig)
+	if !ok {
+		return false
+	}
 	if !s.tcp.errors.Allow() {
 		s.count.limited.Add(1)
-		return
+		return true
 	}
 	if err := s.link.write(tun.Offload{}, [][]byte{pkt}); err != nil {
 		s.count.unwritten.Add(1)
 	}
+	return true
 }

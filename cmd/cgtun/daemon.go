@@ -24,6 +24,7 @@ import (
 	"cgtun/control"
 	"cgtun/dialer"
 	"cgtun/dns"
+	"cgtun/group"
 	"cgtun/internal/netns"
 	"cgtun/policy"
 	"cgtun/router"
@@ -46,6 +47,8 @@ type instance struct {
 	policy    *policy.Judge
 	resolver  *dns.Resolver
 	outbounds []dialer.Hop
+	groups    []*group.Group
+	scores    *group.Scores
 	buffers   *stack.Buffers // of all stacks
 	stacks    stacks
 	state     atomic.Value // control.State
@@ -131,6 +134,10 @@ func (in *instance) run(ctx context.Context, server *control.Server) error {
 	work.Go(func() error { return in.router.Run(ctx) })
 	work.Go(func() error { return in.policy.Run(ctx) })
 	work.Go(func() error { return in.resolver.Run(ctx) })
+	if len(in.groups) > 0 {
+		work.Go(func() error { return in.scores.Run(ctx) })
+		work.Go(func() error { return dialer.FollowChanges(ctx, in.scores.Recheck) })
+	}
 	work.Go(func() error { return in.manager.Run(ctx, in.ready) })
 	work.Go(func() error {
 		<-ctx.Done()
@@ -204,10 +211,9 @@ func (in *instance) setLimits() error {
 // their pidfds, kernel objects, and what steering opens to follow changes.
 const ownFiles = 512
 
-// maxSockets is what the limit of open files leaves to the flows: with the own
-// ones nine tenths of it are in use at most.
+// maxSockets is what the limit of open files leaves to the flows.
 func (in *instance) maxSockets() int {
-	n := in.limits.Nofile / 10 * 9
+	n := in.limits.Nofile
 	return int(max(n-min(n, ownFiles), n/2))
 }
 
@@ -227,6 +233,9 @@ func (in *instance) setRouter() error {
 	byName := map[string]dialer.Outbound{}
 	for _, o := range in.outbounds {
 		byName[o.Name()] = o
+	}
+	if err := in.setGroups(byName); err != nil {
+		return err
 	}
 	if err := in.setPolicy(); err != nil {
 		return err

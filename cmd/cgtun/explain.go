@@ -71,6 +71,9 @@ func printExplain(w io.Writer, e *control.Explain) {
 	t.row("rule", rule(e))
 	t.row("use", orDash(string(e.Use)))
 	t.row("path", path(e.Path))
+	if e.Choice != "" {
+		t.row("choice", string(e.Choice))
+	}
 	if e.Needs != "" {
 		t.row("needs", fmt.Sprintf("its %s, which is known only when it comes", e.Needs))
 	}

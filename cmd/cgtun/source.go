@@ -36,7 +36,7 @@ func (in *instance) Status() control.Status {
 		State: in.state.Load().(control.State), Since: control.Time{Time: in.since},
 		Counters: control.Counters{
 			FlowsTotal: counters.FlowsTotal, FlowsLive: counters.FlowsLive,
-			RefusedTotal: counters.RefusedTotal, DeniedTotal: counters.DeniedTotal,
+			RefusedTotal: counters.RefusedTotal, DeniedTotal: counters.DeniedTotal, HiddenTotal: in.hiddenStatus(),
 		},
 		Limits: in.limits,
 	}
@@ -46,7 +46,7 @@ func (in *instance) Status() control.Status {
 			Priority: r.Priority, Via: r.Via.String(), OnExit: r.OnExit,
 		})
 	}
-	s.Outbounds = in.outboundStatus()
+	s.Outbounds, s.Groups = in.outboundStatus(), in.groupStatus()
 	if in.selector == nil || in.manager == nil {
 		return s
 	}
@@ -66,22 +66,6 @@ func (in *instance) Status() control.Status {
 		s.State = control.Degraded
 	}
 	return s
-}
-
-func (in *instance) outboundStatus() (list control.List[control.Outbound]) {
-	stats := in.router.Outbounds()
-	for _, o := range in.outbounds {
-		state := "up"
-		if ok, _ := o.State(); !ok {
-			state = "down"
-		}
-		n := stats[o.Name()]
-		list = append(list, control.Outbound{
-			Name: o.Name(), Type: o.Type(), State: state, ConnectMS: n.ConnectMS,
-			DialsTotal: n.DialsTotal, FailuresTotal: n.FailuresTotal, UpBytes: n.UpBytes, DownBytes: n.DownBytes,
-		})
-	}
-	return list
 }
 
 // attachmentStatus shows one attachment. Where a namespace has several, the
@@ -112,7 +96,7 @@ func attachmentStatus(a *attach.State, flows router.AttachmentStats) control.Att
 // are in docs/cli.md.
 func (in *instance) turnedAway(states []attach.State, flows router.Counters, selected cgroupsel.Counters) control.Counts {
 	c := control.Counts{
-		"udp_peers": flows.PeersEvicted, "dials": flows.DialsEvicted, "events": flows.EventsLost, "closed_flows": flows.ClosedForgotten, "panics": flows.PanicsTotal,
+		"udp_peers": flows.PeersEvicted, "events": flows.EventsLost, "closed_flows": flows.ClosedForgotten, "panics": flows.PanicsTotal,
 		"cgroups": selected.Full + selected.Unread, "marks": selected.Refused, "guard": selected.GuardDrops,
 		"namespaces": selected.Waived + selected.Excess, "tasks": selected.Lost,
 	}
@@ -256,6 +240,9 @@ func (in *instance) explainRule(e *control.Explain, f *flow.Flow) {
 		}
 	}
 	e.Use, e.Path = control.Text(verdict.Use), path
+	if err == nil {
+		in.explainGroup(e, f)
+	}
 	if verdict.Rule > 0 {
 		e.Rule, e.Line = &verdict.Rule, &verdict.Line
 	}

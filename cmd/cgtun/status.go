@@ -98,10 +98,10 @@ func printStatus(w io.Writer, s *control.Status) {
 			o.HiddenTotal, size(o.UpBytes), size(o.DownBytes))
 	}
 	if len(s.Groups) > 0 {
-		t.head("GROUP", "TYPE", "OUTBOUNDS", "ORDER")
+		t.head("GROUP", "TYPE", "OUTBOUNDS", "ORDER NOW", "NOTE")
 	}
 	for _, g := range s.Groups {
-		t.row(plain(g.Name), g.Type, strings.Join(g.Outbounds, " "), strings.Join(g.Order, " "))
+		t.row(plain(g.Name), g.Type, strings.Join(g.Outbounds, " "), strings.Join(g.Order, " "), orDash(string(g.Note)))
 	}
 	t.flush()
 

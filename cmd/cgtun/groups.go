@@ -1,0 +1,131 @@
+package main
+
+import (
+	"fmt"
+
+	"cgtun/control"
+	"cgtun/dialer"
+	"cgtun/flow"
+	"cgtun/group"
+)
+
+// setGroups makes the groups of the file, after their members, and puts them
+// beside the outbounds. That they have no circles was checked with the file.
+func (in *instance) setGroups(ways map[string]dialer.Outbound) error {
+	in.scores = group.NewScores(in.log)
+	configs := map[string]group.Config{}
+	for _, c := range in.file.Groups {
+		configs[c.Name] = c
+	}
+	for _, c := range in.file.Groups {
+		if _, err := in.setGroup(c, configs, ways); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (in *instance) setGroup(c group.Config, configs map[string]group.Config, ways map[string]dialer.Outbound) (dialer.Outbound, error) {
+	if o, ok := ways[c.Name]; ok {
+		return o, nil
+	}
+	var members []dialer.Outbound
+	for _, name := range c.Outbounds {
+		o, ok := ways[name]
+		if inner, nested := configs[name]; !ok && nested {
+			var err error
+			if o, err = in.setGroup(inner, configs, ways); err != nil {
+				return nil, err
+			}
+			ok = true
+		}
+		if !ok {
+			return nil, fmt.Errorf("make group %q: there is no outbound %q", c.Name, name)
+		}
+		members = append(members, o)
+	}
+	g, err := group.New(c, members, in.scores)
+	if err != nil {
+		return nil, err
+	}
+	ways[c.Name] = g
+	in.groups = append(in.groups, g)
+	if len(g.Outbounds()) == 1 {
+		in.log.Warn("a group with one path has nothing to fail over to", "group", c.Name, "outbound", g.Outbounds()[0])
+	}
+	return g, nil
+}
+
+// explainGroup says which member a group would give the flow to.
+func (in *instance) explainGroup(e *control.Explain, f *flow.Flow) {
+	for _, g := range in.groups {
+		if g.Name() != string(e.Use) {
+			continue
+		}
+		o, why := g.Choose(dialer.Target{Flow: f, Addr: f.Dst})
+		e.Choice, e.Path = control.Text(why), nil
+		if o != nil {
+			e.Path = dialer.PathOf(o)
+		}
+	}
+}
+
+func (in *instance) groupStatus() (list control.List[control.Group]) {
+	for _, g := range in.groups {
+		c := g.Config()
+		s := control.Group{Name: c.Name, Type: c.Type, Outbounds: control.List[string](c.Outbounds), Order: g.Order()}
+		if len(g.Outbounds()) == 1 {
+			s.Note = "one path only: there is nothing to fail over to"
+		}
+		list = append(list, s)
+	}
+	return list
+}
+
+// outboundStatus joins what the router counts of flows that use an outbound by
+// its name, and what the groups count of attempts.
+func (in *instance) outboundStatus() (list control.List[control.Outbound]) {
+	stats, paths := in.router.Outbounds(), in.scores.Stats()
+	for _, o := range in.outbounds {
+		state := "up"
+		if ok, _ := o.State(); !ok {
+			state = "down"
+		}
+		n, p := stats[o.Name()], paths[o.Name()]
+		s := control.Outbound{
+			Name: o.Name(), Type: o.Type(), State: state, ConnectMS: n.ConnectMS,
+			DialsTotal: n.DialsTotal + p.DialsTotal, FailuresTotal: n.FailuresTotal + p.FailuresTotal,
+			HiddenTotal: hiddenSum(p.HiddenTotal[:]), UpBytes: n.UpBytes, DownBytes: n.DownBytes,
+		}
+		if _, member := paths[o.Name()]; member {
+			s.Score = &p.Score
+			if p.Ejected && state == "up" {
+				s.State = "ejected"
+			}
+		}
+		if p.Connect > 0 {
+			ms := p.Connect.Seconds() * 1000
+			s.ConnectMS = &ms
+		}
+		list = append(list, s)
+	}
+	return list
+}
+
+func hiddenSum(kinds []uint64) (n uint64) {
+	for _, k := range kinds {
+		n += k
+	}
+	return n
+}
+
+// hiddenStatus sums up what the groups hid from clients, by kind.
+func (in *instance) hiddenStatus() (h control.Hidden) {
+	for _, p := range in.scores.Stats() {
+		h.Dial += p.HiddenTotal[group.HiddenDial]
+		h.Reset += p.HiddenTotal[group.HiddenReset]
+		h.Close += p.HiddenTotal[group.HiddenClose]
+		h.Stall += p.HiddenTotal[group.HiddenStall]
+	}
+	return h
+}

@@ -1,0 +1,160 @@
+package main_test
+
+import (
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"cgtun/control"
+	"cgtun/internal/labtest"
+)
+
+// twoPaths is a group over both links of the world's machine.
+const twoPaths = `
+[[outbound]]
+name = "a"
+type = "direct"
+interface = "eth0"
+
+[[outbound]]
+name = "b"
+type = "direct"
+interface = "eth1"
+
+[[group]]
+name = "auto"
+outbounds = ["a", "b"]
+
+[[group]]
+name = "in-order"
+type = "fallback"
+outbounds = ["a", "b"]
+
+[[group]]
+name = "nested"
+type = "balance"
+outbounds = ["in-order", "b"]
+
+[[group]]
+name = "alone"
+outbounds = "a"
+
+[[rule]]
+port = 7001
+use = "in-order"
+
+[[rule]]
+port = 7002
+use = "nested"
+
+[[rule]]
+use = "auto"
+`
+
+// fault puts rules into the way of what comes by the first path, and returns how
+// to take them away.
+func (w *world) fault(rule string) (mend func()) {
+	w.t.Helper()
+	w.router.Run("nft", `add table inet fault; add chain inet fault f { type filter hook forward priority 0; }; add rule inet fault f iifname "eth0" `+rule)
+	return func() { w.router.Run("nft", "delete table inet fault") }
+}
+
+// outbound returns what status says of one.
+func outboundOf(s control.Status, name string) control.Outbound {
+	i := slices.IndexFunc(s.Outbounds, func(o control.Outbound) bool { return o.Name == name })
+	if i < 0 {
+		return control.Outbound{}
+	}
+	return s.Outbounds[i]
+}
+
+// One path is dead, refuses, is slow or loses: clients do not notice (W1). The
+// bound is below the second after which a kernel sends a SYN again, and far
+// above a stagger, for a busy machine.
+func TestGroupsConnectByTheGoodPath(t *testing.T) {
+	t.Parallel()
+	const soon = 900 * time.Millisecond
+	w := newWorld(t)
+	ports := []int{7000, 7001, 7002}
+	for _, p := range ports {
+		w.server.ServeEcho(port("", p))
+	}
+	w.server.ServeUDPEcho(port(far4, 7000))
+	w.start(w.config(twoPaths))
+	connect := func(t *testing.T, to int) answer {
+		t.Helper()
+		a := w.probe(inside, probe{Do: "dial", Network: "tcp", To: port(far4, to), Say: "hello"})
+		if a.Errno != "" || a.Heard != "hello" {
+			t.Errorf("port %d: %+v", to, a)
+		}
+		if a.Took > soon {
+			t.Errorf("port %d: took %v", to, a.Took)
+		}
+		return a
+	}
+	t.Run("both are good", func(t *testing.T) {
+		for _, p := range ports {
+			connect(t, p)
+		}
+		if a := w.probe(inside, probe{Do: "dial", Network: "udp", To: port(far4, 7000), Say: "hello"}); a.Heard != "hello" {
+			t.Errorf("by UDP: %+v", a)
+		}
+		for _, f := range w.flows() {
+			if len(f.Path) != 1 || f.Path[0] != "a" && f.Path[0] != "b" || f.Use == nil {
+				t.Errorf("a flow's path: %+v", f)
+			}
+		}
+	})
+	for _, tt := range []struct{ name, rule string }{
+		{"black hole", "drop"},
+		{"refused", "meta l4proto tcp reject with tcp reset"},
+		{"unreachable", "reject with icmpx host-unreachable"},
+		{"half of the SYNs lost", "tcp flags syn numgen random mod 2 0 drop"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			mend := w.fault(tt.rule)
+			defer mend()
+			for range 3 {
+				for _, p := range ports {
+					connect(t, p)
+				}
+			}
+		})
+	}
+	t.Run("refused by the destination", func(t *testing.T) {
+		for range 3 {
+			if a := w.probe(inside, probe{Do: "dial", Network: "tcp", To: port(far4, 7999)}); a.Errno != "ECONNREFUSED" || a.Took > soon {
+				t.Errorf("%+v", a)
+			}
+		}
+	})
+	t.Run("link down", func(t *testing.T) {
+		w.router.Run("ip", "link", "set", "eth0", "down")
+		labtest.Eventually(t, 5*time.Second, func() bool { return outboundOf(w.status(), "a").State == "down" })
+		for _, p := range ports {
+			if a := connect(t, p); a.Took > soon {
+				t.Errorf("%+v", a)
+			}
+		}
+		s := w.status()
+		for _, g := range s.Groups {
+			if len(g.Order) == 2 && g.Order[1] == "b" {
+				t.Errorf("the order of %q is %q", g.Name, g.Order)
+			}
+		}
+		w.router.Run("ip", "link", "set", "eth0", "up")
+		labtest.Eventually(t, 10*time.Second, func() bool { return outboundOf(w.status(), "a").State != "down" })
+	})
+	s := w.status()
+	if s.Counters.HiddenTotal.Dial == 0 || outboundOf(s, "a").HiddenTotal == 0 || outboundOf(s, "b").Score == nil {
+		t.Errorf("hidden failures are not told: %+v, %+v", s.Counters.HiddenTotal, s.Outbounds)
+	}
+	if out, _, _ := w.cgtun("status"); !strings.Contains(out, "nothing to fail over to") {
+		t.Errorf("a group with one path is not told of:\n%s", out)
+	}
+	e := ask[control.Explain](w, "explain", port(far4, 7000))
+	if e.Use != "auto" || len(e.Path) != 1 || !strings.Contains(string(e.Choice), `group "auto" (race) would ask`) {
+		t.Errorf("explain: %+v", e)
+	}
+}

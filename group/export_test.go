@@ -1,0 +1,8 @@
+package group
+
+// Destinations is how many destinations are remembered.
+func (s *Scores) Destinations() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.dests)
+}

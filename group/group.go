@@ -1,0 +1,164 @@
+package group
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"cgtun/dialer"
+)
+
+// Group is several outbounds that look like one. It is a dialer.Outbound and a
+// dialer.Echoer, safe for concurrent use, and has nothing to be closed: what a
+// call starts has ended when it returns.
+type Group struct {
+	c       Config
+	members []*member
+	scores  *Scores
+}
+
+// member is an outbound in its place.
+type member struct {
+	out   dialer.Outbound
+	path  *path
+	index int
+}
+
+// New makes a group of members, which stand in the order of c.Outbounds and can
+// be groups. Groups that share Scores learn from each other.
+func New(c Config, members []dialer.Outbound, s *Scores) (*Group, error) {
+	if len(members) == 0 {
+		return nil, fmt.Errorf("make group %q: it has no outbounds", c.Name)
+	}
+	g := &Group{c: c, scores: s}
+	for i, o := range members {
+		g.members = append(g.members, &member{out: o, path: s.of(o), index: i})
+	}
+	s.probeBy(g)
+	return g, nil
+}
+
+// Name implements dialer.Outbound.
+func (g *Group) Name() string { return g.c.Name }
+
+// Config returns what the group was made of.
+func (g *Group) Config() Config { return g.c }
+
+// DialStream implements dialer.Outbound: the members race, as far as the type of
+// the group wants.
+func (g *Group) DialStream(ctx context.Context, t dialer.Target) (*dialer.Conn, error) {
+	r := race[*dialer.Conn]{
+		g: g, target: t, scored: true,
+		dial: func(ctx context.Context, o dialer.Outbound) (*dialer.Conn, error) { return o.DialStream(ctx, t) },
+	}
+	c, m, err := r.run(ctx)
+	if err != nil {
+		return nil, err
+	}
+	inner := c.Report
+	c.Report = func(o dialer.Outcome) {
+		g.scores.report(m.path, t.Addr, o)
+		if inner != nil {
+			inner(o)
+		}
+	}
+	return c, nil
+}
+
+// OpenPackets implements dialer.Outbound: the first member that can.
+func (g *Group) OpenPackets(ctx context.Context, t dialer.Target) (*dialer.PacketConn, error) {
+	return g.openPackets(ctx, t, func(ctx context.Context, o dialer.Outbound) (*dialer.PacketConn, error) {
+		return o.OpenPackets(ctx, t)
+	})
+}
+
+// OpenEcho implements dialer.Echoer.
+func (g *Group) OpenEcho(ctx context.Context, t dialer.Target) (*dialer.PacketConn, error) {
+	return g.openPackets(ctx, t, func(ctx context.Context, o dialer.Outbound) (*dialer.PacketConn, error) {
+		return dialer.OpenEcho(ctx, o, t)
+	})
+}
+
+// openPackets says nothing to the scores: most outbounds ask nobody.
+func (g *Group) openPackets(ctx context.Context, t dialer.Target, open func(context.Context, dialer.Outbound) (*dialer.PacketConn, error)) (*dialer.PacketConn, error) {
+	r := race[*dialer.PacketConn]{g: g, target: t, dial: open}
+	c, _, err := r.run(ctx)
+	return c, err
+}
+
+// Order returns the names of the members in the order in which they would be
+// asked now, for a destination that nothing is known of.
+func (g *Group) Order() []string {
+	var names []string
+	for _, m := range g.rank(&dialer.Target{}, time.Now()) {
+		names = append(names, m.path.name)
+	}
+	return names
+}
+
+// Outbounds returns the names of the outbounds that are reached through the group,
+// each once.
+func (g *Group) Outbounds() []string {
+	var names []string
+	seen := map[string]bool{}
+	g.each(func(name string) {
+		if !seen[name] {
+			seen[name] = true
+			names = append(names, name)
+		}
+	})
+	return names
+}
+
+func (g *Group) each(f func(name string)) {
+	for _, m := range g.members {
+		if inner, ok := m.out.(*Group); ok {
+			inner.each(f)
+			continue
+		}
+		f(m.path.name)
+	}
+}
+
+// Leaves implements dialer.Leaver: a flow may take the way of any member.
+func (g *Group) Leaves() []dialer.Leave {
+	var all []dialer.Leave
+	for _, m := range g.members {
+		for _, l := range dialer.Leaves(m.out) {
+			if !slices.Contains(all, l) {
+				all = append(all, l)
+			}
+		}
+	}
+	return all
+}
+
+// Choose says which outbound a flow to t would be given to first, and why, in
+// words for the user.
+func (g *Group) Choose(t dialer.Target) (o dialer.Outbound, why string) {
+	now := time.Now()
+	list := g.rank(&t, now)
+	if len(list) == 0 {
+		return nil, fmt.Sprintf("group %q: no member is left", g.c.Name)
+	}
+	var words []string
+	g.scores.mu.Lock()
+	for _, m := range list {
+		words = append(words, fmt.Sprintf("%q (%s)", m.path.name, m.path.why(now)))
+	}
+	g.scores.mu.Unlock()
+	why = fmt.Sprintf("group %q (%s) would ask %s", g.c.Name, g.c.Type, strings.Join(words, ", then "))
+	if inner, ok := list[0].out.(*Group); ok {
+		leaf, more := inner.Choose(t)
+		return leaf, why + "; " + more
+	}
+	return list[0].out, why
+}
+
+// blameless tells errors that are of this machine and not of a path.
+func blameless(err error) bool {
+	return errors.Is(err, errors.ErrUnsupported) || errors.Is(err, context.Canceled) || exhausted(err)
+}

@@ -1,0 +1,156 @@
+package group
+
+import (
+	"cmp"
+	"hash/fnv"
+	"net/netip"
+	"slices"
+	"time"
+
+	"cgtun/dialer"
+)
+
+// The classes of members. Members of a later class are asked after all of an
+// earlier one, so the last one is never lost.
+const (
+	healthy = iota
+	suspect // failed lately; for a race that is in the cost
+	ejected
+	down
+)
+
+// What a failure share of 1 costs at each level, in seconds: of the path, and of
+// the path to this destination.
+var (
+	pathCost = [levels]float64{2, 2, 4}
+	destCost = [levels]float64{2, 2, 8}
+)
+
+const (
+	// A flow that is quiet in its middle is a hint, and no more.
+	quietCost = 0.5
+	quietFor  = 5 * time.Second
+	// speedBytes is the size of what is fetched in the cost of a slow path.
+	speedBytes = 64 << 10
+	speedFor   = 5 * time.Minute
+	// doubtful is the share below which a member is no longer in its turn.
+	doubtful = 0.9
+)
+
+// ranked is a member in its place.
+type ranked struct {
+	*member
+	class int
+	cost  float64
+}
+
+// rank returns the members in the order in which to ask them for t, without
+// those that t avoids.
+func (g *Group) rank(t *dialer.Target, now time.Time) []ranked {
+	s := g.scores
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	d := s.dests[t.Addr]
+	list := make([]ranked, 0, len(g.members))
+	for _, m := range g.members {
+		if slices.Contains(t.Avoid, m.path.name) {
+			continue
+		}
+		list = append(list, ranked{m, m.path.class(d, now), g.cost(m, d, t.Addr.Addr(), now)})
+	}
+	if g.c.Type == TypeRace {
+		for i := range list {
+			if list[i].class == suspect {
+				list[i].class = healthy
+			}
+		}
+	}
+	slices.SortStableFunc(list, func(a, b ranked) int {
+		return cmp.Or(cmp.Compare(a.class, b.class), cmp.Compare(a.cost, b.cost))
+	})
+	return list
+}
+
+func (p *path) class(d *dest, now time.Time) int {
+	switch {
+	case p.down != "":
+		return down
+	case now.Before(p.ejected):
+		return ejected
+	case p.doubtful(d, now):
+		return suspect
+	}
+	return healthy
+}
+
+func (p *path) doubtful(d *dest, now time.Time) bool {
+	if p.quietNow(now) {
+		return true
+	}
+	for k := range p.level {
+		l := &p.level[k]
+		if l.row > 0 && now.Sub(l.failedAt) < freshFailure || l.ok.value(now) < doubtful {
+			return true
+		}
+	}
+	if d == nil || d.paths[p] == nil {
+		return false
+	}
+	for k := range d.paths[p] {
+		if d.paths[p][k].ok.value(now) < doubtful {
+			return true
+		}
+	}
+	return false
+}
+
+func (p *path) quietNow(now time.Time) bool { return !p.quiet.IsZero() && now.Sub(p.quiet) < quietFor }
+
+// cost is what members of a class are ordered by: of a race seconds, of a balance
+// the load or the destination's own order, of a fallback the place in the list.
+func (g *Group) cost(m *member, d *dest, dst netip.Addr, now time.Time) float64 {
+	switch {
+	case g.c.Type == TypeFallback:
+		return float64(m.index)
+	case g.c.Type == TypeBalance && g.c.By == ByLoad:
+		return float64(m.path.live)
+	case g.c.Type == TypeBalance:
+		return rendezvous(m.path.name, dst)
+	}
+	return m.path.seconds(d, now)
+}
+
+// seconds is what a flow by this path is expected to lose.
+func (p *path) seconds(d *dest, now time.Time) float64 {
+	c := p.connect.value
+	for k := range p.level {
+		c += pathCost[k] * (1 - p.level[k].ok.value(now))
+	}
+	if d != nil && d.paths[p] != nil {
+		own := d.paths[p]
+		for k := range own {
+			c += destCost[k] * (1 - own[k].ok.value(now))
+		}
+	}
+	if p.speed.value > 0 && now.Sub(p.speedAt) < speedFor {
+		c += speedBytes / p.speed.value
+	}
+	if p.quietNow(now) {
+		c += quietCost
+	}
+	return c
+}
+
+// rendezvous gives each destination an order of its own, which stays when
+// members come and go (highest random weight).
+func rendezvous(name string, dst netip.Addr) float64 {
+	h := fnv.New64a()
+	_, _ = h.Write(dst.Unmap().AsSlice())
+	_, _ = h.Write([]byte(name))
+	// FNV's last bytes stir the high bits little.
+	v := h.Sum64()
+	v ^= v >> 33
+	v *= 0xff51afd7ed558ccd
+	v ^= v >> 33
+	return float64(v >> 11)
+}

@@ -1,0 +1,349 @@
+package group
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"cgtun/dialer"
+	"cgtun/flow"
+)
+
+// A race, theory of operation.
+//
+// The members are asked one after the other: the next one when one has failed,
+// or after the stagger, which is twice what 95 % of the connects of the first
+// took, and nothing if that one failed lately. The first connection wins, the
+// others are closed at once.
+//
+// What a member says is either an answer or a failure. A refusal and a denial
+// are answers: the others are asked too, for a path can lie, but a client is
+// not kept waiting for those that are silent (answerWait). Where all fail, the
+// client is told what they say; if some were silent, the members are asked again
+// until the deadline. ErrUnsupported counts as if the member were not there.
+//
+// An attempt ends early when the kernel says that its path is gone.
+
+const (
+	maxInFlight = 3
+	minStagger  = 50 * time.Millisecond
+	// answerWait is what the silent ones get after the first refusal, or twice
+	// their usual time.
+	answerWait = time.Second
+	// roundTime is the least time between two attempts of one member.
+	roundTime = time.Second
+)
+
+// race is one question to the members of a group.
+type race[T io.Closer] struct {
+	g      *Group
+	target dialer.Target
+	dial   func(context.Context, dialer.Outbound) (T, error)
+	scored bool // what it tells is for the scores
+
+	stagger  time.Duration
+	queue    []ranked
+	tries    []*try // of this round
+	inFlight int
+	results  chan result[T]
+	nextAt   time.Time // when the next of the queue may start
+	began    time.Time // of the round
+	answered time.Time // when the refused give up waiting for the others; zero: no refusal
+}
+
+// try is one member's attempt.
+type try struct {
+	*member
+	began  time.Time
+	cancel context.CancelCauseFunc
+	done   bool
+	err    error
+}
+
+type result[T any] struct {
+	*try
+	conn T
+	err  error
+}
+
+// errPathLost is why an attempt ends when the kernel says that its path is gone.
+type errPathLost struct{ why string }
+
+func (e *errPathLost) Error() string           { return "path lost: " + e.why }
+func (e *errPathLost) FlowReason() flow.Reason { return flow.NetUnreachable }
+
+// run returns the conn of the first member to connect, and that member. Nothing
+// of the race is left when it returns.
+func (r *race[T]) run(ctx context.Context) (conn T, m *member, err error) {
+	ctx, cancel := context.WithTimeout(ctx, r.g.c.Deadline)
+	defer cancel()
+	// Room for all that can be in flight: an attempt never waits for us.
+	r.results = make(chan result[T], maxInFlight)
+	r.round(time.Now())
+	if len(r.queue) == 0 {
+		return conn, nil, r.fail(flow.HostUnreachable, errors.New("no member is left"))
+	}
+	r.stagger = r.g.scores.stagger(r.queue[0].path, r.g.c.Stagger)
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		now := time.Now()
+		r.start(ctx, now)
+		if r.inFlight == 0 && len(r.queue) == 0 {
+			again, err := r.verdict()
+			if !again {
+				r.settle(nil, nil)
+				return conn, nil, err
+			}
+			r.settle(nil, nil)
+			r.round(later(now, r.began.Add(roundTime)))
+		}
+		timer.Reset(time.Until(r.wake(now)))
+		select {
+		case res := <-r.results:
+			r.took(&res)
+			if res.err == nil {
+				r.settle(res.try, cancel)
+				return res.conn, res.member, nil
+			}
+		case now := <-timer.C:
+			if !r.answered.IsZero() && !now.Before(r.answered) {
+				_, err := r.verdict()
+				r.settle(nil, cancel)
+				return conn, nil, err
+			}
+		case <-ctx.Done():
+			err := r.over(ctx)
+			r.settle(nil, cancel)
+			return conn, nil, err
+		}
+	}
+}
+
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
+}
+
+// round asks all members again, from then on.
+func (r *race[T]) round(then time.Time) {
+	r.queue, r.tries = r.g.rank(&r.target, time.Now()), nil
+	r.began, r.nextAt = then, then
+}
+
+// start begins the attempts that are due.
+func (r *race[T]) start(ctx context.Context, now time.Time) {
+	for len(r.queue) > 0 && r.inFlight < maxInFlight && !now.Before(r.nextAt) {
+		m := r.queue[0].member
+		r.queue = r.queue[1:]
+		attempt, cancel := context.WithCancelCause(ctx)
+		t := &try{member: m, began: now, cancel: cancel}
+		r.tries = append(r.tries, t)
+		r.inFlight++
+		r.nextAt = now.Add(r.stagger)
+		r.g.scores.begin(t)
+		go func() {
+			attempt, stop := context.WithTimeout(attempt, r.g.c.Attempt)
+			defer stop()
+			conn, err := r.dial(attempt, m.out)
+			if err != nil {
+				err = lostPath(attempt, err)
+			}
+			r.results <- result[T]{t, conn, err}
+		}()
+	}
+}
+
+// lostPath is why the attempt ended, if the kernel's word was the cause.
+func lostPath(ctx context.Context, err error) error {
+	var lost *errPathLost
+	if errors.As(context.Cause(ctx), &lost) {
+		return lost
+	}
+	return err
+}
+
+// wake is when to look again if nothing comes.
+func (r *race[T]) wake(now time.Time) time.Time {
+	at := now.Add(time.Hour)
+	if len(r.queue) > 0 && r.inFlight < maxInFlight {
+		at = r.nextAt
+	}
+	if !r.answered.IsZero() && r.answered.Before(at) {
+		at = r.answered
+	}
+	return at
+}
+
+// took notes the end of an attempt.
+func (r *race[T]) took(res *result[T]) {
+	now := time.Now()
+	t := res.try
+	t.done, t.err = true, res.err
+	t.cancel(nil)
+	r.inFlight--
+	r.g.scores.end(t)
+	if res.err == nil {
+		if r.scored {
+			r.g.scores.connected(t.path, r.target.Addr, now.Sub(t.began), now)
+		}
+		return
+	}
+	r.nextAt = now
+	if isAnswer(res.err) && r.answered.IsZero() {
+		r.answered = now.Add(r.g.scores.answerWait(r.g.members))
+	}
+}
+
+// isAnswer tells what a destination, or who guards it, says from what becomes of
+// a path.
+func isAnswer(err error) bool {
+	why := flow.ReasonOf(err)
+	return why == flow.Refused || why == flow.Prohibited
+}
+
+// verdict says what the failures of a round mean: ask again, or what the client
+// is to be told.
+func (r *race[T]) verdict() (again bool, err error) {
+	var told, silent, unable error
+	for _, t := range r.tries {
+		switch why := flow.ReasonOf(t.err); {
+		case t.err == nil: // given up
+		case isAnswer(t.err):
+			return false, t.err
+		case errors.Is(t.err, errors.ErrUnsupported):
+			unable = t.err
+		case why == flow.TimedOut:
+			silent = t.err
+		case told == nil || why == flow.HostUnreachable:
+			told = t.err
+		}
+	}
+	switch {
+	case silent != nil:
+		return true, silent
+	case told != nil:
+		return false, told
+	case unable != nil:
+		return false, unable
+	}
+	return false, r.fail(flow.HostUnreachable, errors.New("no member is left"))
+}
+
+// over is the error of a race whose time is up, or whose client has left.
+func (r *race[T]) over(ctx context.Context) error {
+	if !errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		return r.fail(flow.ReasonOf(ctx.Err()), ctx.Err())
+	}
+	err := fmt.Errorf("no outbound has connected in time: %w", context.DeadlineExceeded)
+	for _, t := range r.tries {
+		if t.err != nil {
+			err = fmt.Errorf("no outbound has connected in time: %w", t.err)
+		}
+	}
+	return r.fail(flow.TimedOut, err)
+}
+
+func (r *race[T]) fail(why flow.Reason, err error) error {
+	return &dialer.Error{Hop: r.g.c.Name, Op: "connect", Addr: r.target.Addr, Reason: why, Err: err}
+}
+
+// settle ends what is in flight and tells the scores what the others than the
+// winner did. cancel is nil if nothing is in flight.
+func (r *race[T]) settle(winner *try, cancel func()) {
+	now := time.Now()
+	if cancel != nil {
+		cancel()
+	}
+	for r.inFlight > 0 {
+		res := <-r.results
+		r.inFlight--
+		res.cancel(nil)
+		r.g.scores.end(res.try)
+		if res.err == nil {
+			_ = res.conn.Close()
+		}
+	}
+	if !r.scored {
+		return
+	}
+	for _, t := range r.tries {
+		switch {
+		case t == winner:
+		case t.done:
+			if !blameless(t.err) {
+				r.g.scores.lost(t.path, r.target.Addr, flow.ReasonOf(t.err), winner != nil, now)
+			}
+		case winner != nil && r.g.scores.overtaken(t.path, now.Sub(t.began), r.g.c.Stagger):
+			r.g.scores.lost(t.path, r.target.Addr, flow.TimedOut, true, now)
+		}
+	}
+}
+
+// exhausted tells that this machine lacks something.
+func exhausted(err error) bool {
+	for _, e := range []unix.Errno{unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM, unix.EADDRINUSE} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
+// stagger is how long the first member of a race is alone, most at most.
+func (s *Scores) stagger(p *path, most time.Duration) time.Duration {
+	now := time.Now()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if l := &p.level[connects]; !l.failedAt.IsZero() && now.Sub(l.failedAt) < freshFailure || p.down != "" {
+		return 0
+	}
+	usual := p.times.p95()
+	if usual == 0 {
+		return most
+	}
+	return min(max(2*usual, minStagger), most)
+}
+
+// overtaken says whether a member that has not connected within took is to be
+// called slow.
+func (s *Scores) overtaken(p *path, took, most time.Duration) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	usual := p.times.p95()
+	if usual == 0 {
+		return took >= most
+	}
+	return took >= max(2*usual, min(minStagger, most))
+}
+
+func (s *Scores) answerWait(members []*member) time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	wait := answerWait
+	for _, m := range members {
+		wait = max(wait, 2*m.path.times.p95())
+	}
+	return wait
+}
+
+// begin and end stand around an attempt.
+func (s *Scores) begin(t *try) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	t.path.dials++
+	t.path.used = t.began
+	t.path.inFlight[t] = true
+}
+
+func (s *Scores) end(t *try) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(t.path.inFlight, t)
+}

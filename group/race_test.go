@@ -1,0 +1,264 @@
+package group_test
+
+import (
+	"context"
+	"net/netip"
+	"slices"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"cgtun/dialer"
+	"cgtun/flow"
+	"cgtun/group"
+)
+
+const ms = time.Millisecond
+
+type net = func(netip.AddrPort) (time.Duration, error)
+
+// TestRace has one race of two, both new: who wins, when, and what the client
+// hears if nobody does.
+func TestRace(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		kind   string
+		a, b   net
+		by     string
+		took   time.Duration
+		reason flow.Reason
+	}{
+		{"the first is quick", "race", in(20 * ms), in(ms), "a", 20 * ms, 0},
+		{"the first is slower than the stagger", "race", in(time.Second), in(10 * ms), "b", 260 * ms, 0},
+		{"the first is a black hole", "race", in(never), in(10 * ms), "b", 260 * ms, 0},
+		{"the first refuses", "race", says(5*ms, errRefused), in(10 * ms), "b", 15 * ms, 0},
+		{"the first is unreachable", "race", says(5*ms, errUnreachable), in(10 * ms), "b", 15 * ms, 0},
+		{"the first cannot carry it", "race", says(0, errUnsupported), in(10 * ms), "b", 10 * ms, 0},
+		{"both refuse", "race", says(5*ms, errRefused), says(10*ms, errRefused), "", 15 * ms, flow.Refused},
+		{"one refuses, the other is silent", "race", says(5*ms, errRefused), in(never), "", 1005 * ms, flow.Refused},
+		{"one is silent, the other refuses", "race", in(never), says(5*ms, errRefused), "", 1255 * ms, flow.Refused},
+		{"one refuses, the other is slow", "race", says(5*ms, errRefused), in(800 * ms), "b", 805 * ms, 0},
+		{"both unreachable", "race", says(5*ms, errUnreachable), says(5*ms, errUnreachable), "", 10 * ms, flow.HostUnreachable},
+		{"both cannot carry it", "race", says(0, errUnsupported), says(0, errUnsupported), "", 0, flow.Unknown},
+		{"both silent", "race", in(never), in(never), "", 30 * time.Second, flow.TimedOut},
+		{"fallback, the first is quick", "fallback", in(20 * ms), in(ms), "a", 20 * ms, 0},
+		{"fallback, the first is a black hole", "fallback", in(never), in(10 * ms), "b", 260 * ms, 0},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				a, b := &fake{name: "a", connect: tt.a}, &fake{name: "b", connect: tt.b}
+				g := newGroup(t, settings(tt.kind), board(t), a, b)
+				by, took, err := dial(t, g, dst(1))
+				if by != tt.by || took != tt.took || reasonOf(err) != tt.reason {
+					t.Errorf("%q after %v: %v (%v), want %q after %v, %v", by, took, err, reasonOf(err), tt.by, tt.took, tt.reason)
+				}
+				if n := a.open.Load() + b.open.Load(); n != 0 {
+					t.Errorf("%d connections are left open", n)
+				}
+			})
+		})
+	}
+}
+
+// TestRaceAsksOnce counts connects of a healthy group: no more than one beside
+// the flow's own on average, and after the first flows none.
+func TestRaceAsksOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b, c := &fake{name: "a", connect: in(30 * ms)}, &fake{name: "b", connect: in(40 * ms)}, &fake{name: "c", connect: in(500 * ms)}
+		g := newGroup(t, settings("race"), board(t), a, b, c)
+		const flows = 100
+		for range flows {
+			if _, _, err := dial(t, g, dst(1)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		na, nb, nc := a.asked(), b.asked(), c.asked()
+		if n := na + nb + nc; n > 2*flows || n > flows+5 {
+			t.Errorf("%d connects for %d flows: %d, %d, %d", n, flows, na, nb, nc)
+		}
+		if na < flows*9/10 {
+			t.Errorf("the quickest path had %d of %d flows", na, flows)
+		}
+	})
+}
+
+// TestDeadPathCostsOneStagger: after the flow that finds it, the others begin
+// elsewhere.
+func TestDeadPathCostsOneStagger(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b := &fake{name: "a", connect: in(10 * ms)}, &fake{name: "b", connect: in(20 * ms)}
+		g := newGroup(t, settings("race"), board(t), a, b)
+		for range 10 {
+			_, _, _ = dial(t, g, dst(1))
+		}
+		a.set(in(never))
+		by, took, err := dial(t, g, dst(1))
+		if by != "b" || took != 70*ms || err != nil {
+			t.Errorf("the first flow after: %q after %v, %v; want b after the least stagger and its connect, 70 ms", by, took, err)
+		}
+		for range 10 {
+			if by, took, err := dial(t, g, dst(2)); by != "b" || took != 20*ms || err != nil {
+				t.Errorf("a later flow: %q after %v, %v; want b after 20 ms", by, took, err)
+			}
+		}
+	})
+}
+
+// TestManySilent: no more than three attempts at a time.
+func TestManySilent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var members []dialer.Outbound
+		var fakes []*fake
+		for _, name := range []string{"a", "b", "c", "d", "e"} {
+			f := &fake{name: name, connect: in(never)}
+			fakes, members = append(fakes, f), append(members, f)
+		}
+		fakes[4].set(in(ms))
+		g := newGroup(t, settings("fallback"), board(t), members...)
+		by, took, err := dial(t, g, dst(1))
+		// d begins when a has had its 5 s, and e when b has.
+		if by != "e" || took != 5*time.Second+250*ms+ms || err != nil {
+			t.Errorf("%q after %v, %v", by, took, err)
+		}
+	})
+}
+
+// TestLostPathEndsAttempts: the kernel's word that a path is gone is enough.
+func TestLostPathEndsAttempts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b := &fake{name: "a", connect: in(never)}, &fake{name: "b", connect: in(10 * ms)}
+		s := board(t)
+		g := newGroup(t, settings("race"), s, a, b)
+		why := "interface eth0 has no carrier"
+		time.AfterFunc(100*ms, func() {
+			a.state.Store(&why)
+			s.Recheck()
+		})
+		by, took, err := dial(t, g, dst(1))
+		if by != "b" || took != 110*ms || err != nil {
+			t.Errorf("%q after %v, %v; want b after 110 ms", by, took, err)
+		}
+		a.asked()
+		if by, took, _ := dial(t, g, dst(2)); by != "b" || took != 10*ms || a.asked() != 0 {
+			t.Errorf("while the path is gone: %q after %v", by, took)
+		}
+		a.state.Store(nil)
+		s.Recheck()
+		if got := g.Order(); len(got) != 2 {
+			t.Errorf("order %q", got)
+		}
+	})
+}
+
+// TestCanceledRaceLeavesNothing: the client has gone.
+func TestCanceledRaceLeavesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b := &fake{name: "a", connect: in(never)}, &fake{name: "b", connect: in(never)}
+		s := board(t)
+		g := newGroup(t, settings("race"), s, a, b)
+		ctx, cancel := context.WithTimeoutCause(context.Background(), time.Second, context.Canceled)
+		defer cancel()
+		ctx, leave := context.WithCancel(ctx)
+		time.AfterFunc(500*ms, leave)
+		if _, err := g.DialStream(ctx, dst(1)); flow.ReasonOf(err) != flow.Canceled {
+			t.Errorf("got %v", err)
+		}
+		for name, st := range s.Stats() {
+			if st.Score != 1 || st.FailuresTotal != 0 {
+				t.Errorf("%s is blamed for a client that left: %+v", name, st)
+			}
+		}
+	})
+}
+
+// TestAvoid: what failed a flow is not asked again for it.
+func TestAvoid(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b := &fake{name: "a", connect: in(ms)}, &fake{name: "b", connect: in(ms)}
+		inner := newGroup(t, settings("fallback"), board(t), a)
+		g := newGroup(t, settings("race"), board(t), inner, b)
+		target := dst(1)
+		target.Avoid = []string{"a"}
+		if by, _, err := dial(t, g, target); by != "b" || err != nil || a.asked() != 0 {
+			t.Errorf("%q, %v", by, err)
+		}
+		target.Avoid = []string{"a", "b"}
+		if _, _, err := dial(t, g, target); err == nil {
+			t.Error("a flow that avoids all got a connection")
+		}
+	})
+}
+
+// TestGroupsOfGroups: a group is an outbound to another, and the leaves are what
+// a path names.
+func TestGroupsOfGroups(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := board(t)
+		a, b, c := &fake{name: "a", connect: in(never)}, &fake{name: "b", connect: says(0, errUnreachable)}, &fake{name: "c", connect: in(5 * ms)}
+		inner := settings("fallback")
+		inner.Name = "inner"
+		g := newGroup(t, settings("race"), s, newGroup(t, inner, s, a, b), c)
+		if by, took, err := dial(t, g, dst(1)); by != "c" || took != 255*ms || err != nil {
+			t.Errorf("%q after %v, %v", by, took, err)
+		}
+		if got := g.Outbounds(); !slices.Equal(got, []string{"a", "b", "c"}) {
+			t.Errorf("leaves %q", got)
+		}
+	})
+}
+
+// TestPackets: datagrams go by the first member that carries them.
+func TestPackets(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b := &fake{name: "a", connect: says(0, errUnsupported)}, &fake{name: "b", connect: in(0)}
+		g := newGroup(t, settings("race"), board(t), a, b)
+		c, err := g.OpenPackets(context.Background(), dst(1))
+		if err != nil || c.Path[0] != "b" {
+			t.Errorf("%v, %v", c, err)
+		}
+		if _, err := dialer.OpenEcho(context.Background(), g, dst(1)); err == nil {
+			t.Error("a group whose members carry no echo carries it")
+		}
+	})
+}
+
+// TestBalance: by destination each one keeps its path, and both get some; by load
+// the one with fewer flows is next.
+func TestBalance(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b := &fake{name: "a", connect: in(ms)}, &fake{name: "b", connect: in(ms)}
+		g := newGroup(t, settings("balance"), board(t), a, b)
+		count := map[string]int{}
+		for i := range 200 {
+			first, _, _ := dial(t, g, dst(i))
+			again, _, _ := dial(t, g, dst(i))
+			if first != again {
+				t.Errorf("destination %d goes by %s, then by %s", i, first, again)
+			}
+			count[first]++
+		}
+		if count["a"] < 60 || count["b"] < 60 {
+			t.Errorf("shares: %v", count)
+		}
+		c := settings("balance")
+		c.By = group.ByLoad
+		g = newGroup(t, c, board(t), a, b)
+		var conns []*dialer.Conn
+		load := map[string]int{}
+		for range 10 {
+			conn, err := g.DialStream(context.Background(), dst(1))
+			if err != nil {
+				t.Fatal(err)
+			}
+			conns = append(conns, conn)
+			load[conn.Path[0]]++
+		}
+		if load["a"] != 5 || load["b"] != 5 {
+			t.Errorf("load: %v", load)
+		}
+		for _, conn := range conns {
+			conn.Tell(dialer.Outcome{News: dialer.Ended})
+			_ = conn.Close()
+		}
+	})
+}

@@ -1,0 +1,347 @@
+package group_test
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"cgtun/dialer"
+	"cgtun/flow"
+	"cgtun/group"
+)
+
+// pair is two paths in a group whose Scores run until the test ends.
+type pair struct {
+	*testing.T
+	a, b *fake
+	s    *group.Scores
+	g    *group.Group
+}
+
+func withPair(t *testing.T, kind string, f func(p *pair)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		p := &pair{T: t, a: &fake{name: "a", connect: in(10 * ms)}, b: &fake{name: "b", connect: in(20 * ms)}, s: board(t)}
+		p.g = newGroup(t, settings(kind), p.s, p.a, p.b)
+		ctx, cancel := context.WithCancel(context.Background())
+		done := make(chan error)
+		go func() { done <- p.s.Run(ctx) }()
+		f(p)
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// flow dials and says how the flow ended.
+func (p *pair) flow(target dialer.Target, end dialer.Outcome) (by string) {
+	p.Helper()
+	c, err := p.g.DialStream(context.Background(), target)
+	if err != nil {
+		p.Fatal(err)
+	}
+	if end.Down > 0 {
+		c.Tell(dialer.Outcome{News: dialer.Answered})
+	}
+	c.Tell(end)
+	_ = c.Close()
+	return c.Path[0]
+}
+
+var (
+	whole  = dialer.Outcome{News: dialer.Ended, Reason: flow.Closed, Up: 100, Down: 1 << 20, Lasted: ms}
+	broken = dialer.Outcome{News: dialer.Ended, Reason: flow.Reset, ByServer: true, Up: 100, Down: 300_000, Lasted: ms}
+)
+
+func (p *pair) score(name string) group.Stats { return p.s.Stats()[name] }
+
+// TestAllDeadThenBack is W5: all paths are dead for 20 s. None is lost to the
+// group, and the first connect after their return takes no longer than usual.
+func TestAllDeadThenBack(t *testing.T) {
+	withPair(t, "race", func(p *pair) {
+		p.flow(dst(1), whole)
+		p.flow(dst(1), whole)
+		dead := time.Now().Add(20 * time.Second)
+		// A packet that is sent into the hole is sent again, as the kernel does.
+		hole := func(netip.AddrPort) (time.Duration, error) {
+			wait := ms
+			for _, again := range []time.Duration{time.Second, 3 * time.Second, 7 * time.Second} {
+				if time.Now().Add(wait).After(dead) {
+					break
+				}
+				wait = again
+			}
+			if time.Now().Add(wait).Before(dead) {
+				wait = never
+			}
+			return wait, nil
+		}
+		p.a.set(hole)
+		p.b.set(hole)
+		waiting := make(chan time.Duration)
+		for i := range 5 {
+			go func() {
+				_, took, err := dial(t, p.g, dst(i))
+				if err != nil {
+					t.Errorf("a flow that waits for a path: %v", err)
+				}
+				waiting <- took
+			}()
+		}
+		time.Sleep(20*time.Second + ms)
+		if _, took, err := dial(t, p.g, dst(9)); took > time.Second || err != nil {
+			t.Errorf("the first connect after the return took %v, %v", took, err)
+		}
+		for range 5 {
+			if took := <-waiting; took > 23*time.Second {
+				t.Errorf("a flow that waited got its connection after %v", took)
+			}
+		}
+	})
+}
+
+// TestDestinationRefusesEverywhere is W6: no path is blamed.
+func TestDestinationRefusesEverywhere(t *testing.T) {
+	withPair(t, "race", func(p *pair) {
+		p.a.set(says(ms, errRefused))
+		p.b.set(says(ms, errRefused))
+		for i := range 20 {
+			if _, took, err := dial(t, p.g, dst(i)); reasonOf(err) != flow.Refused || took > 10*ms {
+				t.Fatalf("after %v: %v", took, err)
+			}
+		}
+		for _, name := range []string{"a", "b"} {
+			if s := p.score(name); s.Score != 1 || s.Ejected {
+				t.Errorf("%s: %+v", name, s)
+			}
+		}
+	})
+}
+
+// TestRefusalOfOnePath: who refuses what the other connects is leaving the race,
+// as soon as it is not one destination alone.
+func TestRefusalOfOnePath(t *testing.T) {
+	withPair(t, "fallback", func(p *pair) {
+		p.a.set(says(ms, errRefused))
+		for i := range 20 {
+			if by, _, err := dial(t, p.g, dst(i)); by != "b" || err != nil {
+				t.Fatalf("%q, %v", by, err)
+			}
+		}
+		if n := p.a.asked(); n > 3 {
+			t.Errorf("it was asked %d times", n)
+		}
+	})
+}
+
+// TestDeadDestination: one that no path reaches blames none, whoever asks for it
+// and how often.
+func TestDeadDestination(t *testing.T) {
+	withPair(t, "race", func(p *pair) {
+		good := in(10 * ms)
+		net := func(d netip.AddrPort) (time.Duration, error) {
+			if d == dst(13).Addr {
+				return never, nil
+			}
+			return good(d)
+		}
+		p.a.set(net)
+		p.b.set(net)
+		for i := range 5 {
+			if _, _, err := dial(t, p.g, dst(13)); reasonOf(err) != flow.TimedOut {
+				t.Fatal(err)
+			}
+			if _, took, err := dial(t, p.g, dst(i)); took > 100*ms || err != nil {
+				t.Errorf("another destination: %v, %v", took, err)
+			}
+		}
+		for _, name := range []string{"a", "b"} {
+			if s := p.score(name); s.Ejected {
+				t.Errorf("%s: %+v", name, s)
+			}
+		}
+	})
+}
+
+// TestEjection: three failures that are the path's put it last, longer each time
+// though never for more than a minute and a fifth; probes bring it back.
+func TestEjection(t *testing.T) {
+	withPair(t, "fallback", func(p *pair) {
+		p.flow(dst(1), whole)
+		p.a.set(says(ms, errUnreachable))
+		for i := range 3 {
+			// Once it has failed it is not the first any more: it is asked
+			// where the other one is avoided.
+			p.flow(dst(i), whole)
+			target := dst(i)
+			target.Avoid = []string{"b"}
+			_, _, _ = dial(t, p.g, target)
+		}
+		if !p.score("a").Ejected {
+			t.Fatalf("not ejected: %+v", p.score("a"))
+		}
+		if got := p.g.Order(); got[0] != "b" || len(got) != 2 {
+			t.Errorf("order %q", got)
+		}
+		p.a.asked()
+		time.Sleep(time.Minute)
+		if n := p.a.asked(); n < 3 || n > 8 {
+			t.Errorf("%d probes in a minute; want them after 2 s, 4 s, 8 s, …", n)
+		}
+		p.a.set(in(10 * ms))
+		time.Sleep(35 * time.Second)
+		if by := p.flow(dst(1), whole); by != "a" || p.score("a").Ejected {
+			t.Errorf("after good probes: %q, %+v", by, p.score("a"))
+		}
+	})
+}
+
+// TestBothEjected: ejected members are asked all the same where there is none
+// better.
+func TestBothEjected(t *testing.T) {
+	withPair(t, "race", func(p *pair) {
+		for i := range 6 {
+			p.flow(dst(i), whole)
+		}
+		for i := range 10 {
+			p.a.set(says(ms, errUnreachable))
+			p.b.set(in(20 * ms))
+			p.flow(dst(i), whole)
+			p.a.set(in(10 * ms))
+			p.b.set(says(ms, errUnreachable))
+			p.flow(dst(i), whole)
+		}
+		p.a.set(in(10 * ms))
+		p.b.set(in(20 * ms))
+		if _, took, err := dial(t, p.g, dst(1)); err != nil || took > time.Second {
+			t.Errorf("%v, %v", took, err)
+		}
+	})
+}
+
+// TestBrokenFlows: a path that resets flows in their midst is left, though its
+// connects succeed, and though it is the quicker one.
+func TestBrokenFlows(t *testing.T) {
+	for _, kind := range []string{group.TypeRace, group.TypeFallback, group.TypeBalance} {
+		t.Run(kind, func(t *testing.T) {
+			withPair(t, kind, func(p *pair) {
+				for range 5 {
+					p.flow(dst(1), whole)
+				}
+				first := p.flow(dst(1), whole)
+				if by := p.flow(dst(1), broken); by != first {
+					t.Fatalf("%q", by)
+				}
+				for range 5 {
+					if by := p.flow(dst(1), whole); by == first {
+						t.Errorf("a flow was given to %q again", by)
+					}
+				}
+			})
+		})
+	}
+}
+
+// TestBrokenFlowsOfOneServer: where both paths break, the destination does it.
+func TestBrokenFlowsOfOneServer(t *testing.T) {
+	withPair(t, "race", func(p *pair) {
+		for range 20 {
+			p.flow(dst(1), broken)
+		}
+		for _, name := range []string{"a", "b"} {
+			if s := p.score(name); s.Ejected || s.Score < 1 {
+				t.Errorf("%s: %+v", name, s)
+			}
+		}
+	})
+}
+
+// TestQuietFlow is a hint that new flows follow.
+func TestQuietFlow(t *testing.T) {
+	withPair(t, "race", func(p *pair) {
+		for range 5 {
+			p.flow(dst(1), whole)
+		}
+		c, err := p.g.DialStream(context.Background(), dst(1))
+		if err != nil || c.Path[0] != "a" {
+			t.Fatalf("%v, %v", c, err)
+		}
+		c.Tell(dialer.Outcome{News: dialer.Quiet})
+		if by := p.flow(dst(2), whole); by != "b" {
+			t.Errorf("%q", by)
+		}
+		c.Tell(dialer.Outcome{News: dialer.Ended})
+		time.Sleep(10 * time.Second)
+		if by := p.flow(dst(2), whole); by != "a" {
+			t.Errorf("later: %q", by)
+		}
+	})
+}
+
+// TestHiddenIsCounted: each failure that a connection was found behind.
+func TestHiddenIsCounted(t *testing.T) {
+	withPair(t, "fallback", func(p *pair) {
+		p.a.set(says(ms, errUnreachable))
+		p.flow(dst(1), whole)
+		s := p.score("a")
+		if s.HiddenTotal[group.HiddenDial] != 1 || s.FailuresTotal != 1 || s.DialsTotal != 1 {
+			t.Errorf("%+v", s)
+		}
+		p.s.Hide("a", group.HiddenStall)
+		if s := p.score("a"); s.HiddenTotal[group.HiddenStall] != 1 {
+			t.Errorf("%+v", s)
+		}
+	})
+}
+
+// TestProbesOfIdlePaths: where a group wants them, and no flow is there to tell.
+func TestProbesOfIdlePaths(t *testing.T) {
+	withPair(t, "fallback", func(p *pair) {
+		c := settings("race")
+		c.Probe.Interval = 5 * time.Second
+		newGroup(t, c, p.s, p.a, p.b)
+		p.flow(dst(1), whole)
+		p.a.asked()
+		p.b.asked()
+		time.Sleep(time.Minute)
+		if n := p.b.asked(); n < 9 || n > 13 {
+			t.Errorf("%d probes in a minute, want one each 5 s", n)
+		}
+		p.b.set(says(ms, errUnreachable))
+		time.Sleep(time.Minute)
+		if s := p.score("b"); s.Score > 0.99 {
+			t.Errorf("a path whose probes fail: %+v", s)
+		}
+	})
+}
+
+// TestManyDestinations: what is remembered has a bound.
+func TestManyDestinations(t *testing.T) {
+	withPair(t, "race", func(p *pair) {
+		for i := range 10_000 {
+			target := dialer.Target{Addr: netip.AddrPortFrom(netip.MustParseAddr(fmt.Sprintf("10.%d.%d.1", i/250, i%250)), 443)}
+			if _, _, err := dial(t, p.g, target); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if n := p.s.Destinations(); n > 4096 {
+			t.Errorf("%d destinations are remembered", n)
+		}
+	})
+}
+
+// TestChoose says what explain shows.
+func TestChoose(t *testing.T) {
+	withPair(t, "race", func(p *pair) {
+		p.flow(dst(1), whole)
+		o, why := p.g.Choose(dst(1))
+		const want = `group "race" (race) would ask "b" (score 1.00, not connected yet), then "a" (score 1.00, connects in 10.0 ms)`
+		if o.Name() != "b" || why != want {
+			t.Errorf("%s\n got %s\nwant %s", o.Name(), why, want)
+		}
+	})
+}
