@@ -158,7 +158,7 @@ func (plain) ServeStream(ctx context.Context, s flow.Stream) {
 	var d net.Dialer
 	c, err := d.DialContext(ctx, "tcp", s.Flow().Dst.String())
 	if err != nil {
-		s.Reject(flow.ReasonOf(err))
+		s.Reject(flow.ReasonOf(err), flow.Said(err))
 		return
 	}
 	server := flow.NewTCPConn(c.(*net.TCPConn))

@@ -73,7 +73,11 @@ func (r *receiver) recv(fd uintptr, want int) (int, unix.Errno) {
 // recvError receives one entry of the error queue into place 0.
 func (r *receiver) recvError(fd uintptr) unix.Errno {
 	r.ready(0)
-	_, _, errno := unix.Syscall(unix.SYS_RECVMSG, fd, uintptr(unsafe.Pointer(&r.msgs[0].hdr)), unix.MSG_ERRQUEUE|unix.MSG_DONTWAIT)
+	n, _, errno := unix.Syscall(unix.SYS_RECVMSG, fd, uintptr(unsafe.Pointer(&r.msgs[0].hdr)), unix.MSG_ERRQUEUE|unix.MSG_DONTWAIT)
+	if errno != 0 {
+		n = 0
+	}
+	r.msgs[0].n = uint32(n)
 	return errno
 }
 

@@ -55,6 +55,7 @@ func (d *Direct) packets(conn *net.UDPConn, w way, dst netip.AddrPort) (lendingP
 		conn.Close()
 		return nil, d.fail("configure", dst, err)
 	}
+	socket.mtu = func(peer netip.Addr) int { return pathMTU(w, peer) }
 	if d.via != nil {
 		return &uplinkPackets{udpSocket: socket, via: d.via, way: w, routes: map[netip.Addr]time.Time{dst.Addr(): time.Now()}}, nil
 	}

@@ -1,7 +1,6 @@
 package dialer
 
 import (
-	"encoding/binary"
 	"fmt"
 	"net"
 	"net/netip"
@@ -26,9 +25,10 @@ const (
 )
 
 // udpSocket is an unconnected UDP socket that moves datagrams in batches, joined
-// where the kernel does that (UDP_SEGMENT, UDP_GRO of udp(7)). It lets the kernel
-// find path MTUs: a datagram larger than the path is sent in fragments, and a
-// router's "too big" comes back as an error of its peer.
+// where the kernel does that (UDP_SEGMENT, UDP_GRO of udp(7)). Each is sent with
+// the TTL that it asks for, and cut up by nobody if it does not want that: what
+// is too large for the path, and all else that ICMP says, comes back as an error
+// of its peer.
 //
 // ReadLent, ReadBatch and WriteBatch are as Packets says: reading goes beside
 // writing.
@@ -62,6 +62,7 @@ func newUDPSocket(conn *net.UDPConn) (*udpSocket, error) {
 	}
 	s.readFn, s.writeFn = s.receive, s.transmit
 	s.joinBelow = wholeDatagram
+	s.v6, s.ttl, s.whole = v6, kernelTTL, wholeUnset
 	var set error
 	if err := raw.Control(func(fd uintptr) { set = setUDPOptions(int(fd), v6) }); err != nil {
 		return nil, fmt.Errorf("open socket %s: %w", conn.LocalAddr(), err)
@@ -73,15 +74,12 @@ func newUDPSocket(conn *net.UDPConn) (*udpSocket, error) {
 }
 
 func setUDPOptions(fd int, v6 bool) error {
-	level, recvErr, discover, want := unix.SOL_IP, unix.IP_RECVERR, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_WANT
+	level, recvErr := unix.SOL_IP, unix.IP_RECVERR
 	if v6 {
-		level, recvErr, discover, want = unix.SOL_IPV6, unix.IPV6_RECVERR, unix.IPV6_MTU_DISCOVER, unix.IPV6_PMTUDISC_WANT
+		level, recvErr = unix.SOL_IPV6, unix.IPV6_RECVERR
 	}
 	if err := unix.SetsockoptInt(fd, level, recvErr, 1); err != nil {
 		return fmt.Errorf("ask for ICMP errors: %w", err)
-	}
-	if err := unix.SetsockoptInt(fd, level, discover, want); err != nil {
-		return fmt.Errorf("ask for path MTUs: %w", err)
 	}
 	// Kernels before 5.0 have no UDP_GRO: datagrams then come one by one.
 	_ = unix.SetsockoptInt(fd, unix.SOL_UDP, unix.UDP_GRO, 1)
@@ -191,57 +189,17 @@ func (s *udpSocket) fetchErrors(fd uintptr) {
 			return
 		}
 		peer := s.in.names[0].addrPort()
+		quote := s.in.data[0][:min(s.in.msgs[0].n, maxQuote)]
 		s.in.eachControl(0, func(level, kind int32, data []byte) {
-			if (level == unix.SOL_IP && kind == unix.IP_RECVERR) || (level == unix.SOL_IPV6 && kind == unix.IPV6_RECVERR) {
-				if e := peerError(peer, data); e != nil {
-					s.errs = append(s.errs, e)
+			if e := peerError(peer, level, kind, data); e != nil {
+				if e.ICMP != nil {
+					e.ICMP.Quote = append([]byte(nil), quote...)
 				}
+				s.errs = append(s.errs, e)
 			}
 		})
 	}
 }
-
-// The parts of struct sock_extended_err.
-const (
-	extendedErrSize = 16
-	extendedOrigin  = 4
-	extendedType    = 5
-	extendedCode    = 6
-	extendedInfo    = 8
-)
-
-// peerError turns a sock_extended_err into an error of peer. Nil: a message that
-// is no error.
-func peerError(peer netip.AddrPort, data []byte) *flow.PeerError {
-	if len(data) < extendedErrSize {
-		return nil
-	}
-	errno := unix.Errno(binary.NativeEndian.Uint32(data))
-	if errno == 0 {
-		return nil
-	}
-	e := &flow.PeerError{Peer: peer, Reason: flow.ReasonOf(errno), Err: errno}
-	if data[extendedOrigin] == unix.SO_EE_ORIGIN_ICMP && data[extendedType] == icmpDstUnreachable {
-		// The kernel says EHOSTUNREACH for these too; the client's own kernel
-		// is to choose its errno from the code that was meant.
-		switch data[extendedCode] {
-		case icmpNetProhibited, icmpHostProhibited, icmpAdminProhibited:
-			e.Reason = flow.Prohibited
-		}
-	}
-	if e.Reason == flow.TooBig {
-		e.MTU = int(binary.NativeEndian.Uint32(data[extendedInfo:]))
-	}
-	return e
-}
-
-// ICMPv4 types and codes (RFC 1812 §5.2.7.1).
-const (
-	icmpDstUnreachable  = 3
-	icmpNetProhibited   = 9
-	icmpHostProhibited  = 10
-	icmpAdminProhibited = 13
-)
 
 // pending says whether errno is one that a UDP socket keeps until somebody asks:
 // it concerns a datagram of the past, and the call that was given it did

@@ -1,7 +1,9 @@
 package dialer
 
 import (
+	"errors"
 	"fmt"
+	"net/netip"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -29,7 +31,24 @@ type udpWrites struct {
 	// (then it is 0).
 	joinBelow int
 	refused   time.Time
+
+	// How the socket sends now, and how the messages of out want to be sent.
+	v6           bool
+	ttl, wantTTL uint8 // kernelTTL: as the kernel would
+	whole        int   // as of setOptions
+	wantWhole    int
+	mtu          func(netip.Addr) int // the path's
 }
+
+// kernelTTL leaves the TTL to the kernel.
+const kernelTTL = 0
+
+// The states of "do not fragment".
+const (
+	wholeUnset = iota
+	wholeNo
+	wholeYes
+)
 
 // position is a place in a batch: a datagram, and a byte of it where it is
 // joined and takes several messages.
@@ -60,12 +79,20 @@ func (s *udpSocket) WriteBatch(dgs []flow.Datagram) (int, error) {
 	return len(dgs), nil
 }
 
-// fill puts as much as fits from at on into messages and returns where it
-// stopped.
+// fill puts as much as fits from at on into messages, which are sent alike, and
+// returns where it stopped.
 func (s *udpSocket) fill(dgs []flow.Datagram, at position) position {
 	s.out.reset()
+	first := &dgs[at.index]
+	s.wantTTL, s.wantWhole = first.TTL, wholeNo
+	if first.DontFragment {
+		s.wantWhole = wholeYes
+	}
 	for at.index < len(dgs) {
 		d := &dgs[at.index]
+		if !sentAlike(d, first) {
+			return at
+		}
 		if d.Segment != 0 {
 			if s.out.full(1) {
 				return at
@@ -93,6 +120,50 @@ func (s *udpSocket) fill(dgs []flow.Datagram, at position) position {
 		at.index = p.to
 	}
 	return at
+}
+
+// sentAlike says whether a socket need not be changed between two datagrams.
+func sentAlike(a, b *flow.Datagram) bool {
+	return a.TTL == b.TTL && a.DontFragment == b.DontFragment
+}
+
+// setOptions makes the socket send as the messages want.
+func (s *udpSocket) setOptions(fd int) unix.Errno {
+	level, ttl, discover := unix.SOL_IP, unix.IP_TTL, unix.IP_MTU_DISCOVER
+	yes, no := unix.IP_PMTUDISC_DO, unix.IP_PMTUDISC_DONT
+	if s.v6 {
+		level, ttl, discover = unix.SOL_IPV6, unix.IPV6_UNICAST_HOPS, unix.IPV6_MTU_DISCOVER
+		yes, no = unix.IPV6_PMTUDISC_DO, unix.IPV6_PMTUDISC_DONT
+	}
+	if s.ttl != s.wantTTL {
+		value := int(s.wantTTL)
+		if s.wantTTL == kernelTTL {
+			value = -1
+		}
+		if err := unix.SetsockoptInt(fd, level, ttl, value); err != nil {
+			return errnoOf(err)
+		}
+		s.ttl = s.wantTTL
+	}
+	if s.whole != s.wantWhole {
+		value := no
+		if s.wantWhole == wholeYes {
+			value = yes
+		}
+		if err := unix.SetsockoptInt(fd, level, discover, value); err != nil {
+			return errnoOf(err)
+		}
+		s.whole = s.wantWhole
+	}
+	return 0
+}
+
+func errnoOf(err error) unix.Errno {
+	var errno unix.Errno
+	if errors.As(err, &errno) {
+		return errno
+	}
+	return unix.EINVAL
 }
 
 // addJoined adds one message for a joined datagram, or for the next part of one
@@ -132,7 +203,7 @@ func (s *udpSocket) joinable(dgs []flow.Datagram) int {
 		next := &dgs[n]
 		length := len(next.Data)
 		total += length
-		if next.Segment != 0 || next.Peer != first.Peer || length == 0 || length > size || total > s.most {
+		if next.Segment != 0 || next.Peer != first.Peer || !sentAlike(next, first) || length == 0 || length > size || total > s.most {
 			return n
 		}
 		if length < size {
@@ -172,14 +243,27 @@ func (s *udpSocket) flush(dgs []flow.Datagram) (int, error) {
 		case pending(errno) && tries < sendTries:
 			tries++
 		default:
-			return p.to - 1, &flow.PeerError{Peer: dgs[p.from].Peer, Reason: flow.ReasonOf(errno), Err: errno}
+			return p.to - 1, s.sendError(&dgs[p.from], errno)
 		}
 	}
 	return 0, nil
 }
 
+// sendError is that of a datagram that the kernel did not take.
+func (s *udpSocket) sendError(d *flow.Datagram, errno unix.Errno) *flow.PeerError {
+	e := &flow.PeerError{Peer: d.Peer, Reason: flow.ReasonOf(errno), Err: errno}
+	if e.Reason == flow.TooBig && s.mtu != nil {
+		e.ICMP = tooBig(s.mtu(d.Peer.Addr()), s.v6)
+		e.ICMP.Quote = d.Data[:min(len(d.Data), maxQuote)]
+	}
+	return e
+}
+
 // transmit tries to send. False: wait for the socket.
 func (s *udpSocket) transmit(fd uintptr) bool {
+	if s.writeErr = s.setOptions(int(fd)); s.writeErr != 0 {
+		return true
+	}
 	for s.sent < s.out.used {
 		n, errno := s.out.send(fd, s.sent)
 		switch errno {

@@ -47,6 +47,7 @@ type Flow struct {
 	Proto      Proto
 	Src, Dst   netip.AddrPort // Dst is zero in the Flow of a PacketConn: it has many peers
 	Attachment string         // id of the attachment it came in by
+	TTL        uint8          // of a TCP flow: how many routers its SYN may still pass; 0: not known
 	Start      time.Time
 }
 
@@ -85,8 +86,9 @@ type Stream interface {
 	Flow() *Flow
 	// Accept answers the SYN. Who called it closes the Conn.
 	Accept() (Conn, error)
-	// Reject tells the client why: RST, an ICMP error or silence.
-	Reject(Reason)
+	// Reject tells the client why: RST, an ICMP error or silence. said is as
+	// in PacketConn.Unreachable.
+	Reject(why Reason, said *ICMPError)
 }
 
 // Datagram is what one read or write of a PacketConn moves.
@@ -100,6 +102,12 @@ type Datagram struct {
 	// bytes each, the last one maybe shorter (UDP_SEGMENT and UDP_GRO of
 	// udp(7)).
 	Segment int
+	// TTL is how many routers it may still pass, the IPv4 TTL or IPv6 hop limit
+	// to send it with. 0: the default of who sends it.
+	TTL uint8
+	// DontFragment says that nobody may cut it up: where it is too large for the
+	// path, its sender is told (DF of RFC 791; of IPv6, that it came whole).
+	DontFragment bool
 }
 
 // PacketConn is one client source: all datagrams from one address and port, or
@@ -116,8 +124,9 @@ type PacketConn interface {
 	// and returns how many were sent. It does not keep the data.
 	WriteBatch([]Datagram) (int, error)
 	// Unreachable tells the client that what it sent to peer did not get
-	// there, by ICMP.
-	Unreachable(peer netip.AddrPort, why Reason) error
+	// there, by ICMP. said is what somebody on the way said of that, which the
+	// client gets to hear as it is; nil: nobody did.
+	Unreachable(peer netip.AddrPort, why Reason, said *ICMPError) error
 	Close() error
 }
 

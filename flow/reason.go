@@ -87,7 +87,7 @@ func ReasonOf(err error) Reason {
 type PeerError struct {
 	Peer   netip.AddrPort
 	Reason Reason
-	MTU    int // of the path, in bytes, with TooBig; 0: not known
+	ICMP   *ICMPError // what somebody on the way said; nil: nobody did
 	Err    error
 }
 
@@ -96,3 +96,29 @@ func (e *PeerError) Unwrap() error { return e.Err }
 
 // FlowReason lets ReasonOf find the reason.
 func (e *PeerError) FlowReason() Reason { return e.Reason }
+
+// ICMPError is an ICMP error about what a client sent (RFC 792, RFC 4443).
+type ICMPError struct {
+	From       netip.Addr // who said it; zero: the kernel here, for its own part
+	Type, Code uint8      // of the family of what was sent
+	Info       uint32     // the MTU of "too big", the pointer of "parameter problem", else 0
+	// Quote is the beginning of what could not be sent on, as the outbound sent
+	// it: of UDP the payload, of ICMP the message, of TCP nothing.
+	Quote []byte
+}
+
+func (e *ICMPError) Error() string {
+	if !e.From.IsValid() {
+		return fmt.Sprintf("ICMP type %d code %d", e.Type, e.Code)
+	}
+	return fmt.Sprintf("ICMP type %d code %d from %s", e.Type, e.Code, e.From)
+}
+
+// Said returns what somebody on the way said in a chain of errors, or nil.
+func Said(err error) *ICMPError {
+	var e *ICMPError
+	if errors.As(err, &e) {
+		return e
+	}
+	return nil
+}

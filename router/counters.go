@@ -28,12 +28,18 @@ type Counters struct {
 	ClosedForgotten uint64 // closed flows that went out of the table early, for want of room
 	EventsLost      uint64 // events that a slow watcher did not get
 	PeersEvicted    uint64 // datagram flows that ended to make room for another
+	DialsEvicted    uint64 // dials that did
+	DialsLive       int    // in flight
 }
 
 // Counters returns a snapshot.
 func (r *Router) Counters() Counters {
 	c := &r.counts
+	r.dials.mu.Lock()
+	live, evicted := r.dials.total, r.dials.evicted
+	r.dials.mu.Unlock()
 	return Counters{
+		DialsEvicted: evicted, DialsLive: live,
 		FlowsTotal: c.flows.Load(), FlowsLive: uint64(r.table.len()), RefusedTotal: c.refused.Load(), DeniedTotal: c.denied.total(),
 		PanicsTotal: c.panics.Load(), OwnersFailed: c.ownersUnknown.Load(),
 		ClosedForgotten: c.closedForgotten.Load(), EventsLost: c.lost.Load(),

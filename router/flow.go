@@ -62,6 +62,11 @@ func (e *entry) dialled(began time.Time, err error) flow.Reason {
 	way := e.way
 	e.mu.Unlock()
 	why := flow.ReasonOf(err)
+	var full noRoom
+	if errors.As(err, &full) || errors.Is(err, errCrowded) {
+		e.r.counts.refused.Add(1)
+		return why // no failure of the outbound
+	}
 	if err == nil {
 		way.connected(time.Since(began), e.r.log)
 		return why

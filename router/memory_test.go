@@ -85,7 +85,7 @@ func (c *client) Accept() (flow.Conn, error) {
 	return c.router, nil
 }
 
-func (c *client) Reject(why flow.Reason) {
+func (c *client) Reject(why flow.Reason, _ *flow.ICMPError) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.rejected = append(c.rejected, why)

@@ -186,14 +186,14 @@ func (s *source) forward(ctx context.Context, dgs []flow.Datagram) {
 		p.e.up.Add(int64(len(d.Data)))
 		if p.out == run {
 			if run == nil {
-				s.unreachable(d.Peer, p.tell, 0)
+				s.unreachable(d.Peer, p.tell, nil)
 			}
 			continue
 		}
 		s.send(run, dgs[start:i])
 		run, start = p.out, i
 		if run == nil {
-			s.unreachable(d.Peer, p.tell, 0)
+			s.unreachable(d.Peer, p.tell, nil)
 		}
 	}
 	s.send(run, dgs[start:])
@@ -336,7 +336,7 @@ func (s *source) open(ctx context.Context, outbound dialer.Outbound, f *flow.Flo
 		return nil, err
 	}
 	var conn *dialer.PacketConn
-	err := s.r.aside(func() (err error) {
+	err := s.r.inFlight(ctx, f, func(ctx context.Context) (err error) {
 		if f.Proto == flow.ICMP {
 			conn, err = dialer.OpenEcho(ctx, outbound, target(f))
 			return err
@@ -409,23 +409,14 @@ func (s *source) failed(e *flow.PeerError) {
 	}
 	s.mu.Unlock()
 	if p != nil {
-		s.unreachable(e.Peer, why, e.MTU)
+		s.unreachable(e.Peer, why, e.ICMP)
 	}
-}
-
-// tooBig is a client that can be told the MTU of a path.
-type tooBig interface {
-	TooBig(peer netip.AddrPort, mtu int) error
 }
 
 // unreachable tells the client. An error means that its device has gone, which
 // the next read says too.
-func (s *source) unreachable(peer netip.AddrPort, why flow.Reason, mtu int) {
-	if c, ok := s.client.(tooBig); ok && why == flow.TooBig && mtu > 0 {
-		_ = c.TooBig(peer, mtu)
-		return
-	}
-	_ = s.client.Unreachable(peer, why)
+func (s *source) unreachable(peer netip.AddrPort, why flow.Reason, said *flow.ICMPError) {
+	_ = s.client.Unreachable(peer, why, said)
 }
 
 // makeRoom ends the longest silent peer where one more would be too many.

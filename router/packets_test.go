@@ -64,13 +64,12 @@ func (c *packetClient) WriteBatch(dgs []flow.Datagram) (int, error) {
 	return len(dgs), nil
 }
 
-func (c *packetClient) Unreachable(peer netip.AddrPort, why flow.Reason) error {
-	c.told <- told{peer, why, 0}
-	return nil
-}
-
-func (c *packetClient) TooBig(peer netip.AddrPort, mtu int) error {
-	c.told <- told{peer, flow.TooBig, mtu}
+func (c *packetClient) Unreachable(peer netip.AddrPort, why flow.Reason, said *flow.ICMPError) error {
+	mtu := 0
+	if said != nil {
+		mtu = int(said.Info)
+	}
+	c.told <- told{peer, why, mtu}
 	return nil
 }
 
@@ -282,7 +281,7 @@ func TestFailureOfOnePeerIsTold(t *testing.T) {
 			synctest.Wait()
 			// One that nothing was sent to: made up, not passed on.
 			s.in <- &flow.PeerError{Peer: peerN(9), Reason: flow.Refused, Err: unix.ECONNREFUSED}
-			s.in <- &flow.PeerError{Peer: peerN(1), Reason: flow.TooBig, MTU: 1300, Err: unix.EMSGSIZE}
+			s.in <- &flow.PeerError{Peer: peerN(1), Reason: flow.TooBig, ICMP: &flow.ICMPError{Info: 1300}, Err: unix.EMSGSIZE}
 			if got := <-c.told; got != (told{peerN(1), flow.TooBig, 1300}) {
 				t.Errorf("told %+v", got)
 			}

@@ -41,8 +41,9 @@ func (r *Router) takeSocket() error {
 }
 
 func (r *Router) giveSocket() {
-	if n := r.sockets.Add(-1); n < int64(r.opts.MaxSockets)/2 && r.full.Load() {
-		r.full.Store(false)
+	n, most := r.sockets.Add(-1), int64(r.opts.MaxSockets)
+	if n < most-most/8 && r.full.Load() && r.full.Swap(false) {
+		r.log.Info("new flows are served again", "sockets", n)
 	}
 }
 

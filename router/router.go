@@ -78,6 +78,12 @@ type Options struct {
 	// that finds no room is refused and counted as refused: clients cannot
 	// take the descriptors that the rest of the process lives on. 0: no bound.
 	MaxSockets int
+	// MaxDials is how many dials may be in flight at a time, and
+	// MaxDialsPerSource for one address of an attachment; of IPv6 for a /64.
+	// The oldest make room, and end as if their deadline was over.
+	// Counters.DialsEvicted counts them. Defaults: 4,096, but half of
+	// MaxSockets at most; half of it.
+	MaxDials, MaxDialsPerSource int
 	// MaxMemory is how many bytes the process may take above what it has when
 	// New is called. New flows are refused before it is passed. 0: no bound.
 	MaxMemory int64
@@ -108,6 +114,15 @@ func (o Options) withDefaults() Options {
 	if o.WatchBuffer == 0 {
 		o.WatchBuffer = 1024
 	}
+	if o.MaxDials == 0 {
+		o.MaxDials = 4096
+		if o.MaxSockets > 0 {
+			o.MaxDials = max(1, min(o.MaxDials, o.MaxSockets/2))
+		}
+	}
+	if o.MaxDialsPerSource == 0 {
+		o.MaxDialsPerSource = max(1, o.MaxDials/2)
+	}
 	return o
 }
 
@@ -121,6 +136,7 @@ type Router struct {
 	table  table
 	counts counters
 	ways   ways
+	dials  dials
 
 	livePeers atomic.Int64 // of all PacketConns
 	sockets   atomic.Int64 // places taken, at most MaxSockets
@@ -150,6 +166,7 @@ func New(o Options) *Router {
 	r := &Router{opts: o.withDefaults(), startMemory: usedMemory()}
 	r.log = r.opts.Logger
 	r.table.init(r.opts)
+	r.dials.most, r.dials.mostPerSource = r.opts.MaxDials, r.opts.MaxDialsPerSource
 	r.policy.Store(&policy{set: rules.Empty()})
 	return r
 }

@@ -60,7 +60,7 @@ func (s *streamEnds) close(r *Router) {
 func (s *streamEnds) abort(st flow.Stream) {
 	if !s.answered {
 		s.answered = true
-		st.Reject(flow.Unknown)
+		st.Reject(flow.Unknown, nil)
 	}
 	if s.client != nil {
 		_ = s.client.Reset()
@@ -70,9 +70,9 @@ func (s *streamEnds) abort(st flow.Stream) {
 	}
 }
 
-func (s *streamEnds) reject(st flow.Stream, why flow.Reason) {
+func (s *streamEnds) reject(st flow.Stream, why flow.Reason, said *flow.ICMPError) {
 	s.answered = true
-	st.Reject(why)
+	st.Reject(why, said)
 }
 
 // connect brings a flow to the point where both ends are connected. If it
@@ -90,12 +90,12 @@ func (r *Router) connectServer(ctx context.Context, e *entry, s flow.Stream, end
 	e.decided(verdict, owner)
 	if outbound.Outbound == nil {
 		tell, why := r.refusal(verdict, flow.TCP)
-		ends.reject(s, tell)
+		ends.reject(s, tell, nil)
 		e.end(why)
 		return false
 	}
 	if err := r.judge(e, outbound.leaves); err != nil {
-		ends.reject(s, refusalOf(flow.TCP))
+		ends.reject(s, refusalOf(flow.TCP), nil)
 		e.end(flow.ReasonOf(err))
 		return false
 	}
@@ -103,7 +103,7 @@ func (r *Router) connectServer(ctx context.Context, e *entry, s flow.Stream, end
 	server, err := r.dial(ctx, e.flow, outbound, ends)
 	if why := e.dialled(began, err); err != nil {
 		e.failed(err)
-		ends.reject(s, why)
+		ends.reject(s, why, flow.Said(err))
 		e.end(why)
 		return false
 	}
@@ -131,7 +131,7 @@ func (r *Router) dial(ctx context.Context, f *flow.Flow, o out, ends *streamEnds
 	ends.place = true
 	ctx, cancel := context.WithDeadline(ctx, f.Start.Add(r.opts.Deadline))
 	defer cancel()
-	err = r.aside(func() (err error) {
+	err = r.inFlight(ctx, f, func(ctx context.Context) (err error) {
 		c, err = o.DialStream(ctx, target(f))
 		return err
 	})

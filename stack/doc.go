@@ -22,6 +22,7 @@
 //	udp*.go       datagrams (RFC 768, RFC 4787)
 //	echo.go       ICMP echo: sessions of the same kind as UDP's
 //	icmp.go       ICMP errors (RFC 792, RFC 4443)
+//	probes.go     what errors from the path quote
 //
 // TCP is RFC 9293 as netstack has it, with SACK (RFC 2018), window scaling and
 // timestamps (RFC 7323).

@@ -13,10 +13,11 @@ import (
 	"cgtun/tun"
 )
 
-// ICMP echo. Requests come from netstack, reassembled and verified, and are the
-// datagrams of a session: one for each source address and identifier (RFC 5508
-// §3.1), whatever its peers. Nothing is answered from here: replies are the
-// outbound's. All other ICMP is dropped, errors within errors too.
+// ICMP echo. Requests are the datagrams of a session: one for each source
+// address and identifier (RFC 5508 §3.1), whatever its peers. They are taken in
+// the read loop, fragments behind netstack's reassembly. Nothing is answered from
+// here: replies are the outbound's. All other ICMP is dropped, errors within
+// errors too.
 
 const (
 	echoHeaderSize = 8
@@ -24,20 +25,35 @@ const (
 	maxEcho4 = 65535 - header.IPv4MinimumSize
 )
 
-// takeICMP is netstack's handler of ICMP. It takes everything, so that netstack
-// answers nothing.
+// takeEcho takes an ICMP packet that is no fragment. It keeps nothing of it.
+func (s *Stack) takeEcho(off tun.Offload, h ipHeader, pkt []byte) {
+	if !off.NeedsCsum && !off.DataValid && !transportSumOK(h, pkt) {
+		s.count.badSum.Add(1)
+		return
+	}
+	d := flow.Datagram{Data: pkt[h.off:h.end], TTL: h.ttl - 1, DontFragment: h.whole}
+	s.takeRequest(h.src, h.dst, d, headOf(h, pkt))
+}
+
+// takeICMP is netstack's handler of ICMP, which it has reassembled and verified.
+// It takes everything, so that netstack answers nothing.
 func (s *Stack) takeICMP(id gvstack.TransportEndpointID, pkt *gvstack.PacketBuffer) bool {
 	msg := append([]byte(nil), pkt.TransportHeader().Slice()...)
 	msg = append(msg, pkt.Data().AsRange().ToSlice()...)
-	src, dst := addrPort(id.RemoteAddress, 0), addrPort(id.LocalAddress, 0)
-	request, _ := echoTypes(src.Addr())
-	if len(msg) < echoHeaderSize || msg[0] != request || msg[1] != 0 {
-		s.count.icmp.Add(1)
-		return true
-	}
-	src = netip.AddrPortFrom(src.Addr(), binary.BigEndian.Uint16(msg[4:]))
-	s.echo.take(src, dst, msg, 0)
+	src, dst := addrPort(id.RemoteAddress, 0).Addr(), addrPort(id.LocalAddress, 0).Addr()
+	s.takeRequest(src, dst, flow.Datagram{Data: msg, TTL: ttlOf(pkt) - 1}, nil)
 	return true
+}
+
+// takeRequest takes an ICMP message if it is an echo request.
+func (s *Stack) takeRequest(src, dst netip.Addr, d flow.Datagram, head []byte) {
+	request, _ := echoTypes(src)
+	if len(d.Data) < echoHeaderSize || d.Data[0] != request || d.Data[1] != 0 {
+		s.count.icmp.Add(1)
+		return
+	}
+	d.Peer = netip.AddrPortFrom(dst, 0)
+	s.echo.take(netip.AddrPortFrom(src, binary.BigEndian.Uint16(d.Data[4:])), d, head)
 }
 
 // echoTypes are the ICMP types of a's family.
@@ -61,16 +77,20 @@ func (s *session) writeEcho(d flow.Datagram) error {
 	return s.u.cfg.Write(tun.Offload{}, [][]byte{pkt[:n+len(d.Data)]})
 }
 
-// offendingEcho makes an echo request to peer, with the number of the last one.
-func (s *session) offendingEcho(peer netip.Addr) []byte {
+// offendingEcho makes an echo request to peer of what the outbound sent, or of
+// nothing, with the number of the last one.
+func (s *session) offendingEcho(peer netip.Addr, msg []byte) []byte {
 	client := s.src.Addr()
 	request, _ := echoTypes(client)
-	msg := [echoHeaderSize]byte{0: request}
-	binary.BigEndian.PutUint16(msg[6:], uint16(s.echoSeq.Load()))
-	pkt := make([]byte, header.IPv6MinimumSize+echoHeaderSize)
-	n := putIP(pkt, icmpOf(client), client, peer, echoHeaderSize)
-	putEcho(pkt[n:], msg[:], client, peer, s.src.Port())
-	return pkt[:n+echoHeaderSize]
+	if len(msg) < echoHeaderSize || msg[0] != request {
+		msg = []byte{echoHeaderSize - 1: 0}
+		msg[0] = request
+		binary.BigEndian.PutUint16(msg[6:], uint16(s.echoSeq.Load()))
+	}
+	pkt := make([]byte, header.IPv6MinimumSize+len(msg))
+	n := putIP(pkt, icmpOf(client), client, peer, len(msg))
+	putEcho(pkt[n:], msg, client, peer, s.src.Port())
+	return pkt[:n+len(msg)]
 }
 
 // putEcho writes msg with an identifier and the checksum that it has then.

@@ -41,16 +41,122 @@ func icmpError(reason flow.Reason, orig []byte) ([]byte, bool) {
 	if !ok {
 		return nil, false
 	}
-	return buildICMP(m, h, orig), true
+	return buildICMP(m, h.dst, h, orig), true
 }
 
-// icmpTooBig is icmpError for flow.TooBig on a path whose MTU is known.
-func icmpTooBig(mtu int, orig []byte) ([]byte, bool) {
+// icmpExpired is what a router says of a packet that may pass none any more.
+func icmpExpired(own ownAddresses, orig []byte) ([]byte, bool) {
 	h, err := parseHeaders(orig)
 	if err != nil || !answerable(h, orig) {
 		return nil, false
 	}
-	return buildICMP(tooBig(mtu, h), h, orig), true
+	return buildICMP(timeExceeded(h.src.Is4()), own.of(h), h, orig), true
+}
+
+// icmpSaid repeats what somebody on the way has said of orig, as a router
+// between them would pass it on; what the kernel here said comes from us. False:
+// it is nothing that can be said of orig, or e is nil. orig is the caller's no
+// more.
+func icmpSaid(e *flow.ICMPError, own ownAddresses, orig []byte) ([]byte, bool) {
+	if e == nil {
+		return nil, false
+	}
+	h, err := parseHeaders(orig)
+	if err != nil || !answerable(h, orig) {
+		return nil, false
+	}
+	m, ok := messageOf(e, h)
+	if !ok {
+		return nil, false
+	}
+	if m == timeExceeded(h.src.Is4()) {
+		expire(orig, h)
+	}
+	from := e.From
+	if !from.IsValid() || from.Is4() != h.src.Is4() || !oneHost(from) {
+		from = own.of(h)
+	}
+	return buildICMP(m, from, h, orig), true
+}
+
+// messageOf is e as a message about a packet, if it is one of the errors that
+// routers and hosts send (RFC 1812 §5.2.7, RFC 4443 §3).
+func messageOf(e *flow.ICMPError, h ipHeader) (icmpMessage, bool) {
+	m := icmpMessage{kind: e.Type, code: e.Code}
+	if h.src.Is4() {
+		switch header.ICMPv4Type(e.Type) {
+		case header.ICMPv4DstUnreachable:
+			if header.ICMPv4Code(e.Code) == header.ICMPv4FragmentationNeeded {
+				return tooBig(int(min(e.Info, 65535)), h), true
+			}
+			return m, e.Code <= 15
+		case header.ICMPv4TimeExceeded:
+			return m, e.Code <= 1
+		case header.ICMPv4ParamProblem:
+			m.word = e.Info << 24
+			return m, e.Code <= 2
+		}
+		return m, false
+	}
+	switch header.ICMPv6Type(e.Type) {
+	case header.ICMPv6DstUnreachable:
+		return m, e.Code <= 8
+	case header.ICMPv6PacketTooBig:
+		return tooBig(int(min(e.Info, 65575)), h), true
+	case header.ICMPv6TimeExceeded:
+		return m, e.Code <= 1
+	case header.ICMPv6ParamProblem:
+		m.word = e.Info
+		return m, e.Code <= 3
+	}
+	return m, false
+}
+
+func timeExceeded(v4 bool) icmpMessage {
+	if v4 {
+		return icmpMessage{kind: uint8(header.ICMPv4TimeExceeded)}
+	}
+	return icmpMessage{kind: uint8(header.ICMPv6TimeExceeded)}
+}
+
+// expire makes a packet look as it does to the router that drops it.
+func expire(pkt []byte, h ipHeader) {
+	if h.src.Is6() {
+		pkt[7] = 1
+		return
+	}
+	pkt[8] = 1
+	pkt[10], pkt[11] = 0, 0
+	sum := ^checksum.Checksum(pkt[:h.off], 0)
+	pkt[10], pkt[11] = byte(sum>>8), byte(sum)
+}
+
+// ownAddresses are what the stack itself speaks from, as a router: zero where it
+// has none.
+type ownAddresses struct{ v4, v6 netip.Addr }
+
+func newOwnAddresses(list []netip.Addr) (own ownAddresses) {
+	for _, a := range list {
+		switch {
+		case a.Is4() && !own.v4.IsValid():
+			own.v4 = a
+		case a.Is6() && !a.IsLinkLocalUnicast() && !own.v6.IsValid():
+			own.v6 = a
+		}
+	}
+	return own
+}
+
+// of is the address to answer a packet from.
+func (o ownAddresses) of(h ipHeader) netip.Addr {
+	own := o.v6
+	if h.src.Is4() {
+		own = o.v4
+	}
+	if !own.IsValid() {
+		return h.dst
+	}
+	return own
 }
 
 // icmpFor maps a reason to a message. Refused is a RST for TCP and no ICMP;
@@ -96,7 +202,11 @@ func unreachable(v4 bool, code4 header.ICMPv4Code, code6 header.ICMPv6Code) icmp
 }
 
 // tooBig names mtu, within what the family allows (RFC 791: 68, RFC 8200: 1280).
+// 0: nobody knows it.
 func tooBig(mtu int, h ipHeader) icmpMessage {
+	if mtu == 0 {
+		mtu = leastMTU
+	}
 	if h.src.Is4() {
 		return icmpMessage{
 			kind: uint8(header.ICMPv4DstUnreachable),
@@ -139,7 +249,7 @@ func oneHost(a netip.Addr) bool {
 
 // buildICMP writes the packet: IP header, ICMP header, and the beginning of
 // orig.
-func buildICMP(m icmpMessage, h ipHeader, orig []byte) []byte {
+func buildICMP(m icmpMessage, from netip.Addr, h ipHeader, orig []byte) []byte {
 	proto, ipSize, most := uint8(protoICMPv4), header.IPv4MinimumSize, maxICMPv4
 	if h.src.Is6() {
 		proto, ipSize, most = protoICMPv6, header.IPv6MinimumSize, maxICMPv6
@@ -149,7 +259,7 @@ func buildICMP(m icmpMessage, h ipHeader, orig []byte) []byte {
 		quote = quote[:h.end] // no padding
 	}
 	pkt := make([]byte, ipSize+icmpHeaderSize+len(quote))
-	putIP(pkt, proto, h.dst, h.src, icmpHeaderSize+len(quote))
+	putIP(pkt, proto, from, h.src, icmpHeaderSize+len(quote))
 
 	body := pkt[ipSize:]
 	body[0], body[1] = m.kind, m.code
@@ -157,7 +267,7 @@ func buildICMP(m icmpMessage, h ipHeader, orig []byte) []byte {
 	copy(body[icmpHeaderSize:], quote)
 	var sum uint16
 	if proto == protoICMPv6 {
-		sum = pseudoSum(proto, h.dst, h.src, len(body))
+		sum = pseudoSum(proto, from, h.src, len(body))
 	}
 	sum = ^checksum.Checksum(body, sum)
 	body[2], body[3] = byte(sum>>8), byte(sum)

@@ -123,8 +123,8 @@ func TestICMPErrorIsNotSentAbout(t *testing.T) {
 			if _, ok := icmpError(flow.HostUnreachable, tt.pkt); ok {
 				t.Error("sent")
 			}
-			if _, ok := icmpTooBig(1400, tt.pkt); ok {
-				t.Error("too big sent")
+			if _, ok := icmpExpired(ownAddresses{}, tt.pkt); ok {
+				t.Error("time exceeded sent")
 			}
 		})
 	}
@@ -141,7 +141,11 @@ func TestICMPErrorIsBoundedAndNamesTheMTU(t *testing.T) {
 		{client6, server6, maxICMPv6, 600, 1280}, // RFC 8200: never less
 		{client4, server4, maxICMPv4, 10, 68},
 	} {
-		pkt, ok := icmpTooBig(tt.mtu, udpPacket(tt.client, tt.server, make([]byte, 3000)))
+		said := &flow.ICMPError{Type: 3, Code: 4, Info: uint32(tt.mtu)}
+		if tt.client.Addr().Is6() {
+			said = &flow.ICMPError{Type: 2, Info: uint32(tt.mtu)}
+		}
+		pkt, ok := icmpSaid(said, ownAddresses{}, udpPacket(tt.client, tt.server, make([]byte, 3000)))
 		if !ok || len(pkt) != tt.size {
 			t.Errorf("%v: %d bytes, want %d", tt.client, len(pkt), tt.size)
 		}
@@ -165,6 +169,12 @@ func FuzzICMPError(f *testing.F) {
 			}
 			if _, again := icmpError(flow.HostUnreachable, pkt); again {
 				t.Error("an ICMP error about an ICMP error")
+			}
+		}
+		for kind := range 16 {
+			said := &flow.ICMPError{From: client6.Addr(), Type: uint8(kind), Code: uint8(len(orig)), Info: uint32(len(orig)) << 13}
+			if pkt, ok := icmpSaid(said, ownAddresses{}, bytes.Clone(orig)); ok {
+				checkICMP(t, pkt)
 			}
 		}
 	})

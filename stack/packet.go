@@ -39,6 +39,8 @@ type ipHeader struct {
 	proto    uint8 // of what begins at off, after all IPv6 extension headers
 	fragment bool  // part of a datagram: only reassembly knows the rest
 	later    bool  // a fragment, and not the first one: no transport header
+	ttl      uint8 // or hop limit
+	whole    bool  // nobody may cut it up: DF of IPv4, of IPv6 that nobody has
 	named    int   // offset of the byte that holds proto (RFC 4443 §3.4)
 	off      int   // where the transport header begins
 	end      int   // where the packet ends, by its own account
@@ -87,6 +89,8 @@ func parseIPv4(pkt []byte) (ipHeader, error) {
 		proto:    pkt[9],
 		fragment: flags&0x3fff != 0, // more fragments, or an offset
 		later:    flags&0x1fff != 0,
+		ttl:      pkt[8],
+		whole:    flags&0x4000 != 0,
 		named:    9,
 		off:      int(pkt[0]&0x0f) * 4,
 		end:      int(binary.BigEndian.Uint16(pkt[2:])),
@@ -105,6 +109,8 @@ func parseIPv6(pkt []byte) (ipHeader, error) {
 		src:   netip.AddrFrom16([16]byte(pkt[8:24])),
 		dst:   netip.AddrFrom16([16]byte(pkt[24:40])),
 		proto: pkt[6],
+		ttl:   pkt[7],
+		whole: true,
 		named: 6,
 		off:   header.IPv6MinimumSize,
 		end:   header.IPv6MinimumSize + int(binary.BigEndian.Uint16(pkt[4:])),
@@ -119,7 +125,7 @@ func parseIPv6(pkt []byte) (ipHeader, error) {
 			return h, errExtensions
 		}
 		if h.proto == protoFragment {
-			h.fragment = true
+			h.fragment, h.whole = true, false
 			h.later = binary.BigEndian.Uint16(pkt[h.off+2:])&^7 != 0
 		}
 		size := 8
@@ -149,6 +155,9 @@ func pseudoSum(proto uint8, src, dst netip.Addr, length int) uint16 {
 // neither NEEDS_CSUM nor DATA_VALID: those of raw sockets.
 func transportSumOK(h ipHeader, pkt []byte) bool {
 	segment := pkt[h.off:h.end]
+	if h.proto == protoICMPv4 {
+		return checksum.Checksum(segment, 0) == 0xffff
+	}
 	if h.proto == protoUDP {
 		if len(segment) < header.UDPMinimumSize {
 			return false

@@ -104,7 +104,7 @@ type accepting struct{}
 
 func (accepting) ServeStream(ctx context.Context, s flow.Stream) {
 	if s.Flow().Dst.Port() == 9 {
-		s.Reject(flow.Refused)
+		s.Reject(flow.Refused, nil)
 		return
 	}
 	c, err := s.Accept()

@@ -100,6 +100,13 @@ func (r *reader) packet(off tun.Offload, n int) {
 		c.multicast.Add(1)
 		return
 	}
+	if h.ttl <= 1 {
+		c.expired.Add(1)
+		if pkt, ok := icmpExpired(r.s.own, r.inOnePiece(n)); ok {
+			r.s.sendError(pkt)
+		}
+		return
+	}
 	if h.fragment && h.proto == protoTCP {
 		r.s.fragments.take(h, r.inOnePiece(n))
 		return
@@ -123,10 +130,12 @@ func (r *reader) packet(off tun.Offload, n int) {
 		}
 		r.s.udp.deliverParsed(off, h, r.inOnePiece(n))
 	case protoICMPv4, protoICMPv6:
-		r.deliver(h, n)
+		r.s.takeEcho(off, h, r.inOnePiece(n))
 	default:
 		c.otherProto.Add(1)
-		r.s.sendError(flow.Refused, r.inOnePiece(n))
+		if pkt, ok := icmpError(flow.Refused, r.inOnePiece(n)); ok {
+			r.s.sendError(pkt)
+		}
 	}
 }
 
@@ -162,19 +171,13 @@ func (r *reader) deliver(h ipHeader, n int) {
 	pkt.DecRef()
 }
 
-// sendError tells the sender of a packet by ICMP why it failed, if the reason
-// has a message and the rate allows it.
-func (s *Stack) sendError(why flow.Reason, orig []byte) bool {
-	pkt, ok := icmpError(why, orig)
-	if !ok {
-		return false
-	}
+// sendError sends an ICMP error if the rate allows it.
+func (s *Stack) sendError(pkt []byte) {
 	if !s.tcp.errors.Allow() {
 		s.count.limited.Add(1)
-		return true
+		return
 	}
 	if err := s.link.write(tun.Offload{}, [][]byte{pkt}); err != nil {
 		s.count.unwritten.Add(1)
 	}
-	return true
 }

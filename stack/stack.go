@@ -40,10 +40,13 @@ type Options struct {
 	// Local says whether an address belongs to the namespace of the device,
 	// or is routed to it: packets from all others are dropped. It is asked
 	// for every packet, so it has to be fast. Nil: all are.
-	Local  func(netip.Addr) bool
-	Logger *slog.Logger // nil: silent
-	TCP    TCPOptions
-	UDP    UDPOptions
+	Local func(netip.Addr) bool
+	// Addresses are the device's: from the first of a family comes what the
+	// stack has to say as a router. None: from whom the packet was for.
+	Addresses []netip.Addr
+	Logger    *slog.Logger // nil: silent
+	TCP       TCPOptions
+	UDP       UDPOptions
 }
 
 // TCPOptions bound the stream side of a stack. Zero values mean the defaults.
@@ -103,6 +106,7 @@ type Stack struct {
 	echo   *udp // ICMP echo: a session an identifier
 	count  counters
 	past   time.Time
+	own    ownAddresses
 
 	fragments fragments
 }
@@ -114,7 +118,7 @@ func New(queues []Queue, h flow.Handler, o Options) (*Stack, error) {
 		return nil, errors.New("make stack: no queue")
 	}
 	o.setDefaults()
-	s := &Stack{o: o, queues: queues, past: time.Unix(1, 0)}
+	s := &Stack{o: o, queues: queues, past: time.Unix(1, 0), own: newOwnAddresses(o.Addresses)}
 	s.fragments.s = s
 	s.link = newLink(queues, uint32(o.MTU), &s.count)
 	s.gv = gvstack.New(gvstack.Options{
@@ -123,8 +127,8 @@ func New(queues []Queue, h flow.Handler, o Options) (*Stack, error) {
 			tcp.NewProtocol, gvudp.NewProtocol, icmp.NewProtocol4, icmp.NewProtocol6,
 		},
 	})
-	s.udp = newUDP(udpConfig{UDPOptions: o.UDP, Attachment: o.Attachment, Proto: flow.UDP, Handler: h, Write: s.link.write})
-	s.echo = newUDP(udpConfig{UDPOptions: o.UDP, Attachment: o.Attachment, Proto: flow.ICMP, Handler: h, Write: s.link.write})
+	s.udp = newUDP(udpConfig{UDPOptions: o.UDP, Attachment: o.Attachment, Own: s.own, Proto: flow.UDP, Handler: h, Write: s.link.write})
+	s.echo = newUDP(udpConfig{UDPOptions: o.UDP, Attachment: o.Attachment, Own: s.own, Proto: flow.ICMP, Handler: h, Write: s.link.write})
 	s.tcp = newStreams(s, h)
 	if err := s.setUp(); err != nil {
 		s.gv.Destroy()
@@ -178,7 +182,7 @@ func (s *Stack) reassembled(id gvstack.TransportEndpointID, pkt *gvstack.PacketB
 			return true
 		}
 	}
-	s.udp.deliverReassembled(addrPort(id.RemoteAddress, id.RemotePort), addrPort(id.LocalAddress, id.LocalPort), payload)
+	s.udp.deliverReassembled(addrPort(id.RemoteAddress, id.RemotePort), addrPort(id.LocalAddress, id.LocalPort), ttlOf(pkt), payload)
 	return true
 }
 
@@ -229,6 +233,19 @@ func (s *Stack) stopReaders() {
 	for _, q := range s.queues {
 		_ = q.SetReadDeadline(s.past)
 	}
+}
+
+// ttlOf is the TTL or hop limit of a packet that netstack has taken.
+func ttlOf(pkt *gvstack.PacketBuffer) uint8 {
+	h := pkt.NetworkHeader().Slice()
+	at := 8
+	if pkt.NetworkProtocolNumber == header.IPv6ProtocolNumber {
+		at = 7
+	}
+	if len(h) <= at {
+		return 1
+	}
+	return h[at]
 }
 
 func addrPort(a tcpip.Address, port uint16) netip.AddrPort {

@@ -9,6 +9,7 @@ type Stats struct {
 	NotLocal      uint64 // from an address that is not of the namespace
 	Malformed     uint64 // impossible headers
 	BadChecksum   uint64 // wrong sums of raw sockets
+	Expired       uint64 // may pass no router any more: answered with time exceeded
 	Multicast     uint64 // to more than one host, or to none in particular
 	OtherProtocol uint64 // neither TCP, UDP nor ICMP: answered with protocol unreachable
 	Fragmented    uint64 // TCP segments in fragments that made room for others
@@ -35,7 +36,7 @@ type Stats struct {
 }
 
 type counters struct {
-	notLocal, malformed, badSum, multicast, otherProto, icmp, unread, unwritten, fragmented atomic.Uint64
+	notLocal, malformed, badSum, multicast, otherProto, icmp, expired, unread, unwritten, fragmented atomic.Uint64
 
 	oddSYN, lateSYN, evicted, evictedSource, evictedDest, gaveUp, handshakeFailed atomic.Uint64
 	cut, accepted, rejected, limited                                              atomic.Uint64
@@ -49,6 +50,7 @@ func (s *Stack) Stats() Stats {
 		NotLocal:          c.notLocal.Load(),
 		Malformed:         c.malformed.Load(),
 		BadChecksum:       c.badSum.Load(),
+		Expired:           c.expired.Load(),
 		Multicast:         c.multicast.Load(),
 		OtherProtocol:     c.otherProto.Load(),
 		Fragmented:        c.fragmented.Load(),

@@ -172,7 +172,7 @@ func (t *streams) syn(id gvstack.TransportEndpointID, seq uint32, pkt *gvstack.P
 	if kind != synNew {
 		t.table.mu.Unlock()
 		if kind == synJudged {
-			t.answer(id, pkt, why)
+			t.answer(id, pkt, why, nil)
 		}
 		return
 	}
@@ -187,6 +187,7 @@ func (t *streams) syn(id gvstack.TransportEndpointID, seq uint32, pkt *gvstack.P
 	t.mu.Unlock()
 	p := &pending{t: t, id: id, seq: seq, last: now, syn: pkt.Clone()}
 	p.flow = flow.New(flow.TCP, addrPort(id.RemoteAddress, id.RemotePort), addrPort(id.LocalAddress, id.LocalPort), t.s.o.Attachment)
+	p.flow.TTL = ttlOf(pkt) - 1
 	p.ctx, p.cancel = context.WithCancel(parent)
 	gone := t.table.addLocked(p)
 	t.table.mu.Unlock()
@@ -202,7 +203,7 @@ func (t *streams) serve(p *pending) {
 	defer p.cancel()
 	t.h.ServeStream(p.ctx, p)
 	if !p.answered {
-		p.Reject(flow.Unknown)
+		p.Reject(flow.Unknown, nil)
 	}
 }
 
@@ -327,7 +328,7 @@ func (t *streams) handshake(r *tcp.ForwarderRequest) {
 }
 
 // Reject implements flow.Stream.
-func (p *pending) Reject(why flow.Reason) {
+func (p *pending) Reject(why flow.Reason, said *flow.ICMPError) {
 	t := p.t
 	t.table.mu.Lock()
 	p.answered = true
@@ -344,20 +345,25 @@ func (p *pending) Reject(why flow.Reason) {
 		if !silentOrReset(why) {
 			time.Sleep(errorDelay - time.Since(came))
 		}
-		t.answer(p.id, syn, why)
+		t.answer(p.id, syn, why, said)
 		syn.DecRef()
 	}
 }
 
 // answer tells a client why there is no connection.
-func (t *streams) answer(id gvstack.TransportEndpointID, syn *gvstack.PacketBuffer, why flow.Reason) {
+func (t *streams) answer(id gvstack.TransportEndpointID, syn *gvstack.PacketBuffer, why flow.Reason, said *flow.ICMPError) {
 	if why == flow.Dropped || why == flow.Canceled {
 		return
 	}
 	if !silentOrReset(why) {
 		orig := append([]byte(nil), syn.NetworkHeader().Slice()...)
 		orig = append(orig, syn.TransportHeader().Slice()...)
-		if t.s.sendError(why, orig) {
+		pkt, ok := icmpSaid(said, t.s.own, orig)
+		if !ok {
+			pkt, ok = icmpError(why, orig)
+		}
+		if ok {
+			t.s.sendError(pkt)
 			return
 		}
 	}

@@ -102,6 +102,7 @@ type udpConfig struct {
 	UDPOptions
 	Proto      flow.Proto // UDP, or ICMP for echo
 	Attachment string
+	Own        ownAddresses
 	Handler    flow.Handler
 	// Write puts one packet, in pieces, into the tun. Safe for concurrent
 	// use; keeps nothing.
@@ -218,24 +219,27 @@ func (u *udp) deliverParsed(off tun.Offload, h ipHeader, pkt []byte) {
 	}
 	src := netip.AddrPortFrom(h.src, seg.SourcePort())
 	dst := netip.AddrPortFrom(h.dst, seg.DestinationPort())
-	u.take(src, dst, payload, segment)
+	d := flow.Datagram{Peer: dst, Data: payload, Segment: segment, TTL: h.ttl - 1, DontFragment: h.whole}
+	u.take(src, d, headOf(h, pkt))
 }
 
 // deliverReassembled takes a datagram that came in fragments. It keeps nothing
 // of payload.
-func (u *udp) deliverReassembled(src, dst netip.AddrPort, payload []byte) {
-	u.take(src, dst, payload, 0)
+func (u *udp) deliverReassembled(src, dst netip.AddrPort, ttl uint8, payload []byte) {
+	u.take(src, flow.Datagram{Peer: dst, Data: payload, TTL: ttl - 1}, nil)
 }
 
-// take puts a datagram into the queue of its session.
-func (u *udp) take(src, dst netip.AddrPort, payload []byte, segment int) {
+// take puts a datagram into the queue of its session. head is as headOf says.
+func (u *udp) take(src netip.AddrPort, d flow.Datagram, head []byte) {
+	dst, payload := d.Peer, d.Data
 	if u.cfg.Proto == flow.UDP && (src.Port() == 0 || dst.Port() == 0) || !oneHost(src.Addr()) ||
 		!oneHost(dst.Addr()) || len(payload) > slabSizes[len(slabSizes)-1] {
 		u.bad.Add(1)
 		return
 	}
 	buf := getSlab(len(payload))
-	it := item{peer: dst, buf: buf, n: copy(buf.data, payload), segment: segment}
+	d.Data = buf.data[:copy(buf.data, payload)]
+	it := item{Datagram: d, buf: buf}
 	now := u.now()
 	// A session may end between finding and filling it; its successor is new
 	// and does not.
@@ -245,7 +249,7 @@ func (u *udp) take(src, dst netip.AddrPort, payload []byte, segment int) {
 			break
 		}
 		s.lastUsed.Store(now)
-		switch s.put(it) {
+		switch s.put(it, head) {
 		case putDone:
 			return
 		case putFull:

@@ -60,7 +60,7 @@ type packetsHandler struct {
 	serve func(context.Context, flow.PacketConn)
 }
 
-func (h packetsHandler) ServeStream(_ context.Context, s flow.Stream) { s.Reject(flow.Refused) }
+func (h packetsHandler) ServeStream(_ context.Context, s flow.Stream) { s.Reject(flow.Refused, nil) }
 func (h packetsHandler) ServePackets(ctx context.Context, c flow.PacketConn) {
 	h.serve(ctx, c)
 }
@@ -98,7 +98,7 @@ func TestOneSourceHasOneSessionForAllPeers(t *testing.T) {
 	other := netip.MustParseAddrPort("198.51.100.9:9")
 	u.deliver(local, udpPacket(client4, server4, []byte("one")))
 	u.deliver(local, udpPacket(client4, other, []byte("two")))
-	u.deliverReassembled(client4, server4, []byte("three"))
+	u.deliverReassembled(client4, server4, 64, []byte("three"))
 	c := <-sources
 	if f := c.Flow(); f.Src != client4 || f.Dst != (netip.AddrPort{}) || f.Proto != flow.UDP || f.Attachment != "home" {
 		t.Errorf("flow %+v", f)
@@ -508,10 +508,10 @@ func TestClientIsToldByICMP(t *testing.T) {
 	u, device, sources := startUDP(t, UDPOptions{ICMPRate: 10})
 	u.deliver(local, udpPacket(client6, server6, nil))
 	c := (<-sources).(*session)
-	if err := c.Unreachable(server6, flow.Refused); err != nil {
+	if err := c.Unreachable(server6, flow.Refused, nil); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.TooBig(server6, 1300); err != nil {
+	if err := c.Unreachable(server6, flow.TooBig, &flow.ICMPError{Type: 2, Info: 1300}); err != nil {
 		t.Fatal(err)
 	}
 	packets := device.take()
@@ -530,13 +530,13 @@ func TestClientIsToldByICMP(t *testing.T) {
 		t.Errorf("type %d MTU %d", kind, mtu)
 	}
 	// Nothing for silence, another family, or beyond the rate.
-	_ = c.Unreachable(server6, flow.Dropped)
-	_ = c.Unreachable(server4, flow.Refused)
+	_ = c.Unreachable(server6, flow.Dropped, nil)
+	_ = c.Unreachable(server4, flow.Refused, nil)
 	if n := len(device.take()); n != 0 {
 		t.Errorf("%d packets", n)
 	}
 	for range 100 {
-		_ = c.Unreachable(server6, flow.Refused)
+		_ = c.Unreachable(server6, flow.Refused, nil)
 	}
 	if n := len(device.take()); n > 12 || u.counters().ICMPLimit < 88 {
 		t.Errorf("%d of 100 sent, %d limited", n, u.counters().ICMPLimit)

@@ -8,18 +8,14 @@ import (
 	"sync"
 	"sync/atomic"
 
-	"gvisor.dev/gvisor/pkg/tcpip/header"
-
 	"cgtun/flow"
 	"cgtun/tun"
 )
 
 // item is one entry of a session's queue. It owns its buffer.
 type item struct {
-	peer    netip.AddrPort
-	buf     *slab
-	n       int // bytes of buf.data that are payload
-	segment int // as in flow.Datagram
+	flow.Datagram // its Data is of buf
+	buf           *slab
 }
 
 // What became of an item.
@@ -44,6 +40,7 @@ type session struct {
 	lastUsed atomic.Int64  // udp.now of the last datagram in either direction
 	general  atomic.Bool   // something went to another port than DNS's
 	echoSeq  atomic.Uint32 // of the last echo request
+	probes   probes
 
 	// Guarded by u.mu.
 	stamp           int64 // lastUsed as it was when the lists were ordered
@@ -66,8 +63,8 @@ func newSession(u *udp, src netip.AddrPort) *session {
 }
 
 // put appends it to the queue. The item's buffer is the session's if it says
-// putDone.
-func (s *session) put(it item) putResult {
+// putDone. head, if not nil, is remembered; see probes.
+func (s *session) put(it item, head []byte) putResult {
 	size := len(it.buf.data)
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -82,8 +79,11 @@ func (s *session) put(it item) putResult {
 	if s.u.cfg.Proto == flow.ICMP {
 		s.echoSeq.Store(uint32(binary.BigEndian.Uint16(it.buf.data[6:])))
 	}
-	if it.peer.Port() != dnsPort {
+	if it.Peer.Port() != dnsPort {
 		s.general.Store(true)
+	}
+	if head != nil {
+		s.probes.add(it.Peer, head)
 	}
 	if s.head > 0 && len(s.queue) == cap(s.queue) {
 		// Reuse the places at the front instead of growing.
@@ -136,8 +136,9 @@ func (s *session) Flow() *flow.Flow { return s.flow }
 // place is cut, as by recvmsg(2).
 func (s *session) ReadBatch(dgs []flow.Datagram) (int, error) {
 	return s.take(len(dgs), func(i int, it item) {
-		n := copy(dgs[i].Data, it.buf.data[:it.n])
-		dgs[i] = flow.Datagram{Peer: it.peer, Data: dgs[i].Data[:n], Segment: it.segment}
+		data := dgs[i].Data
+		dgs[i] = it.Datagram
+		dgs[i].Data = data[:copy(data, it.Data)]
 		it.buf.free()
 	})
 }
@@ -152,7 +153,7 @@ func (s *session) ReadLent(dgs []flow.Datagram) (int, error) {
 	}
 	s.lent = s.lent[:0]
 	return s.take(len(dgs), func(i int, it item) {
-		dgs[i] = flow.Datagram{Peer: it.peer, Data: it.buf.data[:it.n], Segment: it.segment}
+		dgs[i] = it.Datagram
 		s.lent = append(s.lent, it.buf)
 	})
 }
@@ -175,43 +176,26 @@ func (s *session) Close() error {
 	return nil
 }
 
-// Unreachable sends the ICMP error for a datagram from this source to peer. The
-// datagram is made up: its addresses and ports are what the client's kernel
-// finds the socket by (RFC 1122 §3.2.2 asks for no more than eight bytes of it).
-func (s *session) Unreachable(peer netip.AddrPort, why flow.Reason) error {
-	pkt, ok := icmpError(why, s.offending(peer))
-	return s.sendICMP(pkt, ok)
-}
-
-// TooBig is Unreachable for flow.TooBig with the MTU of the path.
-func (s *session) TooBig(peer netip.AddrPort, mtu int) error {
-	pkt, ok := icmpTooBig(mtu, s.offending(peer))
-	return s.sendICMP(pkt, ok)
-}
-
-// offending makes the headers of a datagram to peer, or nothing if there can be
-// none.
-func (s *session) offending(peer netip.AddrPort) []byte {
+// Unreachable sends the ICMP error for a datagram from this source to peer. What
+// is said to have happened is quoted with the datagram that it happened to; else
+// one is made up: its addresses and ports are what the client's kernel finds the
+// socket by (RFC 1122 §3.2.2 asks for no more than eight bytes of it).
+func (s *session) Unreachable(peer netip.AddrPort, why flow.Reason, said *flow.ICMPError) error {
 	if peer.Addr().Is4() != s.src.Addr().Is4() {
 		return nil
 	}
-	if s.u.cfg.Proto == flow.ICMP {
-		return s.offendingEcho(peer.Addr())
+	if said != nil {
+		if pkt, ok := icmpSaid(said, s.u.cfg.Own, s.quoted(peer, said)); ok {
+			return s.sendICMP(pkt)
+		}
 	}
-	b := make([]byte, header.IPv6MinimumSize+header.UDPMinimumSize)
-	n := putIP(b, protoUDP, s.src.Addr(), peer.Addr(), header.UDPMinimumSize)
-	header.UDP(b[n:]).Encode(&header.UDPFields{
-		SrcPort: s.src.Port(),
-		DstPort: peer.Port(),
-		Length:  header.UDPMinimumSize,
-	})
-	return b[:n+header.UDPMinimumSize]
+	if pkt, ok := icmpError(why, s.offending(peer, nil)); ok {
+		return s.sendICMP(pkt)
+	}
+	return nil
 }
 
-func (s *session) sendICMP(pkt []byte, ok bool) error {
-	if !ok {
-		return nil
-	}
+func (s *session) sendICMP(pkt []byte) error {
 	if !s.u.icmp.Allow() {
 		s.u.limited.Add(1)
 		return nil

@@ -105,7 +105,7 @@ func (r *relaying) ServeStream(ctx context.Context, s flow.Stream) {
 	r.w.mu.Unlock()
 	out, err := r.dial(ctx, s.Flow())
 	if err != nil {
-		s.Reject(flow.ReasonOf(err))
+		s.Reject(flow.ReasonOf(err), flow.Said(err))
 		return
 	}
 	defer out.Close()

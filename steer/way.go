@@ -42,9 +42,9 @@ func (s *Steering) findWay(h *netlink.Handle, p *Plan) (*way, error) {
 	return w, err
 }
 
-// findTun prepares our own device: it joins the group, and its packets are
-// looked up with their mark where rp_filter asks for the way back. Both go
-// when the device goes.
+// findTun prepares our own device: it joins the group, its packets are looked
+// up with their mark where rp_filter asks for the way back, and may come from
+// its own address, as what its router says does. All go when the device goes.
 func (w *way) findTun(h *netlink.Handle) error {
 	l, err := h.LinkByName(w.dev)
 	if err != nil {
@@ -55,8 +55,10 @@ func (w *way) findTun(h *netlink.Handle) error {
 			return fmt.Errorf("set group of device %s: %w", w.dev, err)
 		}
 	}
-	if err := sysctl("/proc/sys/net/ipv4/conf/"+w.dev+"/src_valid_mark", "1"); err != nil {
-		return err
+	for _, name := range []string{"src_valid_mark", "accept_local"} {
+		if err := sysctl("/proc/sys/net/ipv4/conf/"+w.dev+"/"+name, "1"); err != nil {
+			return err
+		}
 	}
 	w.link, w.none[true] = l.Attrs().Index, !hasV6(w.dev)
 	return nil

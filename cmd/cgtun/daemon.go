@@ -211,9 +211,10 @@ func (in *instance) setLimits() error {
 // their pidfds, kernel objects, and what steering opens to follow changes.
 const ownFiles = 512
 
-// maxSockets is what the limit of open files leaves to the flows.
+// maxSockets is what the limit of open files leaves to the flows: with the own
+// ones nine tenths of it are in use at most.
 func (in *instance) maxSockets() int {
-	n := in.limits.Nofile
+	n := in.limits.Nofile / 10 * 9
 	return int(max(n-min(n, ownFiles), n/2))
 }
 

@@ -3,6 +3,7 @@ package main_test
 import (
 	"fmt"
 	"net"
+	"os"
 	"os/exec"
 	"runtime"
 	"strings"
@@ -70,10 +71,15 @@ func TestOutOfDescriptors(t *testing.T) {
 	shell := exec.Command("sh", append([]string{"-c", `ulimit -n 256; exec "$@"`, "sh"}, daemon.Args...)...)
 	d := w.startCommand(w.self.Command(shell))
 	old := w.startProbe(inside, probe{Do: "chat", To: port(far4, 7000)})
-	p := w.startProbe(inside, probe{Do: "crowd", To: port(far4, 7000), N: 600, Wait: 2 * time.Second})
+	const limit, crowd = 256, 1000
+	p := w.startProbe(inside, probe{Do: "crowd", To: port(far4, 7000), N: crowd, Wait: 2 * time.Second})
 	var refused int
-	if _, err := fmt.Sscanf(p.Output(), "refused %d", &refused); err != nil || refused < 350 {
-		t.Errorf("of 600 connections %d were refused, with 256 descriptors: %s", refused, p.Output())
+	if _, err := fmt.Sscanf(p.Output(), "refused %d", &refused); err != nil || refused < crowd-limit {
+		t.Errorf("of %d connections %d were refused, with %d descriptors: %s", crowd, refused, limit, p.Output())
+	}
+	open, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", d.Pid))
+	if err != nil || len(open) > limit*9/10 || len(open) < limit/4 {
+		t.Errorf("%d descriptors are open, %v; want nine tenths of %d at most", len(open), err, limit)
 	}
 	w.status() // the control socket answers
 	p.Signal(syscall.SIGKILL)
@@ -83,6 +89,11 @@ func TestOutOfDescriptors(t *testing.T) {
 	}, "new connections when descriptors are free again")
 	if old.Exited() {
 		t.Errorf("the old connection: %v %s", old.Wait(), old.Output())
+	}
+	for _, once := range []string{"new flows are refused", "new flows are served again"} {
+		if n := strings.Count(d.Output(), once); n != 1 {
+			t.Errorf("%q is said %d times:\n%.4000s", once, n, d.Output())
+		}
 	}
 	if n := strings.Count(d.Output(), "\n"); n > 40 {
 		t.Errorf("%d lines of log:\n%.4000s", n, d.Output())

@@ -26,6 +26,10 @@ func (s *stacks) serve(ctx context.Context, a *attach.Attachment, h flow.Handler
 		queues = append(queues, q)
 	}
 	o.Attachment, o.MTU, o.Local = a.ID, a.Device.MTU(), a.Local
+	o.Addresses = nil
+	for _, p := range a.Device.Addresses() {
+		o.Addresses = append(o.Addresses, p.Addr())
+	}
 	one, err := stack.New(queues, h, o)
 	if err != nil {
 		return err
@@ -62,7 +66,7 @@ func count(c control.Counts, n stack.Stats) {
 	for name, n := range map[string]uint64{
 		"not_local": n.NotLocal,
 		"malformed": n.Malformed + n.UDP.Malformed + n.Echo.Malformed, "bad_checksum": n.BadChecksum + n.UDP.BadSum,
-		"multicast": n.Multicast, "other_protocol": n.OtherProtocol, "icmp": n.ICMP,
+		"expired": n.Expired, "multicast": n.Multicast, "other_protocol": n.OtherProtocol, "icmp": n.ICMP,
 		"unwritten": n.Unwritten + n.UDP.Unwritten + n.Echo.Unwritten, "icmp_rate": n.ICMPErrorsLimited + n.UDP.ICMPLimit + n.Echo.ICMPLimit,
 		"late_syn": n.LateSYN, "receive_cut": n.Cut, "tcp_fragments": n.Fragmented,
 		"odd_syn": n.OddSYN, "udp_queue": n.UDP.QueueFull, "udp_sessions": n.UDP.Evicted,

@@ -1,0 +1,67 @@
+package main_test
+
+import (
+	"regexp"
+	"strings"
+	"testing"
+)
+
+// Who looks for the routers on the path finds them behind cgtun, which is one
+// of them, and the host at its end.
+func TestRoutersOnThePathAreSeen(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, "traceroute", "tracepath", "mtr")
+	w.router.Sysctl("net.ipv4.icmp_ratelimit", "0")
+	w.router.Sysctl("net.ipv6.icmp.ratelimit", "0")
+	w.server.Sysctl("net.ipv4.icmp_ratelimit", "0")
+	w.server.Sysctl("net.ipv6.icmp.ratelimit", "0")
+	w.server.ServeEcho(":7000")
+	w.machine.Sysctl("net.ipv4.ping_group_range", "0 2147483647")
+	w.start(w.config(second))
+	hops := map[string][]string{
+		far4: {w.tunAddress(false), "10.2.0.1", far4},
+		far6: {w.tunAddress(true), "fd02::1", far6},
+	}
+	for far, hops := range hops {
+		for _, command := range []string{
+			"traceroute -n -q 1 -w 3 -I",
+			"traceroute -n -q 1 -w 3",
+			"traceroute -n -q 1 -w 3 -U -p 7001",
+			"tracepath -n -m 5",
+			"mtr -n -r -w -c 1 -i 0.3 -G 0.3 -m 5",
+			"mtr -n -r -w -c 1 -i 0.3 -G 0.3 -m 5 -u",
+		} {
+			args := append(strings.Fields(command), far)
+			out, err := w.try(inside, args[0], args[1:]...)
+			if err != nil || !seesHops(out, hops) {
+				t.Errorf("%s %s: %v: want %v\n%s", command, far, err, hops, out)
+			}
+		}
+	}
+	w.noLeak("probes")
+}
+
+// seesHops says whether the output of a tracer has each hop, at its place.
+func seesHops(out string, hops []string) bool {
+	for i, hop := range hops {
+		line := regexp.MustCompile(`(?m)^ *` + string(rune('1'+i)) + `[.:?|\- ].*[ -]` + regexp.QuoteMeta(hop) + `\s`)
+		if !line.MatchString(out + "\n") {
+			return false
+		}
+	}
+	return true
+}
+
+// tunAddress is the address of cgtun's device.
+func (w *world) tunAddress(v6 bool) string {
+	w.t.Helper()
+	for _, a := range w.status().Attachments {
+		for _, p := range a.Address {
+			if addr, _, _ := strings.Cut(p, "/"); strings.Contains(addr, ":") == v6 {
+				return addr
+			}
+		}
+	}
+	w.t.Fatal("no address of the device is shown")
+	return ""
+}
