@@ -81,6 +81,7 @@ func (r *Router) ServePackets(ctx context.Context, client flow.PacketConn) {
 		peers:  make(map[netip.AddrPort]*peer),
 		idle:   list.New(),
 		outs:   make(map[outKey]*packetOut),
+		moves:  make(map[outKey]*moving),
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	stop := context.AfterFunc(ctx, func() { client.Close() })
@@ -113,6 +114,8 @@ type source struct {
 	idle  *list.List // of *peer, the longest silent first
 	outs  map[outKey]*packetOut
 
+	moves map[outKey]*moving // of the goroutine that reads the client
+
 	back sync.WaitGroup // the goroutines of outs
 }
 
@@ -127,6 +130,9 @@ type packetOut struct {
 	key  outKey
 	conn *dialer.PacketConn
 	dead atomic.Bool
+
+	movable bool // there are other paths
+	silence silence
 }
 
 // peer is the flow between the source and one peer.
@@ -204,7 +210,18 @@ func (s *source) send(out *packetOut, dgs []flow.Datagram) {
 	if out == nil || len(dgs) == 0 {
 		return
 	}
-	if err := relay.Send(out.conn, dgs, s.failed); err != nil {
+	failed := s.failed
+	if out.movable {
+		out.silence.sent(time.Now())
+		failed = func(e *flow.PeerError) {
+			if gone(e) {
+				out.silence.lost.Store(true)
+				return // the client's next try goes another way
+			}
+			s.failed(e)
+		}
+	}
+	if err := relay.Send(out.conn, dgs, failed); err != nil {
 		s.drop(out, err)
 	}
 }
@@ -214,6 +231,9 @@ func (s *source) peer(ctx context.Context, addr netip.AddrPort, now time.Time) *
 	s.mu.Lock()
 	p := s.peers[addr]
 	s.mu.Unlock()
+	if p != nil && p.out != nil && p.out.movable && !p.out.dead.Load() {
+		s.move(p.out, now)
+	}
 	if p != nil && p.holds(now) && s.passes(p) {
 		s.mu.Lock()
 		p.last = now
@@ -336,12 +356,14 @@ func (s *source) open(ctx context.Context, outbound dialer.Outbound, f *flow.Flo
 		return nil, err
 	}
 	var conn *dialer.PacketConn
-	err := s.r.inFlight(ctx, f, func(ctx context.Context) (err error) {
-		if f.Proto == flow.ICMP {
-			conn, err = dialer.OpenEcho(ctx, outbound, target(f))
-			return err
+	dial := outbound.OpenPackets
+	if f.Proto == flow.ICMP {
+		dial = func(ctx context.Context, t dialer.Target) (*dialer.PacketConn, error) {
+			return dialer.OpenEcho(ctx, outbound, t)
 		}
-		conn, err = outbound.OpenPackets(ctx, target(f))
+	}
+	err := s.r.inFlight(ctx, f, func(ctx context.Context) (err error) {
+		conn, err = s.openAway(ctx, key, target(f), dial)
 		return err
 	})
 	if err != nil {
@@ -351,17 +373,28 @@ func (s *source) open(ctx context.Context, outbound dialer.Outbound, f *flow.Flo
 	if w := s.r.ways.find(outbound.Name()); w != nil {
 		w.dials.Add(1) // its time says nothing: nobody was asked
 	}
-	out = &packetOut{key: key, conn: conn}
+	out = &packetOut{key: key, conn: conn, movable: movable(outbound)}
 	s.mu.Lock()
 	s.outs[key] = out
 	s.mu.Unlock()
 	s.back.Go(func() {
 		defer s.r.recovered(s.noEntry(), func() { s.drop(out, nil) })
 		// Not the PacketConn around it: that would hide that it can lend.
-		err := relay.Packets(s.client, out.conn.Packets, relay.PacketOptions{Seen: s.seen, Failed: s.failed})
+		err := relay.Packets(s.client, out.conn.Packets, relay.PacketOptions{Seen: out.seen(s.seen), Failed: s.failed})
 		s.drop(out, err)
 	})
 	return out, nil
+}
+
+// seen is what is told of what comes back by this socket.
+func (o *packetOut) seen(f func([]flow.Datagram)) func([]flow.Datagram) {
+	if !o.movable {
+		return f
+	}
+	return func(dgs []flow.Datagram) {
+		o.silence.heard()
+		f(dgs)
+	}
 }
 
 // drop closes a socket that does not work any more. Its peers' flows end when

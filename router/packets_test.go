@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -109,7 +110,11 @@ type packetSocket struct {
 	in   chan any           // datagrams and errors to be read
 	done chan struct{}
 	once sync.Once
+	err  atomic.Pointer[flow.PeerError] // of each write
 }
+
+// fail has writes fail.
+func (s *packetSocket) fail(err *flow.PeerError) { s.err.Store(err) }
 
 func (s *packetSocket) ReadBatch(dgs []flow.Datagram) (int, error) {
 	select {
@@ -125,6 +130,9 @@ func (s *packetSocket) ReadBatch(dgs []flow.Datagram) (int, error) {
 }
 
 func (s *packetSocket) WriteBatch(dgs []flow.Datagram) (int, error) {
+	if err := s.err.Load(); err != nil {
+		return 0, err
+	}
 	for _, d := range dgs {
 		d.Data = append([]byte(nil), d.Data...)
 		s.out <- d
