@@ -127,11 +127,26 @@ func TestHalfClosedAndIdle(t *testing.T) {
 // serveFiles serves a file and a git repository on both far addresses.
 func (w *world) serveFiles() {
 	w.t.Helper()
+	w.serveFilesAt("", 80)
+}
+
+// serveFilesAt does so at some ports and, with a certificate, by TLS at each next
+// one.
+func (w *world) serveFilesAt(certificate string, ports ...int) {
+	w.t.Helper()
 	dir := filepath.Join(w.dir, "www")
 	conf := filepath.Join(w.dir, "nginx.conf")
 	listen := ""
-	for _, a := range []string{far4, "[" + far6 + "]"} {
-		listen += "listen " + a + ":80; "
+	for _, far := range []string{far4, far6} {
+		for _, p := range ports {
+			listen += "listen " + port(far, p) + "; "
+			if certificate != "" {
+				listen += "listen " + port(far, p+1) + " ssl; "
+			}
+		}
+	}
+	if certificate != "" {
+		listen += "ssl_certificate " + certificate + "; ssl_certificate_key " + certificate + "; "
 	}
 	text := strings.NewReplacer("DIR", w.dir, "LISTEN", listen).Replace(`user root;
 worker_processes 1;
@@ -154,7 +169,7 @@ git clone -q --bare work repo.git; git -C repo.git update-server-info`
 		w.t.Fatal(err)
 	}
 	w.server.Start("nginx", "-c", conf, "-e", filepath.Join(w.dir, "nginx.log"))
-	w.listening(80)
+	w.listening(ports[0])
 }
 
 func (w *world) sum() string {
