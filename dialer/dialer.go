@@ -102,6 +102,9 @@ type Packets interface {
 type PacketConn struct {
 	Packets
 	Path []string
+	// Local is the address of this machine that the socket is bound to, which the
+	// kernel does not end it with; zero: to none.
+	Local netip.Addr
 }
 
 // Error is a failed dial.

@@ -115,6 +115,9 @@ func (d *Direct) DialStream(ctx context.Context, t Target) (*Conn, error) {
 
 // fail makes an Error. The kernel's word on what was tried is better than ours.
 func (d *Direct) fail(op string, dst netip.AddrPort, err error) error {
+	if d.via != nil && errors.Is(err, unix.EADDRNOTAVAIL) {
+		d.via.forget()
+	}
 	var call *os.SyscallError
 	if errors.As(err, &call) {
 		switch call.Syscall {

@@ -30,7 +30,7 @@ func (d *Direct) OpenEcho(_ context.Context, t Target) (*PacketConn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &PacketConn{Packets: &echoPackets{packets}, Path: d.path}, nil
+	return &PacketConn{Packets: &echoPackets{packets}, Path: d.path, Local: w.source}, nil
 }
 
 // pingSocket opens a ping socket (icmp(7)) that leaves by w.

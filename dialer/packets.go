@@ -45,7 +45,7 @@ func (d *Direct) OpenPackets(ctx context.Context, t Target) (*PacketConn, error)
 	if err != nil {
 		return nil, err
 	}
-	return &PacketConn{Packets: packets, Path: d.path}, nil
+	return &PacketConn{Packets: packets, Path: d.path, Local: w.source}, nil
 }
 
 // packets takes over a socket that leaves by w, the first peer being dst.

@@ -72,6 +72,13 @@ func (u *uplink) way(dst netip.Addr) (way, error) {
 	return way{}, &noWay{fmt.Sprintf("no route to %s through %s", dst, u.name)}
 }
 
+// forget lets the next socket find its way anew: the source address of the last one
+// has gone, and of IPv6 the kernel has a route from it all the same.
+func (u *uplink) forget() {
+	u.last4.Store(nil)
+	u.last6.Store(nil)
+}
+
 // link returns the index of the interface if it can carry packets. It asks by
 // netdevice(7), without the lock that netlink takes: this is done for each
 // socket. A lost carrier shows in it within a second.

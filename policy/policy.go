@@ -146,6 +146,9 @@ func (j *Judge) wake() {
 // Version changes whenever what Judge has said may not hold any more.
 func (j *Judge) Version() uint64 { return j.version.Load() }
 
+// Has says whether home has an address.
+func (j *Judge) Has(a netip.Addr) bool { return j.now.Load().own[a.Unmap().WithZone("")] }
+
 // Judge says, by a *flow.Denied, why a flow may not go where it wants to by an
 // outbound whose sockets leave in one of these ways. Nil: it may.
 func (j *Judge) Judge(f *flow.Flow, leaves []dialer.Leave) error {

@@ -142,6 +142,9 @@ func TestWhereContainersAreIsNotReached(t *testing.T) {
 	was = j.Version()
 	labtest.Eventually(t, 5*time.Second, func() bool { return j.Version() != was }, "no look at home after a change")
 	changed("after it")
+	if !j.Has(netip.MustParseAddr("10.1.0.77")) || !j.Has(netip.MustParseAddr("::ffff:10.1.0.2")) || j.Has(netip.MustParseAddr("10.1.0.78")) {
+		t.Error("it is not known which addresses home has")
+	}
 	if err := judge(to("10.1.0.77")); kindOf(t, err) != "home" {
 		t.Errorf("an address that home got is not in the table: %v", err)
 	}

@@ -17,6 +17,7 @@ import (
 // guard denies one address.
 type guard struct {
 	denied  atomic.Pointer[netip.Addr]
+	gone    atomic.Pointer[netip.Addr] // of this machine
 	version atomic.Uint64
 	leaves  []dialer.Leave // as it was asked last
 }
@@ -30,6 +31,16 @@ func (g *guard) Judge(f *flow.Flow, leaves []dialer.Leave) error {
 }
 
 func (g *guard) Version() uint64 { return g.version.Load() }
+
+func (g *guard) Has(a netip.Addr) bool {
+	gone := g.gone.Load()
+	return gone == nil || a != *gone
+}
+
+func (g *guard) lose(a netip.Addr) {
+	g.gone.Store(&a)
+	g.version.Add(1)
+}
 
 func (g *guard) deny(a string) {
 	addr := netip.MustParseAddr(a)
@@ -107,6 +118,34 @@ func TestGuardRefusesDatagrams(t *testing.T) {
 			}
 			if n := r.Outbounds()["up"]; n.FailuresTotal != 0 || r.Counters().FlowsTotal != 3 {
 				t.Errorf("outbound %+v, counters %+v", n, r.Counters())
+			}
+		})
+}
+
+// A socket that is bound to an address which the machine has lost would send on
+// for ever, and hear nothing.
+func TestSocketEndsWithItsAddress(t *testing.T) {
+	g, out := &guard{}, newPacketOutbound("up")
+	out.local = netip.MustParseAddr("10.2.0.2")
+	servePackets(t, router.Options{Guard: g}, []rules.Config{{Use: "up"}}, map[string]dialer.Outbound{"up": out},
+		func(r *router.Router, c *packetClient, _ context.CancelFunc) {
+			say := func() { c.sent <- flow.Datagram{Peer: peerN(1), Data: []byte("x")}; synctest.Wait() }
+			say()
+			first := <-out.open
+			g.lose(netip.MustParseAddr("10.2.0.3")) // another one
+			say()
+			if len(first.out) != 2 || len(out.open) != 0 {
+				t.Errorf("%d datagrams by the first socket, %d more sockets", len(first.out), len(out.open))
+			}
+			g.lose(out.local)
+			say()
+			select {
+			case <-first.done:
+			default:
+				t.Error("the first socket is open")
+			}
+			if second := <-out.open; len(second.out) != 1 {
+				t.Errorf("%d datagrams by the second socket", len(second.out))
 			}
 		})
 }

@@ -262,8 +262,9 @@ func (p *peer) holds(now time.Time) bool {
 	return !p.out.dead.Load()
 }
 
-// passes says whether the guard still lets a peer pass. It is asked again when it
-// may have changed its mind; why it has, the flow says that comes after.
+// passes says whether the guard still lets a peer pass, and its socket can still
+// send. Both are asked again when the answer may be another one; why it is, the
+// flow says that comes after.
 func (s *source) passes(p *peer) bool {
 	guard := s.r.opts.Guard
 	version := guard.Version()
@@ -271,8 +272,16 @@ func (s *source) passes(p *peer) bool {
 		return true
 	}
 	p.judged = version
+	if local := p.out.conn.Local; local.IsValid() && !guard.Has(local) {
+		s.drop(p.out, errAddressGone)
+		return false
+	}
 	return s.r.aside(func() error { return guard.Judge(p.e.flow, dialer.Leaves(p.out.key.outbound)) }) == nil
 }
+
+// errAddressGone: of IPv4 such a socket says that there is no route, as it does for
+// other reasons, too; of IPv6 it sends on, and nothing comes back.
+var errAddressGone = errors.New("this machine has lost the address of the socket")
 
 // newPeer makes a flow, asks the rules, and opens a socket where there is none.
 func (s *source) newPeer(ctx context.Context, addr netip.AddrPort, now time.Time) *peer {

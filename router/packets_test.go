@@ -81,9 +81,10 @@ func (c *packetClient) Close() error {
 
 // packetOutbound is an outbound whose sockets the test holds the other end of.
 type packetOutbound struct {
-	name string
-	fail error
-	open chan *packetSocket
+	name  string
+	fail  error
+	open  chan *packetSocket
+	local netip.Addr // that its sockets are bound to
 }
 
 func newPacketOutbound(name string) *packetOutbound {
@@ -102,7 +103,7 @@ func (o *packetOutbound) OpenPackets(context.Context, dialer.Target) (*dialer.Pa
 	}
 	s := &packetSocket{out: make(chan flow.Datagram, 100), in: make(chan any, 100), done: make(chan struct{})}
 	o.open <- s
-	return &dialer.PacketConn{Packets: s, Path: []string{o.name}}, nil
+	return &dialer.PacketConn{Packets: s, Path: []string{o.name}, Local: o.local}, nil
 }
 
 type packetSocket struct {

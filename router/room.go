@@ -57,6 +57,9 @@ const (
 	// twentieth of the time.
 	collectAtMost   = time.Second
 	collectFraction = 20
+	// stallRoom is kept free for each open flow, for the time that its ends do
+	// not read: its buffers are as small as they get by then.
+	stallRoom = 8 << 10
 )
 
 // memory is what watchMemory remembers.
@@ -112,9 +115,11 @@ func (r *Router) lookAtMemory(m *memory) {
 	if r.opts.MemoryUsed != nil {
 		r.opts.MemoryUsed(int64(used), int64(m.limit))
 	}
-	if used > m.limit/8*7 && !r.scarce.Swap(true) {
+	// What is open may yet fill what it has promised to take.
+	full := used + uint64(r.sockets.Load())*stallRoom
+	if full > m.limit/8*7 && !r.scarce.Swap(true) {
 		r.log.Warn("new flows are refused: the flows fill the memory; raise [limits] memory", "used", used, "limit", m.limit)
-	} else if used < m.limit/4*3 && r.scarce.Swap(false) {
+	} else if full < m.limit/4*3 && r.scarce.Swap(false) {
 		r.log.Info("new flows are served again", "used", used)
 	}
 }

@@ -17,6 +17,7 @@ import (
 	"context"
 	"io"
 	"log/slog"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -41,6 +42,9 @@ type Guard interface {
 	// Version changes whenever another answer is possible: who is served by
 	// datagrams is judged again then.
 	Version() uint64
+	// Has says whether this machine has an address. A socket that is bound to
+	// one that has gone is closed.
+	Has(netip.Addr) bool
 }
 
 // noGuard lets everything pass.
@@ -48,6 +52,7 @@ type noGuard struct{}
 
 func (noGuard) Judge(*flow.Flow, []dialer.Leave) error { return nil }
 func (noGuard) Version() uint64                        { return 0 }
+func (noGuard) Has(netip.Addr) bool                    { return true }
 
 // Options are what a Router needs and its bounds; zero values mean the
 // defaults.

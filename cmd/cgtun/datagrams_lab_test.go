@@ -17,6 +17,7 @@ import (
 )
 
 func init() {
+	probes["mutter"] = mutter
 	probes["sizes"] = sizes
 	probes["again"] = again
 	probes["inject"] = inject
@@ -240,4 +241,54 @@ func checksum(b []byte) uint16 {
 		sum = sum&0xffff + sum>>16
 	}
 	return ^uint16(sum)
+}
+
+// mutter sends a datagram every now and then from one socket, until it is ended.
+func mutter(q probe) error {
+	c, err := net.Dial("udp", q.To)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	fmt.Println("ready")
+	for {
+		_, _ = c.Write([]byte("x")) // an error is of one before
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+// The machine loses the address that an outbound's datagrams leave from: the same
+// client's next ones leave from another.
+func TestDatagramsOutliveAnAddress(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	for _, s := range []string{
+		// The way is known by the source address alone.
+		"route del default via 10.2.0.1 metric 2000", "-6 route del default via fd02::1 metric 2000",
+		"addr add 10.2.0.3/32 dev eth1", "rule add from 10.2.0.3 lookup 102 priority 20000",
+		"addr add fd02::3/128 dev eth1 nodad", "-6 rule add from fd02::3 lookup 102 priority 20000",
+	} {
+		w.machine.Run("ip", strings.Fields(s)...)
+	}
+	w.start(w.config(second))
+	for _, tt := range []struct{ far, was, is string }{{far4, "10.2.0.2", "10.2.0.3"}, {far6, "fd02::2", "fd02::3"}} {
+		echo := w.server.ServeUDPEcho(port(tt.far, 7000))
+		from := func(want string) func() bool {
+			return func() bool {
+				seen := echo.Clients()
+				return len(seen) > 0 && seen[len(seen)-1].Addr() == netip.MustParseAddr(want)
+			}
+		}
+		w.startProbe(inside, probe{Do: "mutter", To: port(tt.far, 7000)})
+		first := tt.was
+		labtest.Eventually(t, 5*time.Second, func() bool {
+			if from(tt.is)() { // the kernel lists addresses in an order of its own
+				first, tt.is = tt.is, tt.was
+			}
+			return from(first)()
+		}, "datagrams from %s", first)
+		bits := map[string]string{"10.2.0.2": "/24", "fd02::2": "/64", "10.2.0.3": "/32", "fd02::3": "/128"}
+		w.machine.Run("ip", "addr", "del", first+bits[first], "dev", "eth1")
+		labtest.Eventually(t, 5*time.Second, from(tt.is), "datagrams from %s", tt.is)
+	}
 }
