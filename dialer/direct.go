@@ -101,7 +101,12 @@ func (d *Direct) DialStream(ctx context.Context, t Target) (*Conn, error) {
 	if w.special() {
 		dialer.Control = w.control
 	}
-	c, err := dialer.DialTCP(ctx, "tcp", w.local(), dst)
+	var c *net.TCPConn
+	if t.isProbe() {
+		c, err = dialProbe(ctx, dialer, w, t.Flow.TTL, dst)
+	} else {
+		c, err = dialer.DialTCP(ctx, "tcp", w.local(), dst)
+	}
 	if err != nil {
 		return nil, d.fail("connect", dst, err)
 	}
@@ -130,9 +135,13 @@ func (d *Direct) fail(op string, dst netip.AddrPort, err error) error {
 		}
 	}
 	// What net says around it ("dial tcp 192.0.2.1:80->…") the Error says.
+	said := flow.Said(err)
 	var outer *net.OpError
 	if errors.As(err, &outer) && outer.Err != nil {
 		err = outer.Err
+	}
+	if said != nil {
+		err = fmt.Errorf("%w: %w", err, said)
 	}
 	return &Error{Hop: d.name, Op: op, Addr: dst, Reason: flow.ReasonOf(err), Err: err}
 }

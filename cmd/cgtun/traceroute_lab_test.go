@@ -27,9 +27,11 @@ func TestRoutersOnThePathAreSeen(t *testing.T) {
 			"traceroute -n -q 1 -w 3 -I",
 			"traceroute -n -q 1 -w 3",
 			"traceroute -n -q 1 -w 3 -U -p 7001",
+			"traceroute -n -q 1 -w 3 -T -p 7000",
 			"tracepath -n -m 5",
 			"mtr -n -r -w -c 1 -i 0.3 -G 0.3 -m 5",
 			"mtr -n -r -w -c 1 -i 0.3 -G 0.3 -m 5 -u",
+			"mtr -n -r -w -c 1 -i 0.3 -G 0.3 -m 5 -T -P 7000",
 		} {
 			args := append(strings.Fields(command), far)
 			out, err := w.try(inside, args[0], args[1:]...)
