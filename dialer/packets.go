@@ -49,8 +49,8 @@ func (d *Direct) OpenPackets(ctx context.Context, t Target) (*PacketConn, error)
 }
 
 // packets takes over a socket that leaves by w, the first peer being dst.
-func (d *Direct) packets(conn *net.UDPConn, w way, dst netip.AddrPort) (lendingPackets, error) {
-	socket, err := newUDPSocket(conn)
+func (d *Direct) packets(conn kernelSocket, w way, dst netip.AddrPort) (lendingPackets, error) {
+	socket, err := newUDPSocket(conn, dst.Addr().Is6())
 	if err != nil {
 		conn.Close()
 		return nil, d.fail("configure", dst, err)

@@ -33,7 +33,7 @@ const (
 // ReadLent, ReadBatch and WriteBatch are as Packets says: reading goes beside
 // writing.
 type udpSocket struct {
-	conn *net.UDPConn
+	conn kernelSocket
 	raw  syscall.RawConn
 	most int // bytes of a payload
 
@@ -49,14 +49,19 @@ type udpSocket struct {
 	udpWrites
 }
 
+// kernelSocket is a socket of the kernel: UDP, ping or raw.
+type kernelSocket interface {
+	net.PacketConn
+	syscall.Conn
+}
+
 // newUDPSocket takes over conn, which is bound and not connected.
-func newUDPSocket(conn *net.UDPConn) (*udpSocket, error) {
+func newUDPSocket(conn kernelSocket, v6 bool) (*udpSocket, error) {
 	raw, err := conn.SyscallConn()
 	if err != nil {
 		return nil, fmt.Errorf("open socket %s: %w", conn.LocalAddr(), err)
 	}
 	s := &udpSocket{conn: conn, raw: raw, most: maxPayload4}
-	v6 := conn.LocalAddr().(*net.UDPAddr).AddrPort().Addr().Unmap().Is6()
 	if v6 {
 		s.most = maxPayload6
 	}
@@ -96,9 +101,10 @@ func setUDPOptions(fd int, v6 bool) error {
 // Close closes the socket. Reads and writes that wait end with net.ErrClosed.
 func (s *udpSocket) Close() error { return s.conn.Close() }
 
-// LocalAddr is the address that all peers see.
+// LocalAddr is the address that all peers of a UDP socket see.
 func (s *udpSocket) LocalAddr() netip.AddrPort {
-	return s.conn.LocalAddr().(*net.UDPAddr).AddrPort()
+	a, _ := s.conn.LocalAddr().(*net.UDPAddr)
+	return a.AddrPort()
 }
 
 // ReadBatch is as Packets says. A datagram that is longer than its place is cut.

@@ -59,7 +59,7 @@ func TestDoctorThroughTheLifeOfADaemon(t *testing.T) {
 	text := w.config(second)
 	file := w.write(text)
 	found := w.doctorOf(0, nil, "-c", file)
-	for _, name := range []string{"configuration", "daemon", "kernel", "cgroup2", "selected cgroups", "tun", "device tun0", "nft", "firewall", "ip rules", "rp_filter", "forwarding", "leftovers"} {
+	for _, name := range []string{"configuration", "daemon", "kernel", "cgroup2", "selected cgroups", "tun", "device tun0", "nft", "firewall", "ip rules", "rp_filter", "forwarding", "ping", "leftovers"} {
 		is(t, found, name, doctor.OK, "")
 	}
 	d := w.start(text)

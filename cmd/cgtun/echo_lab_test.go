@@ -5,11 +5,13 @@ import (
 	"testing"
 )
 
+// pingBy are the two ways to send pings, and who may ping by sockets for that.
+var pingBy = map[string]string{"raw sockets": "1 0", "ping sockets": "0 2147483647"}
+
 // Pings are answered by who was asked, or not at all.
 func TestPing(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, "ping")
-	w.machine.Sysctl("net.ipv4.ping_group_range", "0 2147483647")
 	w.router.Sysctl("net.ipv4.icmp_ratelimit", "0")
 	w.router.Sysctl("net.ipv6.icmp.ratelimit", "0")
 	w.router.Run("ip", "route", "add", "unreachable", "198.51.100.0/24")
@@ -21,11 +23,22 @@ func TestPing(t *testing.T) {
 	w.server.Run("nft", "add", "rule", "inet", "dead", "in", "ip", "daddr", "203.0.113.66", "drop")
 	w.server.Run("nft", "add", "rule", "inet", "dead", "in", "ip6", "daddr", "2001:db8::66", "drop")
 	w.start(w.config(second))
+	for by, groups := range pingBy {
+		w.machine.Sysctl("net.ipv4.ping_group_range", groups)
+		w.pings(by)
+	}
+	w.noLeak("pings")
+}
+
+// pings looks for answers, silence and errors.
+func (w *world) pings(by string) {
+	t := w.t
+	t.Helper()
 	for _, far := range []string{far4, far6} {
 		for _, size := range []string{"0", "56", "1400", "8000"} {
 			out, err := w.try(inside, "ping", "-n", "-c", "3", "-i", "0.2", "-W", "3", "-s", size, far)
 			if err != nil || !strings.Contains(out, " 3 received, 0% packet loss") {
-				t.Errorf("ping -s %s %s: %v\n%s", size, far, err, out)
+				t.Errorf(by+": ping -s %s %s: %v\n%s", size, far, err, out)
 			}
 		}
 		found := false
@@ -35,29 +48,27 @@ func TestPing(t *testing.T) {
 			}
 		}
 		if !found {
-			t.Errorf("flows do not show the ping of %s by second", far)
+			t.Errorf(by+": flows do not show the ping of %s by second", far)
 		}
 	}
 	for _, dead := range []string{"203.0.113.66", "2001:db8::66"} {
 		out, err := w.try(inside, "ping", "-n", "-c", "2", "-i", "0.2", "-W", "1", dead)
 		if err == nil || !strings.Contains(out, " 0 received, 100% packet loss") {
-			t.Errorf("ping of a dead host: %v\n%s", err, out)
+			t.Errorf(by+": ping of a dead host: %v\n%s", err, out)
 		}
 	}
 	for _, gone := range []string{"198.51.100.1", "2001:db8:1::1"} {
 		out, err := w.try(inside, "ping", "-n", "-c", "2", "-i", "0.2", "-W", "1", gone)
 		if err == nil || !strings.Contains(out, "nreachable") {
-			t.Errorf("ping of an unreachable host: %v\n%s", err, out)
+			t.Errorf(by+": ping of an unreachable host: %v\n%s", err, out)
 		}
 	}
-	w.noLeak("pings")
 }
 
 // Rules speak of pings.
 func TestPingRejected(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, "ping")
-	w.machine.Sysctl("net.ipv4.ping_group_range", "0 2147483647")
 	w.start(w.config("\n[[rule]]\nproto = \"icmp\"\nuse = \"reject\"\n"))
 	for far, word := range map[string]string{far4: "Packet filtered", far6: "Administratively prohibited"} {
 		out, err := w.try(inside, "ping", "-n", "-c", "1", "-W", "2", far)

@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"cgtun/dialer"
 	"cgtun/doctor"
 )
 
@@ -29,6 +30,15 @@ func checkKernel(context.Context) []doctor.Result {
 			fmt.Sprintf("run a kernel since %d.%d", kernelMajor, kernelMinor))
 	}
 	return one(name, doctor.OK, release, "")
+}
+
+// checkPing tries what an outbound needs for pings.
+func checkPing(context.Context) []doctor.Result {
+	if err := dialer.EchoAllowed(); err != nil {
+		return one("ping", doctor.Warn, "pings are refused: neither a ping socket nor a raw one can be opened: "+err.Error(),
+			`sysctl -w net.ipv4.ping_group_range="0 2147483647"`)
+	}
+	return one("ping", doctor.OK, "can be sent", "")
 }
 
 // enoughFiles is the limit of open files from which on nothing is said: a flow

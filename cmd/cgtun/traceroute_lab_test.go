@@ -16,15 +16,20 @@ func TestRoutersOnThePathAreSeen(t *testing.T) {
 	w.server.Sysctl("net.ipv4.icmp_ratelimit", "0")
 	w.server.Sysctl("net.ipv6.icmp.ratelimit", "0")
 	w.server.ServeEcho(":7000")
-	w.machine.Sysctl("net.ipv4.ping_group_range", "0 2147483647")
 	w.start(w.config(second))
 	hops := map[string][]string{
 		far4: {w.tunAddress(false), "10.2.0.1", far4},
 		far6: {w.tunAddress(true), "fd02::1", far6},
 	}
 	for far, hops := range hops {
+		for by, groups := range pingBy {
+			w.machine.Sysctl("net.ipv4.ping_group_range", groups)
+			out, err := w.try(inside, "traceroute", "-n", "-q", "1", "-w", "3", "-I", far)
+			if err != nil || !seesHops(out, hops) {
+				t.Errorf("by %s: traceroute -I %s: %v: want %v\n%s", by, far, err, hops, out)
+			}
+		}
 		for _, command := range []string{
-			"traceroute -n -q 1 -w 3 -I",
 			"traceroute -n -q 1 -w 3",
 			"traceroute -n -q 1 -w 3 -U -p 7001",
 			"traceroute -n -q 1 -w 3 -T -p 7000",
