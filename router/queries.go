@@ -65,6 +65,20 @@ func (r *Router) way(f *flow.Flow, owner *flow.Owner, last *atomic.Pointer[passe
 	}
 }
 
+// Way is what the rules, and the guard, say of upstreams on behalf of a client
+// that asks on loopback.
+func (r *Router) Way(ctx context.Context, f *flow.Flow) func(netip.AddrPort, flow.Proto) (dialer.Outbound, error) {
+	return r.way(f, r.ownerForRules(ctx, f), new(atomic.Pointer[passed]))
+}
+
+// ownerForRules looks the owner of a query up if any rule hangs on it.
+func (r *Router) ownerForRules(ctx context.Context, f *flow.Flow) *flow.Owner {
+	if !r.policy.Load().set.NeedsOwner() {
+		return nil
+	}
+	return r.owner(ctx, f)
+}
+
 // passed is the last server of a client's choice that the guard has let pass.
 type passed struct {
 	to      netip.AddrPort
@@ -111,11 +125,7 @@ func (s *source) query(ctx context.Context, d *flow.Datagram, now time.Time) boo
 // queries answers a client's queries. True: what it sends now is for a server,
 // to which it is connected.
 func (r *Router) queries(ctx context.Context, e *entry, s flow.Stream, ends *streamEnds) bool {
-	var owner *flow.Owner
-	if r.policy.Load().set.NeedsOwner() {
-		owner = r.owner(ctx, e.flow)
-	}
-	way := r.way(e.flow, owner, new(atomic.Pointer[passed]))
+	way := r.way(e.flow, r.ownerForRules(ctx, e.flow), new(atomic.Pointer[passed]))
 	if _, err := way(e.flow.Dst, flow.TCP); err != nil {
 		return r.connectServer(ctx, e, s, ends) // it is told as any other flow
 	}

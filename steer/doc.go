@@ -37,6 +37,10 @@
 // others that drops what is forwarded cannot be overruled from here: Checks
 // names it.
 //
+// Chain names, in home, gives what selected cgroups ask of resolvers on loopback
+// to a port of our own and leaves the address as it is. It comes behind docker's
+// chain, of priority -100, so that 127.0.0.11 stays docker's.
+//
 // # The routes
 //
 // The table's default route has the source address that the main table would

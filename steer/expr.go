@@ -145,6 +145,35 @@ func family(is6 bool) part {
 	return part{meta(expr.MetaKeyNFPROTO), equal([]byte{unix.NFPROTO_IPV4})}
 }
 
+// toPort53 is a query to whatever server.
+func toPort53() part {
+	const dport = 2
+	return part{
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: dport, Len: 2},
+		equal(binaryutil.BigEndian.PutUint16(53)),
+	}
+}
+
+// onLoopback is a destination on loopback: 127.0.0.0/8, or ::1.
+func onLoopback(is6 bool) part {
+	if is6 {
+		one := make([]byte, 16)
+		one[15] = 1
+		return append(family(true),
+			&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: 24, Len: 16}, equal(one))
+	}
+	return append(family(false),
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: 16, Len: 1}, equal([]byte{127}))
+}
+
+// dnatPort gives a packet another destination port, and leaves its address.
+func dnatPort(port uint16) part {
+	return part{
+		&expr.Immediate{Register: 1, Data: binaryutil.BigEndian.PutUint16(port)},
+		&expr.NAT{Type: expr.NATTypeDestNAT, Family: unix.NFPROTO_INET, RegProtoMin: 1, Specified: true},
+	}
+}
+
 // hasSocket is true of what a program sent: the kernel's own sockets have no
 // user.
 func hasSocket() part { return part{meta(expr.MetaKeySKUID), differs(host32(^uint32(0)))} }

@@ -49,6 +49,9 @@ type Plan struct {
 	// Self is the cgroup of cgtun itself: what it sends is never captured. At
 	// level 0, the zero value and the root, that is left to the marks.
 	Self Cgroup
+	// Resolver is the port, of all addresses of loopback, to which goes what the
+	// Cgroups ask resolvers on loopback. Home only; 0: nothing does.
+	Resolver uint16
 	// Bypass is left alone besides Builtin: the connected prefixes of the
 	// namespace, home's addresses and the user's list, in any order and
 	// overlapping as they may.

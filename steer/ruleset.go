@@ -74,7 +74,7 @@ func newRuleset(p *Plan, w *way, at place) *ruleset {
 	}
 	r.add(in, iifNot("lo"), iifGroupNot(linkGroup), original(), setCtMark(cameIn, cameIn))
 	r.post(p, w, at)
-	r.out(p, bypass)
+	r.out(p, at, bypass)
 	return r
 }
 
@@ -176,7 +176,7 @@ func (r *ruleset) post(p *Plan, w *way, at place) {
 
 // out is the chain that decides. Its type is route: a changed mark makes the
 // kernel look the route up again.
-func (r *ruleset) out(p *Plan, bypass []*nftables.Set) {
+func (r *ruleset) out(p *Plan, at place, bypass []*nftables.Set) {
 	unmark := r.chain("unmark")
 	r.add(unmark, markIs(p.Mask, p.Mark), setMark(p.Mask, 0))
 
@@ -215,9 +215,28 @@ func (r *ruleset) out(p *Plan, bypass []*nftables.Set) {
 	for i, set := range sets {
 		r.add(out, notTCP(), cgroupIn(levels[i], set), setMark(p.Mask, p.Mark))
 	}
+	if p.Resolver != 0 && !at.away {
+		r.names(p, levels, sets)
+	}
 	if p.All {
 		// Errors that the kernel reports as a router are nobody's.
 		r.add(out, notTCP(), hasSocket(), setMark(p.Mask, p.Mark))
+	}
+}
+
+// names gives queries to resolvers on loopback, which no route leads to us, to
+// our own. Docker's chain comes before it: 127.0.0.11 stays docker's.
+func (r *ruleset) names(p *Plan, levels []int, sets []*nftables.Set) {
+	names := r.hook("names", nftables.ChainHookOutput, nftables.ChainPriorityRef(*nftables.ChainPriorityNATDest+1))
+	names.Type = nftables.ChainTypeNAT
+	if p.Self.Level > 0 {
+		r.add(names, cgroupIs(p.Self), leave())
+	}
+	for _, is6 := range []bool{false, true} {
+		for i, set := range sets {
+			r.add(names, onLoopback(is6), tcp(), toPort53(), cgroupIn(levels[i], set), dnatPort(p.Resolver))
+			r.add(names, onLoopback(is6), udp(), toPort53(), cgroupIn(levels[i], set), dnatPort(p.Resolver))
+		}
 	}
 }
 

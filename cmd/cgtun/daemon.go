@@ -46,6 +46,7 @@ type instance struct {
 	router    *router.Router
 	policy    *policy.Judge
 	resolver  *dns.Resolver
+	loopback  *dns.Listener // nil: there is none
 	outbounds []dialer.Hop
 	groups    []*group.Group
 	scores    *group.Scores
@@ -104,6 +105,10 @@ func runDaemon(ctx context.Context, file *config.File, log *slog.Logger) (err er
 			log.Warn("the kernel offers less than is wanted", "feature", f.Name, "err", f.Err)
 		}
 	}
+	in.listenLoopback()
+	if in.loopback != nil {
+		defer in.loopback.Close()
+	}
 	in.setManager(routes)
 	return in.run(ctx, server)
 }
@@ -137,6 +142,9 @@ func (in *instance) run(ctx context.Context, server *control.Server) error {
 	if len(in.groups) > 0 {
 		work.Go(func() error { return in.scores.Run(ctx) })
 		work.Go(func() error { return dialer.FollowChanges(ctx, in.scores.Recheck) })
+	}
+	if in.loopback != nil {
+		work.Go(func() error { return in.loopback.Run(ctx, in.router.Way) })
 	}
 	work.Go(func() error { return in.manager.Run(ctx, in.ready) })
 	work.Go(func() error {
@@ -274,7 +282,26 @@ func (in *instance) setPolicy() (err error) {
 	return err
 }
 
+// listenLoopback opens the sockets for what is asked of resolvers on home's
+// loopback. Without them those are asked as if there were no cgtun.
+func (in *instance) listenLoopback() {
+	if in.file.DNS.Mode != dns.ModeForward {
+		return
+	}
+	l, err := in.resolver.Listen(attach.Home)
+	if err != nil {
+		in.log.Warn("resolvers on loopback are asked the ordinary way", "err", err)
+		return
+	}
+	in.loopback = l
+}
+
 func (in *instance) setManager(routes []attach.Route) {
+	for i := range routes {
+		if in.loopback != nil && !routes[i].Kernel {
+			routes[i].Plan.Resolver = in.loopback.Port()
+		}
+	}
 	if self, ok := in.selector.Self(); ok {
 		for i := range routes {
 			routes[i].Plan.Self = steer.Cgroup{Path: self.Path, ID: self.ID, Level: self.Level}

@@ -5,15 +5,16 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"cgtun/internal/labtest"
 )
 
 // zones are the dnsmasq of names: each says who answered, and what it does not
 // know it refuses to others.
-func (w *world) zone(h *labtest.Host, addr, answer string, more ...string) {
+func (w *world) zone(h *labtest.Host, addr, answer string, more ...string) *labtest.Proc {
 	w.t.Helper()
-	h.Start("dnsmasq", append([]string{"--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts", "--bind-interfaces",
+	return h.Start("dnsmasq", append([]string{"--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts", "--bind-interfaces",
 		"--user=root", "--pid-file=", "--listen-address=" + addr, "--max-ttl=600", "--local-ttl=300", "--address=/name.example/" + answer}, more...)...)
 }
 
@@ -35,13 +36,16 @@ func (w *world) resolvers(text string) {
 // none of them leaves the ordinary way. What is no query goes to its server.
 func TestQueriesAreAnswered(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, "dig", "dnsmasq")
+	w := newWorld(t, "dig", "dnsmasq", "busybox")
 	w.server.Run("ip", "addr", "add", "203.0.113.11/32", "dev", "lo")
 	w.resolvers("nameserver 203.0.113.11\n")
 	w.zone(w.server, far4, "192.0.2.77", "--auth-zone=zone.example", "--auth-server=ns.zone.example", "--host-record=h.zone.example,192.0.2.1", "--auth-peer=10.2.0.2")
 	w.zone(w.server, far6, "192.0.2.77")
 	w.zone(w.server, "203.0.113.11", "192.0.2.88", "--address=/other.example/192.0.2.89")
 	w.listening(53)
+	if err := os.WriteFile(filepath.Join(w.dir, "stub.conf"), []byte("nameserver 127.0.0.53\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
 	w.start(w.config(second))
 	any53 := w.router.MeterMatch(`iifname "eth0" udp dport 53`, `iifname "eth0" tcp dport 53`)
 	dig := func(args string) string {
@@ -66,8 +70,49 @@ func TestQueriesAreAnswered(t *testing.T) {
 			t.Errorf("dig %s: %s, want %s", tt.args, out, tt.want)
 		}
 	}
+	w.loopbackIsAnswered(dig)
 	if n := any53.Packets(); n != 0 {
 		t.Errorf("%d packets to port 53 left by the uplink", n)
 	}
 	w.noLeak("queries")
+}
+
+// loopbackIsAnswered asks resolvers of the machine's loopback: one that is there,
+// also after it has gone, and where nobody is the host's.
+func (w *world) loopbackIsAnswered(dig func(string) string) {
+	w.t.Helper()
+	stub := w.zone(w.machine, "127.0.0.1", "192.0.2.66")
+	labtest.Eventually(w.t, 10*time.Second, func() bool {
+		c, err := w.machine.Dial("tcp", "127.0.0.1:53")
+		if err == nil {
+			c.Close()
+		}
+		return err == nil
+	}, "dnsmasq on loopback")
+	ask := func(args, want string) {
+		w.t.Helper()
+		if out := dig(args); !strings.Contains(out, want) {
+			w.t.Errorf("dig %s: %s, want %s", args, out, want)
+		}
+	}
+	ask("+short name.example @127.0.0.1", "192.0.2.66")
+	ask("+short +tcp name.example @127.0.0.1", "192.0.2.66")
+	ask("+short CH TXT version.bind @127.0.0.1", "\"dnsmasq-")
+	ask("+short +tcp CH TXT version.bind @127.0.0.1", "\"dnsmasq-")
+	if _, err := stub.Stop(); err != nil {
+		w.t.Logf("dnsmasq ended with %v", err)
+	}
+	ask("+short name.example @127.0.0.1", "192.0.2.66") // from the cache
+	ask("+short name.example @127.0.0.53", "192.0.2.88")
+	ask("+short +tcp name.example @127.0.0.53", "192.0.2.88")
+	ask("+short name.example @::1", "192.0.2.88")
+	if out, err := w.try(outside, "dig", "+tries=1", "+time=1", "name.example", "@127.0.0.53"); err == nil {
+		w.t.Errorf("outside: %s", out)
+	}
+	for _, program := range []string{"getent ahostsv4", "busybox nslookup -type=a"} {
+		script := "mount --bind " + filepath.Join(w.dir, "stub.conf") + " /etc/resolv.conf && " + program + " name.example"
+		if out, err := w.try(inside, "unshare", "-m", "sh", "-c", script); err != nil || !strings.Contains(out, "192.0.2.88") {
+			w.t.Errorf("%s: %v %s", program, err, out)
+		}
+	}
 }

@@ -1,0 +1,254 @@
+package dns
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"cgtun/flow"
+)
+
+// Listener answers the queries that processes of this namespace send to
+// resolvers on its loopback, which never come out of a tun: the nft table
+// gives them to the Listener's port, and leaves the address as it is.
+//
+// What is asked is any address of 127.0.0.0/8, so that the sockets are bound to
+// the device and answer from the address that was asked. What is not to be
+// answered goes on to the resolver that was meant.
+type Listener struct {
+	r          *Resolver
+	attachment string
+	packets    []*net.UDPConn // of IPv4, and of IPv6 where there is that
+	streams    []*net.TCPListener
+	port       uint16
+}
+
+// listenTries is how many ports are tried that are free for all sockets.
+const listenTries = 16
+
+// Listen opens the sockets in the namespace of the calling thread. Flows are
+// those of the attachment. Run closes the Listener, or Close.
+func (r *Resolver) Listen(attachment string) (*Listener, error) {
+	var err error
+	for range listenTries {
+		l := &Listener{r: r, attachment: attachment}
+		if err = l.open(); err == nil {
+			return l, nil
+		}
+		l.Close()
+	}
+	return nil, fmt.Errorf("listen for queries on loopback: %w", err)
+}
+
+func (l *Listener) open() error {
+	for _, network := range []string{"4", "6"} {
+		addr := map[string]string{"4": "0.0.0.0", "6": "::1"}[network]
+		at := net.JoinHostPort(addr, fmt.Sprint(l.port))
+		config := net.ListenConfig{Control: onLoopback}
+		config.SetMultipathTCP(false)
+		pc, err := config.ListenPacket(context.Background(), "udp"+network, at)
+		if err != nil {
+			if network == "6" && !errors.Is(err, unix.EADDRINUSE) {
+				return nil // a kernel without IPv6
+			}
+			return err
+		}
+		l.packets = append(l.packets, pc.(*net.UDPConn))
+		l.port = pc.LocalAddr().(*net.UDPAddr).AddrPort().Port()
+		ln, err := config.Listen(context.Background(), "tcp"+network, net.JoinHostPort(addr, fmt.Sprint(l.port)))
+		if err != nil {
+			return err
+		}
+		l.streams = append(l.streams, ln.(*net.TCPListener))
+	}
+	return nil
+}
+
+// onLoopback lets a socket hear of nothing but lo, and say which of its
+// addresses was asked (ip(7)).
+func onLoopback(network, _ string, c syscall.RawConn) error {
+	var failed error
+	err := c.Control(func(fd uintptr) {
+		failed = unix.BindToDevice(int(fd), "lo")
+		if network == "udp4" {
+			failed = errors.Join(failed, unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_PKTINFO, 1))
+		}
+	})
+	return errors.Join(err, failed)
+}
+
+// Port is that of all sockets.
+func (l *Listener) Port() uint16 { return l.port }
+
+// Close closes the sockets.
+func (l *Listener) Close() {
+	for _, c := range l.packets {
+		c.Close()
+	}
+	for _, c := range l.streams {
+		c.Close()
+	}
+}
+
+// Run answers until ctx ends, and closes the Listener. way says what the rules
+// say of upstreams on behalf of a client.
+func (l *Listener) Run(ctx context.Context, way func(context.Context, *flow.Flow) Way) error {
+	defer context.AfterFunc(ctx, l.Close)()
+	var all sync.WaitGroup
+	defer all.Wait()
+	defer l.Close()
+	for _, c := range l.packets {
+		all.Go(func() { l.servePackets(ctx, c, way) })
+	}
+	for _, ln := range l.streams {
+		all.Go(func() { l.serveStreams(ctx, ln, way) })
+	}
+	<-ctx.Done()
+	return nil
+}
+
+func (l *Listener) servePackets(ctx context.Context, c *net.UDPConn, way func(context.Context, *flow.Flow) Way) {
+	var waiting sync.WaitGroup
+	defer waiting.Wait()
+	buf, oob := make([]byte, maxQuestion), make([]byte, 128)
+	for {
+		n, m, _, from, err := c.ReadMsgUDPAddrPort(buf, oob)
+		switch {
+		case ctx.Err() != nil || errors.Is(err, net.ErrClosed):
+			return
+		case err != nil:
+			continue // an error of an earlier answer's
+		}
+		to := netip.IPv6Loopback()
+		if from.Addr().Unmap().Is4() {
+			if to = askedAddr(oob[:m]); !to.IsLoopback() {
+				continue
+			}
+		}
+		from = netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
+		f := flow.New(flow.UDP, from, netip.AddrPortFrom(to, port), l.attachment)
+		reply := func(b []byte) {
+			if b != nil {
+				_, _, _ = c.WriteMsgUDPAddrPort(b, answerFrom(to), from)
+			}
+		}
+		answer, wait, mine := l.r.Take(f, buf[:n], way(ctx, f))
+		switch {
+		case !mine:
+			msg := append([]byte(nil), buf[:n]...)
+			wait = func(ctx context.Context, reply func([]byte)) { l.passOn(ctx, f.Dst, msg, reply) }
+			if l.r.waiting.Add(1) > int64(l.r.opts.Waiting) {
+				l.r.waiting.Add(-1)
+				continue
+			}
+		case wait == nil:
+			reply(answer)
+			continue
+		}
+		waiting.Go(func() { wait(ctx, reply) })
+	}
+}
+
+// passOn brings one datagram to the resolver that was meant, and its answer back.
+func (l *Listener) passOn(ctx context.Context, to netip.AddrPort, msg []byte, reply func([]byte)) {
+	defer l.r.waiting.Add(-1)
+	c, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(to))
+	if err != nil {
+		return
+	}
+	defer c.Close()
+	defer context.AfterFunc(ctx, func() { c.Close() })()
+	_ = c.SetDeadline(time.Now().Add(giveUp))
+	if _, err := c.Write(msg); err != nil {
+		return
+	}
+	buf := make([]byte, maxMessage)
+	if n, err := c.Read(buf); err == nil {
+		reply(buf[:n])
+	}
+}
+
+// maxStreams bounds the connections at a time.
+const maxStreams = 256
+
+func (l *Listener) serveStreams(ctx context.Context, ln *net.TCPListener, way func(context.Context, *flow.Flow) Way) {
+	var serving sync.WaitGroup
+	defer serving.Wait()
+	room := make(chan struct{}, maxStreams)
+	for {
+		c, err := ln.AcceptTCP()
+		switch {
+		case ctx.Err() != nil || errors.Is(err, net.ErrClosed):
+			return
+		case err != nil:
+			time.Sleep(time.Second / 10) // out of descriptors
+			continue
+		}
+		select {
+		case room <- struct{}{}:
+		default:
+			c.Close()
+			l.r.counts.dropped.Add(1)
+			continue
+		}
+		serving.Go(func() {
+			defer func() { <-room }()
+			defer c.Close()
+			from, to := c.RemoteAddr().(*net.TCPAddr).AddrPort(), c.LocalAddr().(*net.TCPAddr).AddrPort()
+			f := flow.New(flow.TCP, netip.AddrPortFrom(from.Addr().Unmap(), from.Port()), netip.AddrPortFrom(to.Addr().Unmap(), port), l.attachment)
+			if read, pass := l.r.Serve(ctx, f, c, way(ctx, f)); pass && f.Dst.Addr().IsLoopback() {
+				l.splice(ctx, c, f.Dst, read)
+			}
+		})
+	}
+}
+
+// splice brings a connection to the resolver that was meant.
+func (l *Listener) splice(ctx context.Context, c *net.TCPConn, to netip.AddrPort, read []byte) {
+	var d net.Dialer
+	there, err := d.DialContext(ctx, "tcp", to.String())
+	if err != nil {
+		_ = c.SetLinger(0)
+		return
+	}
+	defer there.Close()
+	defer context.AfterFunc(ctx, func() { there.Close(); c.Close() })()
+	if _, err := there.Write(read); err != nil {
+		return
+	}
+	var both sync.WaitGroup
+	both.Go(func() { _, _ = io.Copy(there, c); _ = there.(*net.TCPConn).CloseWrite() })
+	both.Go(func() { _, _ = io.Copy(c, there); _ = c.CloseWrite() })
+	both.Wait()
+}
+
+// askedAddr is the address that a datagram was sent to.
+func askedAddr(oob []byte) netip.Addr {
+	all, err := unix.ParseSocketControlMessage(oob)
+	if err != nil {
+		return netip.Addr{}
+	}
+	for _, m := range all {
+		// struct in_pktinfo: the index, the local and the header's address.
+		if m.Header.Level == unix.SOL_IP && m.Header.Type == unix.IP_PKTINFO && len(m.Data) >= unix.SizeofInet4Pktinfo {
+			return netip.AddrFrom4([4]byte(m.Data[8:12]))
+		}
+	}
+	return netip.Addr{}
+}
+
+// answerFrom makes a datagram leave from an address, of IPv4.
+func answerFrom(a netip.Addr) []byte {
+	if a.Is6() {
+		return nil
+	}
+	return unix.PktInfo4(&unix.Inet4Pktinfo{Spec_dst: a.As4()})
+}
