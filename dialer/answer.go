@@ -168,5 +168,5 @@ func (a answer) err(known bool) error {
 	default:
 		why = flow.HostUnreachable
 	}
-	return &refusal{why, fmt.Sprintf("the answer is %d", a.status)}
+	return &refusal{reason: why, text: fmt.Sprintf("the answer is %d", a.status)}
 }

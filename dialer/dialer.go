@@ -104,13 +104,14 @@ type PacketConn struct {
 	Path []string
 	// Local is the address of this machine that the socket is bound to, which the
 	// kernel does not end it with; zero: to none.
-	Local netip.Addr
+	Local   netip.Addr
+	Sockets int // descriptors that it holds; 0: one
 }
 
 // Error is a failed dial.
 type Error struct {
 	Hop    string         // the outbound at which it failed
-	Op     string         // what was tried: "connect", "bind", "open", "configure", "resolve", "greet", "ask"
+	Op     string         // what was tried: "connect", "bind", "open", "configure", "resolve", "greet", "ask", "associate"
 	Addr   netip.AddrPort // with which; zero: no address was known yet
 	Reason flow.Reason
 	Err    error

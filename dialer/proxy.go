@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"cgtun/flow"
@@ -38,9 +39,11 @@ type protocol interface {
 type refusal struct {
 	reason flow.Reason
 	text   string
+	err    error // may be nil
 }
 
 func (e *refusal) Error() string           { return e.text }
+func (e *refusal) Unwrap() error           { return e.err }
 func (e *refusal) FlowReason() flow.Reason { return e.reason }
 
 // denied is that the proxy does not want us, whatever the target.
@@ -60,6 +63,7 @@ type Proxy struct {
 	protocol   protocol
 	names      bool // asked for names, where they are known
 	account    *lockout
+	without    atomic.Pointer[time.Time] // when it said that it has no datagrams
 }
 
 // NewProxy makes an outbound of any type but TypeDirect, whose server is reached
@@ -214,11 +218,6 @@ func (p *Proxy) reach(ctx context.Context) (*Conn, netip.AddrPort, error) {
 		return nil, addr, p.fail("greet", addr, err)
 	}
 	return &Conn{Conn: greeted, Path: p.path(c.Path)}, addr, nil
-}
-
-// OpenPackets implements Outbound.
-func (p *Proxy) OpenPackets(context.Context, Target) (*PacketConn, error) {
-	return nil, fmt.Errorf("outbound %q: carry datagrams: %w", p.name, errors.ErrUnsupported)
 }
 
 // during calls do with a conn that has the deadline of ctx and whose reads and

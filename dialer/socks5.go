@@ -21,7 +21,8 @@ const (
 
 	passwordVersion = 1
 
-	socksConnect = 1
+	socksConnect   = 1
+	socksAssociate = 3
 
 	socksV4   = 1
 	socksName = 3
@@ -229,20 +230,20 @@ func cutSocksAddr(b []byte) (a socksAddr, rest []byte, ok bool) {
 // socksReplies says what the reply codes mean, from 1 on (RFC 1928 §6). Proxies
 // tell by "TTL expired" that the target did not answer in time.
 var socksReplies = []refusal{
-	{flow.Unknown, "general failure"},
-	{flow.Prohibited, "not allowed by its rules"},
-	{flow.NetUnreachable, "network unreachable"},
-	{flow.HostUnreachable, "host unreachable"},
-	{flow.Refused, "connection refused"},
-	{flow.TimedOut, "TTL expired"},
-	{flow.Unknown, "it does not know the command"},
-	{flow.NetUnreachable, "it does not know that type of address"},
+	{flow.Unknown, "general failure", nil},
+	{flow.Prohibited, "not allowed by its rules", nil},
+	{flow.NetUnreachable, "network unreachable", nil},
+	{flow.HostUnreachable, "host unreachable", nil},
+	{flow.Refused, "connection refused", nil},
+	{flow.TimedOut, "TTL expired", nil},
+	{flow.Unknown, "it does not know the command", errors.ErrUnsupported},
+	{flow.NetUnreachable, "it does not know that type of address", nil},
 }
 
 func socksRefusal(code byte) error {
 	if int(code) <= len(socksReplies) {
 		r := socksReplies[code-1]
-		return &refusal{r.reason, "the proxy says: " + r.text}
+		return &refusal{r.reason, "the proxy says: " + r.text, r.err}
 	}
-	return &refusal{flow.Unknown, fmt.Sprintf("the proxy says: error %d", code)}
+	return &refusal{flow.Unknown, fmt.Sprintf("the proxy says: error %d", code), nil}
 }

@@ -18,24 +18,7 @@ import (
 // returns its address. The connection is closed when serve returns.
 func proxyServer(t *testing.T, serve func(c *net.TCPConn)) netip.AddrPort {
 	t.Helper()
-	l, err := net.Listen("tcp4", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			serve(c.(*net.TCPConn))
-			_ = c.Close()
-		}
-	}()
-	t.Cleanup(func() { _ = l.Close(); <-done })
-	return netip.MustParseAddrPort(l.Addr().String())
+	return newFakeProxy(t, serve).addr
 }
 
 // proxyTo makes an outbound "relay" of the type c has, whose server is addr.

@@ -130,6 +130,8 @@ type packetOut struct {
 	key  outKey
 	conn *dialer.PacketConn
 	dead atomic.Bool
+	// places are taken for its sockets.
+	places int
 
 	movable bool // there are other paths
 	silence silence
@@ -318,13 +320,14 @@ func (s *source) settle(ctx context.Context, p *peer, f *flow.Flow, now time.Tim
 	}
 	began := time.Now()
 	out, err := s.open(ctx, outbound.Outbound, f)
+	if errors.Is(err, errors.ErrUnsupported) {
+		p.notCarried(s.r, now)
+		return
+	}
 	if err != nil {
 		why := p.e.dialled(began, err)
 		p.tell, p.until = why, now.Add(failedFor)
-		switch {
-		case errors.Is(err, errors.ErrUnsupported):
-			why, p.tell = flow.Refused, flow.Refused // CONTRACT: what an outbound cannot carry
-		case f.Proto == flow.UDP && (why == flow.NetUnreachable || why == flow.HostUnreachable):
+		if f.Proto == flow.UDP && why != flow.Prohibited && why != flow.Canceled {
 			// Without cgtun sendto(2) would fail. Of the ICMP errors every
 			// socket hears of port-unreachable, and most of no other
 			// (udp_err of net/ipv4/udp.c).
@@ -348,6 +351,17 @@ func (p *peer) refuse(r *Router, v rules.Verdict, now time.Time) {
 	tell, why := r.refusal(v, p.e.flow.Proto)
 	p.tell, p.until = tell, now.Add(refusedFor)
 	p.e.end(why)
+}
+
+// notCarried ends the flow of a peer whose outbound cannot carry such datagrams:
+// the client is told at once, and no failure of the outbound's is counted.
+func (p *peer) notCarried(r *Router, now time.Time) {
+	r.counts.refused.Add(1)
+	p.tell, p.until = flow.Refused, now.Add(refusedFor)
+	if p.e.flow.Proto == flow.ICMP {
+		p.tell = flow.Prohibited
+	}
+	p.e.end(p.tell)
 }
 
 // open returns the socket of an outbound for the family of f's destination.
@@ -376,13 +390,20 @@ func (s *source) open(ctx context.Context, outbound dialer.Outbound, f *flow.Flo
 		return err
 	})
 	if err != nil {
-		s.r.giveSocket()
+		s.r.giveSockets(1)
 		return nil, err
 	}
 	if w := s.r.ways.find(outbound.Name()); w != nil {
 		w.dials.Add(1) // its time says nothing: nobody was asked
 	}
-	out = &packetOut{key: key, conn: conn, movable: movable(outbound)}
+	out = &packetOut{key: key, conn: conn, places: 1, movable: movable(outbound)}
+	for ; out.places < conn.Sockets; out.places++ {
+		if err := s.r.takeSocket(); err != nil {
+			s.r.giveSockets(out.places)
+			conn.Close()
+			return nil, err
+		}
+	}
 	s.mu.Lock()
 	s.outs[key] = out
 	s.mu.Unlock()
@@ -418,7 +439,7 @@ func (s *source) drop(out *packetOut, err error) {
 	}
 	s.mu.Unlock()
 	out.conn.Close()
-	s.r.giveSocket()
+	s.r.giveSockets(out.places)
 	s.r.log.Debug("datagram socket ended", "flow", s.client.Flow().ID, "outbound", out.key.outbound.Name(), "err", err)
 }
 

@@ -249,7 +249,7 @@ func TestRefusalsAreToldAndRememberedForAMoment(t *testing.T) {
 		{1, flow.Prohibited, "prohibited", 10 * time.Second},
 		{2, flow.Dropped, "dropped", 10 * time.Second},
 		{3, flow.Refused, "network unreachable", time.Second},
-		{4, flow.Refused, "refused", time.Second},
+		{4, flow.Refused, "refused", 10 * time.Second},
 		{5, flow.NetUnreachable, "network unreachable", 10 * time.Second},
 	}
 	for _, tt := range tests {

@@ -25,7 +25,7 @@ const (
 )
 
 // takeSocket takes a place for an outbound socket, or none and says why.
-// giveSocket gives it back.
+// giveSockets gives some back.
 func (r *Router) takeSocket() error {
 	if r.scarce.Load() {
 		return errNoMemory
@@ -40,8 +40,8 @@ func (r *Router) takeSocket() error {
 	return nil
 }
 
-func (r *Router) giveSocket() {
-	n, most := r.sockets.Add(-1), int64(r.opts.MaxSockets)
+func (r *Router) giveSockets(places int) {
+	n, most := r.sockets.Add(int64(-places)), int64(r.opts.MaxSockets)
 	if n < most-most/8 && r.full.Load() && r.full.Swap(false) {
 		r.log.Info("new flows are served again", "sockets", n)
 	}

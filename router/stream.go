@@ -44,7 +44,7 @@ type streamEnds struct {
 
 func (s *streamEnds) close(r *Router) {
 	if s.place {
-		defer r.giveSocket()
+		defer r.giveSockets(1)
 	}
 	if s.client != nil {
 		_ = s.client.Close()
