@@ -6,10 +6,12 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"cgtun/cgroupsel"
 	"cgtun/tun"
 )
 
@@ -17,10 +19,11 @@ import (
 // of its processes may come from, and what is reached without cgtun.
 type surroundings struct {
 	local     map[netip.Addr]struct{}
-	connected []netip.Prefix // sorted, without doubles
-	device    int            // the index of ours; 0: not there
-	down      bool           // ours is there, and somebody has set it down
-	behind    []netip.Prefix // routed to the selected interfaces
+	connected []netip.Prefix     // sorted, without doubles
+	device    int                // the index of ours; 0: not there
+	others    []cgroupsel.Device // but loopback and those of cgtun
+	down      bool               // ours is there, and somebody has set it down
+	behind    []netip.Prefix     // routed to the selected interfaces
 	// Whether the main table has a default route of the family.
 	default4, default6 bool
 }
@@ -48,6 +51,7 @@ func lookOnce(device string, interfaces []string) (*surroundings, error) {
 	}
 	s := &surroundings{local: map[netip.Addr]struct{}{}}
 	selected := map[int]bool{}
+	s.others = devicesIn(links)
 	for _, l := range links {
 		if l.Attrs().Name == device {
 			s.device, s.down = l.Attrs().Index, l.Attrs().Flags&net.FlagUp == 0
@@ -96,6 +100,19 @@ func lookOnce(device string, interfaces []string) (*surroundings, error) {
 	slices.SortFunc(s.connected, comparePrefix)
 	s.connected = slices.Compact(s.connected)
 	return s, nil
+}
+
+// devicesIn are those of links that packets can leave a namespace by: all but
+// loopback and the tuns of cgtun. Who may name a device cannot make it a tun.
+func devicesIn(links []netlink.Link) (devices []cgroupsel.Device) {
+	for _, l := range links {
+		a := l.Attrs()
+		ours := l.Type() == "tuntap" && strings.HasPrefix(a.Alias, tun.AliasPrefix)
+		if a.Flags&net.FlagLoopback == 0 && !ours {
+			devices = append(devices, cgroupsel.Device{Index: a.Index, Ethernet: a.EncapType == "ether"})
+		}
+	}
+	return devices
 }
 
 // whole says whether our device is as it was opened.

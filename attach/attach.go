@@ -68,8 +68,8 @@ type Route struct {
 }
 
 // Gate is what holds back the selected tasks of namespaces that are not attached
-// yet: *cgroupsel.Selector is one. For home only Admit is called, where a route
-// is closed.
+// yet: *cgroupsel.Selector is one. For home only GuardFrames is called, and Admit
+// where a route is closed.
 type Gate interface {
 	// Arm begins to hold back. It is called once, when what was there at the
 	// start is attached.
@@ -83,16 +83,21 @@ type Gate interface {
 	Deny(netns.Ref) error
 	// Forget says that a namespace is of no concern any more.
 	Forget(netns.Ref)
+	// GuardFrames keeps what selected tasks hand to devices themselves from
+	// these, which are all of a namespace, home too, but ours. all is the route
+	// that has everything inside, or cgroupsel.AnyCgroup.
+	GuardFrames(ns netns.Ref, all int, devices ...cgroupsel.Device) error
 }
 
 // noGate holds nobody back.
 type noGate struct{}
 
-func (noGate) Arm() error                                 { return nil }
-func (noGate) Admit(netns.Ref, cgroupsel.Admission) error { return nil }
-func (noGate) Doubt(netns.Ref) error                      { return nil }
-func (noGate) Deny(netns.Ref) error                       { return nil }
-func (noGate) Forget(netns.Ref)                           {}
+func (noGate) Arm() error                                            { return nil }
+func (noGate) Admit(netns.Ref, cgroupsel.Admission) error            { return nil }
+func (noGate) Doubt(netns.Ref) error                                 { return nil }
+func (noGate) Deny(netns.Ref) error                                  { return nil }
+func (noGate) Forget(netns.Ref)                                      {}
+func (noGate) GuardFrames(netns.Ref, int, ...cgroupsel.Device) error { return nil }
 
 // Options say what to attach.
 type Options struct {
@@ -359,14 +364,16 @@ func (m *Manager) Numbers() map[int]bool {
 	return numbers
 }
 
-// refuse lets a namespace that cannot be attached do what on_exit says.
-func (m *Manager) refuse(ns netns.Ref) {
+// refuse lets a namespace that cannot be attached do what on_exit says, and tells
+// whether it is open.
+func (m *Manager) refuse(ns netns.Ref) (open bool) {
 	if m.closed() {
-		return
+		return false
 	}
 	if err := m.opts.Gate.Admit(ns, cgroupsel.Admission{}); err != nil {
 		m.opts.Logger.Warn("a namespace that is not attached could not be admitted", "netns", ns.String(), "err", err)
 	}
+	return true
 }
 
 // closed says whether what cannot be attached stays shut.

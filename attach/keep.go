@@ -84,6 +84,7 @@ func (s *site) keep(ctx context.Context, begin func(*Attachment), served <-chan 
 		case <-again:
 			again, calmed = nil, time.After(calm)
 			if s.home() {
+				s.guardNew()
 				continue // who flushes loads anew, and is let
 			}
 			s.doubt()
@@ -281,6 +282,7 @@ func (s *site) applyOne(a *Attachment) error {
 		return errNoDevice
 	}
 	a.around.Store(around)
+	s.guardFrames(around.others)
 	if s.home() {
 		s.m.homeMoved(around)
 	} else if !s.named() && !around.default4 && !around.default6 {

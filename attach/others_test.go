@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -27,9 +28,10 @@ import (
 
 // gate notes what a Manager says to it.
 type gate struct {
-	mu    sync.Mutex
-	said  map[uint64]string // the last word on each namespace
-	order []string
+	mu     sync.Mutex
+	said   map[uint64]string // the last word on each namespace
+	order  []string
+	frames map[uint64]string
 }
 
 func (g *gate) note(ns netns.Ref, word string) error {
@@ -43,6 +45,32 @@ func (g *gate) note(ns netns.Ref, word string) error {
 	}
 	g.said[ns.Cookie()] = word
 	return nil
+}
+
+// GuardFrames keeps the names of the devices.
+func (g *gate) GuardFrames(ns netns.Ref, _ int, devices ...cgroupsel.Device) error {
+	return ns.Do(func() error {
+		var names []string
+		for _, d := range devices {
+			if dev, err := net.InterfaceByIndex(d.Index); err == nil && d.Ethernet {
+				names = append(names, dev.Name)
+			}
+		}
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		if g.frames == nil {
+			g.frames = map[uint64]string{}
+		}
+		g.frames[ns.Cookie()] = strings.Join(names, " ")
+		return nil
+	})
+}
+
+// guards are the devices whose frames are guarded.
+func (g *gate) guards(ns netns.Ref) string {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.frames[ns.Cookie()]
 }
 
 func (g *gate) Arm() error            { return nil }
@@ -466,4 +494,41 @@ func lostEvents(t *testing.T) (lost int) {
 		}
 	}
 	return lost
+}
+
+// The gate knows each device of home and of an attached namespace but loopback and
+// ours, from before the namespace is admitted, and those that come later.
+func TestDevicesAreGuarded(t *testing.T) {
+	atHome(t, func(t *testing.T) {
+		r, g := others(t, nil)
+		home, err := netns.Home()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := g.guards(home); got != "eth0" {
+			t.Errorf("at home: %q", got)
+		}
+		i := newInner(t, 1)
+		i.connect(1)
+		r.shows(i.namespace())
+		r.becomes(i, attach.StateUp, allInside, "admitted", g)
+		if got := g.guards(i.ref); got != "eth0" {
+			t.Errorf("inside: %q", got)
+		}
+		i.ip("link add late0 type veth peer name late1")
+		// Who is called as ours are is none of ours for that.
+		i.ip("link set late0 alias cgtun_101")
+		labtest.Eventually(t, soon, func() bool {
+			return len(strings.Fields(g.guards(home))) == 2 && len(strings.Fields(g.guards(i.ref))) == 3
+		}, "home %q, inside %q", g.guards(home), g.guards(i.ref))
+		i.ip("route del default")
+		i.ip("-6 route del default")
+		r.becomes(i, attach.StateOffline, "", "offline", g)
+		if got := g.guards(i.ref); got != "" {
+			t.Errorf("offline: %q", got)
+		}
+		if err := r.stop(); err != nil {
+			t.Error(err)
+		}
+	})
 }

@@ -71,6 +71,7 @@ type site struct {
 	admitted []int         // the devices that it was told last
 	lasted   time.Duration // for how long the last capture was in force
 	renewal  renewal       // of home's devices
+	guarded  guarding
 
 	mu       sync.Mutex
 	ns       netns.Ref             // the way in can be another one later
@@ -194,7 +195,9 @@ func (s *site) run(ctx context.Context) {
 				log.Error("a namespace with selected processes cannot be attached, trying on", "err", err, "on_exit_closed", s.m.closed())
 			}
 			s.set(StateFailed, err)
-			s.m.refuse(s.ref())
+			if s.m.refuse(s.ref()) {
+				s.guardFrames(nil)
+			}
 		}
 		if s.idles() {
 			return
@@ -246,11 +249,14 @@ func (s *site) judge() (online bool, err error) {
 	}
 	switch {
 	case s.named() || around.default4 || around.default6:
+		// Before anything else: also what cannot be attached is shut, if it is to be.
+		s.guardFrames(around.others)
 		return true, nil
 	case !s.running():
 		s.set(StateGated, nil)
 		return false, nil
 	}
+	s.guardFrames(nil)
 	s.set(StateOffline, nil)
 	return false, s.m.opts.Gate.Admit(s.ref(), cgroupsel.Admission{Offline: true})
 }

@@ -19,6 +19,8 @@ const (
 	FeatureHold      = "stopping a task in the kernel"
 	FeatureGate      = "egress gate at the root of cgroup2"
 	FeaturePin       = "pinned programs"
+	FeatureFrames    = "egress programs on devices"
+	FeatureOptions   = "socket option programs at the root of cgroup2"
 	// Without this one (6.13), who is held when cgtun is killed waits for its
 	// next start. It is too rare to be told of.
 	featureLetGo = "letting go in the kernel"
@@ -35,6 +37,8 @@ var facts = map[string]struct{ kernel, lost string }{
 	FeatureTasks:     {"5.15", "selected processes in other network namespaces than home and select.netns are not found: what they send is not captured"},
 	FeatureHold:      {"5.15", "a selected process can be earlier than the attachment of its network namespace: its first packets are dropped by the gate"},
 	FeaturePin:       {"5.8", "with on_exit = \"closed\" nothing is shut in other namespaces than home when cgtun is gone"},
+	FeatureFrames:    {"6.6", "selected processes with CAP_NET_RAW can send frames of their own (AF_PACKET) beside cgtun"},
+	FeatureOptions:   {"5.3", "selected processes with CAP_NET_RAW can send frames of their own (AF_PACKET with PACKET_QDISC_BYPASS, AF_XDP) beside cgtun"},
 	FeatureGate:      {"6.15", "what a selected process sends from a network namespace that is not attached is not dropped"},
 }
 

@@ -21,6 +21,16 @@ const ethIPv6 = 0xdd86
 // nothing else (RFC 4861, RFC 3810). Its first instruction is "shut"; the skb
 // is in R6.
 func bypassed() asm.Instructions {
+	return append(asm.Instructions{
+		asm.LoadMem(asm.R1, asm.R6, skbProtocol, asm.Word).WithSymbol("shut"),
+		asm.JNE.Imm(asm.R1, ethIPv6, "to v4"),
+	}, bypassedAt(0)...)
+}
+
+// bypassedAt is bypassed for a packet that begins at an offset of the skb: at "to
+// v6" for one of IPv6, at "to v4" for one of IPv4. With one that is not bypassed
+// it goes on behind its end or at "outward".
+func bypassedAt(begin int32) asm.Instructions {
 	load := func(label string, offset int32) asm.Instructions {
 		return asm.Instructions{
 			asm.Mov.Reg(asm.R1, asm.R6).WithSymbol(label),
@@ -34,11 +44,7 @@ func bypassed() asm.Instructions {
 			asm.LoadMem(asm.R2, asm.RFP, slotDst+1, asm.Byte),
 		}
 	}
-	ins := asm.Instructions{
-		asm.LoadMem(asm.R1, asm.R6, skbProtocol, asm.Word).WithSymbol("shut"),
-		asm.JNE.Imm(asm.R1, ethIPv6, "to v4"),
-	}
-	ins = append(ins, load("to v6", ip6Dst)...)
+	ins := load("to v6", begin+ip6Dst)
 	ins = append(ins,
 		asm.JEq.Imm(asm.R1, 0xff, "out"),
 		asm.JNE.Imm(asm.R1, 0xfe, "outward"),
@@ -46,7 +52,7 @@ func bypassed() asm.Instructions {
 		asm.JEq.Imm(asm.R2, 0x80, "out"),
 		asm.Ja.Label("outward"),
 	)
-	ins = append(ins, load("to v4", ip4Dst)...)
+	ins = append(ins, load("to v4", begin+ip4Dst)...)
 	return append(ins,
 		asm.LoadMem(asm.R3, asm.RFP, slotDst, asm.Word),
 		asm.JEq.Imm32(asm.R3, -1, "out"),

@@ -41,6 +41,8 @@ func TestMain(m *testing.M) {
 		err = helperSelect()
 	case "cookies":
 		err = helperCookies()
+	case "frames":
+		err = helperFrames()
 	case "checks":
 		err = helperChecks()
 	}

@@ -197,6 +197,7 @@ func (d *spaces) pin(instance string) error {
 	}
 	names := pinDirs(d.home, instance)
 	dir, fill := filepath.Join(p.dir, names[0]), filepath.Join(p.dir, names[1])
+	defer d.s.frames.lock()()
 	err = p.in(func() error {
 		if err := p.prepare(); err != nil {
 			return err
@@ -207,16 +208,22 @@ func (d *spaces) pin(instance string) error {
 		if err := os.Mkdir(fill, 0o700); err != nil {
 			return err
 		}
-		for name, all := range map[string]hooks{"cgroups": d.s.traces, "sockets": d.s.root.closed, "gate": d.arms.closed} {
+		for name, all := range map[string]hooks{"cgroups": d.s.traces, "sockets": d.s.root.closed, "options": d.s.options.closed, "gate": d.arms.closed} {
 			if err := all.pin(filepath.Join(fill, name)); err != nil {
 				return err
 			}
+		}
+		if err := d.s.frames.pin(fill); err != nil {
+			return err
 		}
 		if _, err := removePins(dir); err != nil {
 			return err
 		}
 		return os.Rename(fill, dir)
 	})
+	if err == nil {
+		d.s.frames.keep(func(f func(string) error) error { return p.in(func() error { return f(dir) }) })
+	}
 	if err != nil {
 		return fmt.Errorf("pin programs: %w", errors.Join(err, leavePlaces()))
 	}

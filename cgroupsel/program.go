@@ -25,6 +25,7 @@ const (
 	countFull    = iota // sel would not take another cgroup
 	countPath           // a path or id of a new cgroup could not be read
 	countMark           // SO_MARK was refused in connect
+	countFrame          // frames dropped, and ways around that refused
 	countEntries        // how many there are
 )
 

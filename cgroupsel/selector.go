@@ -99,6 +99,7 @@ type Counters struct {
 	Full    uint64 // new cgroups that MaxCgroups had no room for: uncaptured by BPF
 	Unread  uint64 // new or ended cgroups whose path or id could not be read
 	Refused uint64 // connects in which the mark could not be set
+	Frames  uint64 // frames of packet(7) that were kept from devices, and ways around that which were refused
 
 	GateDrops  uint64 // packets that the gate dropped
 	GuardDrops uint64 // packets with our mark that would have left by another interface than their tun
@@ -110,23 +111,25 @@ type Counters struct {
 
 // Selector selects cgroups from New to Close. It is safe for concurrent use.
 type Selector struct {
-	opts   Options
-	log    *slog.Logger
-	tree   *tree
-	ids    *idCache
-	names  *names
-	plain  []entry
-	pick   *picker
-	maps   *maps   // nil: no BPF at all
-	traces hooks   // the tracepoints
-	root   rooted  // the socket programs
-	spaces *spaces // nil: no namespaces are found
-	held   bool
-	types  func() (*btf.Spec, error) // the kernel's, read at the first call, as that takes some 75 ms; New alone asks
-	each   *each                     // nil: not used
-	full   atomic.Uint64             // Counters.Full, as Run last saw it
-	rivals map[[2]int]bool
-	every  time.Duration
+	opts    Options
+	log     *slog.Logger
+	tree    *tree
+	ids     *idCache
+	names   *names
+	plain   []entry
+	pick    *picker
+	maps    *maps   // nil: no BPF at all
+	traces  hooks   // the tracepoints
+	root    rooted  // the socket programs
+	options rooted  // the programs for socket options
+	frames  *frames // nil: no frames are kept from devices
+	spaces  *spaces // nil: no namespaces are found
+	held    bool
+	types   func() (*btf.Spec, error) // the kernel's, read at the first call, as that takes some 75 ms; New alone asks
+	each    *each                     // nil: not used
+	full    atomic.Uint64             // Counters.Full, as Run last saw it
+	rivals  map[[2]int]bool
+	every   time.Duration
 
 	mu       sync.Mutex
 	snapshot Snapshot
@@ -203,6 +206,8 @@ func (s *Selector) begin() error {
 	}
 	if traced && s.note(FeatureRoot, s.armRoot()) {
 		s.held = true
+		s.note(FeatureFrames, s.tryFrames())
+		s.note(FeatureOptions, s.armOptions())
 		s.spaces, refused = s.openSpaces()
 		s.note(FeatureTasks, refused)
 	} else {
@@ -288,7 +293,7 @@ func (s *Selector) Counters() Counters {
 		// An array map of a known size: only a closed one fails, as zero.
 		_ = s.maps.count.Lookup(uint32(i), &n[i])
 	}
-	all := Counters{Full: n[countFull], Unread: n[countPath], Refused: n[countMark]}
+	all := Counters{Full: n[countFull], Unread: n[countPath], Refused: n[countMark], Frames: n[countFrame]}
 	s.spaces.addTo(&all)
 	return all
 }
@@ -367,7 +372,7 @@ func (s *Selector) Close() error {
 	if s.spaces != nil {
 		errs = append(errs, s.spaces.close())
 	}
-	errs = append(errs, s.root.Close())
+	errs = append(errs, s.frames.Close(), s.options.Close(), s.root.Close())
 	if s.each != nil {
 		errs = append(errs, s.each.close())
 	}

@@ -29,9 +29,12 @@ type Options struct {
 	Yield bool
 }
 
+// AliasPrefix begins the alias of each device of cgtun.
+const AliasPrefix = "cgtun_"
+
 // Alias is the device alias (ip-link(8)) that tells a device of the route with
 // this table from all others.
-func Alias(table uint32) string { return "cgtun_" + strconv.FormatUint(uint64(table), 10) }
+func Alias(table uint32) string { return AliasPrefix + strconv.FormatUint(uint64(table), 10) }
 
 // TakenError says that the machine already uses what the device would need.
 // Nothing was changed.

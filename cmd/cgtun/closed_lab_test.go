@@ -29,6 +29,7 @@ func (w *world) blocked(when string) {
 				w.t.Errorf("%s: %s to %s was answered: %+v", when, network, far, a)
 			}
 		}
+		w.probeOutput(inside, probe{Do: "frames", Device: "eth0", To: far})
 	}
 	w.noLeak(when)
 	// A datagram: nothing of it is under way after its answer, as the end of a

@@ -1,0 +1,305 @@
+package cgroupsel
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+
+	"cgtun/internal/netns"
+)
+
+// # Theory of operation: frames
+//
+// A socket of packet(7) hands whole frames to a device. They pass neither the
+// tables of the firewall nor the gate, so a process with CAP_NET_RAW, which
+// docker gives to all, would go around everything by it. A program at the
+// egress of each device (tcx) drops what such sockets of selected cgroups send,
+// but for ARP and what is bypassed in every namespace.
+//
+// PACKET_QDISC_BYPASS and AF_XDP go around that program, too. Both have to be
+// asked for by setsockopt(2), which a program at the root of cgroup2 refuses to
+// selected processes. The kernel does not ask it where the call is one of a
+// 32-bit program: that is open.
+//
+// The devices of a namespace are the caller's to tell, the newest list each
+// time. The links do not keep a namespace alive. Those of closed selections are
+// pinned with the rest of what outlives us (pin.go), from Arm on.
+
+// Device is one that is not ours, of some namespace.
+type Device struct {
+	Index    int
+	Ethernet bool // its frames begin with an Ethernet header
+}
+
+// AnyCgroup says that not the namespace but the cgroup of a sender decides who
+// is selected.
+const AnyCgroup = -1
+
+// frames are the programs on devices.
+type frames struct {
+	m    *maps
+	exit [2][]int32 // open and closed selections
+
+	mu       sync.Mutex
+	programs map[frameKind]*ebpf.Program
+	on       map[uint64]map[Device]*framed // by cookie of the namespace
+	pins     func(func(dir string) error) error
+}
+
+// frameKind is what tells programs apart.
+type frameKind struct {
+	ethernet bool
+	all      int // AnyCgroup, or the selection that has all of the namespace
+	closed   bool
+}
+
+// framed is what is attached to a device.
+type framed struct {
+	all          int
+	open, closed link.Link // nil: there are no such selections
+	pinned       string    // the name of closed's pin
+}
+
+// tryFrames attaches a program to loopback for a moment.
+func (s *Selector) tryFrames() error {
+	if err := s.allowed(FeatureFrames); err != nil {
+		return err
+	}
+	f := &frames{m: s.maps, programs: make(map[frameKind]*ebpf.Program), on: make(map[uint64]map[Device]*framed)}
+	f.exit[0], f.exit[1] = s.opts.byExit()
+	lk, err := f.attach(frameKind{ethernet: true, all: AnyCgroup}, loopback)
+	if err == nil {
+		err = lk.Close()
+	}
+	if err != nil {
+		return errors.Join(err, f.Close())
+	}
+	s.frames = f
+	return nil
+}
+
+// armOptions refuses selected processes the ways around the programs on devices.
+func (s *Selector) armOptions() error {
+	err := s.allowed(FeatureOptions)
+	if err == nil {
+		s.options, err = s.attachRoot(func(others []int32) []*ebpf.ProgramSpec {
+			return []*ebpf.ProgramSpec{optionProgram(s.maps, bySel(s.maps, others))}
+		})
+	}
+	return err
+}
+
+// GuardFrames keeps what selected processes hand to devices themselves from
+// these devices of a namespace, and from no others in it any more. all is the
+// selection that has everything inside, or AnyCgroup. What fails for one device
+// is no obstacle for the others.
+func (s *Selector) GuardFrames(ns netns.Ref, all int, devices ...Device) error {
+	f := s.frames
+	if f == nil {
+		return nil
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	wanted := make(map[Device]bool, len(devices))
+	for _, d := range devices {
+		wanted[d] = true
+	}
+	there := f.on[ns.Cookie()]
+	if there == nil {
+		there = make(map[Device]*framed)
+		f.on[ns.Cookie()] = there
+	}
+	var errs []error
+	for d, on := range there {
+		if !wanted[d] || on.all != all {
+			errs = append(errs, f.drop(on))
+			delete(there, d)
+		}
+	}
+	var missing []Device
+	for d := range wanted {
+		if there[d] == nil {
+			missing = append(missing, d)
+		}
+	}
+	if len(missing) == 0 {
+		return errors.Join(errs...)
+	}
+	err := ns.Do(func() error {
+		var errs []error
+		for _, d := range missing {
+			on, err := f.guard(ns.Cookie(), d, all)
+			if errors.Is(err, unix.ENODEV) {
+				continue // gone meanwhile
+			}
+			if err != nil {
+				errs = append(errs, fmt.Errorf("guard device %d in %s: %w", d.Index, ns, err))
+				continue
+			}
+			there[d] = on
+		}
+		return errors.Join(errs...)
+	})
+	return errors.Join(append(errs, err)...)
+}
+
+// guard attaches to a device of the namespace it runs in.
+func (f *frames) guard(cookie uint64, d Device, all int) (_ *framed, err error) {
+	on := &framed{all: all, pinned: fmt.Sprintf("frames%d_%d", cookie, d.Index)}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, f.drop(on))
+		}
+	}()
+	if f.has(false, all) {
+		if on.open, err = f.attach(frameKind{d.Ethernet, all, false}, d.Index); err != nil {
+			return nil, err
+		}
+	}
+	if f.has(true, all) {
+		if on.closed, err = f.attach(frameKind{d.Ethernet, all, true}, d.Index); err != nil {
+			return nil, err
+		}
+		if f.pins != nil {
+			err = f.pins(func(dir string) error { return on.closed.Pin(filepath.Join(dir, on.pinned)) })
+		}
+	}
+	return on, err
+}
+
+// has says whether there is a selection of this kind for a namespace.
+func (f *frames) has(closed bool, all int) bool {
+	which := f.exit[0]
+	if closed {
+		which = f.exit[1]
+	}
+	for _, one := range which {
+		if all == AnyCgroup || int(one) == all {
+			return true
+		}
+	}
+	return false
+}
+
+// attach puts our program before those of others: what they let pass they do
+// not let pass for us.
+func (f *frames) attach(kind frameKind, device int) (link.Link, error) {
+	p := f.programs[kind]
+	if p == nil {
+		others := f.exit[1]
+		if kind.closed {
+			others = f.exit[0]
+		}
+		var err error
+		if p, err = ebpf.NewProgram(frameProgram(f.m, kind, others)); err != nil {
+			return nil, fmt.Errorf("load cgtun_frames: %w", err)
+		}
+		f.programs[kind] = p
+	}
+	lk, err := link.AttachTCX(link.TCXOptions{Interface: device, Program: p, Attach: ebpf.AttachTCXEgress, Anchor: link.Head()})
+	if err != nil {
+		return nil, fmt.Errorf("attach cgtun_frames: %w", err)
+	}
+	return lk, nil
+}
+
+// drop lets a device go, and its pin.
+func (f *frames) drop(on *framed) error {
+	var errs []error
+	for _, lk := range []link.Link{on.open, on.closed} {
+		if lk != nil {
+			errs = append(errs, lk.Close())
+		}
+	}
+	if on.closed != nil && f.pins != nil {
+		errs = append(errs, f.pins(func(dir string) error {
+			err := os.Remove(filepath.Join(dir, on.pinned))
+			if errors.Is(err, os.ErrNotExist) {
+				return nil
+			}
+			return err
+		}))
+	}
+	return errors.Join(errs...)
+}
+
+// forget lets all devices of a namespace go.
+func (f *frames) forget(cookie uint64) error {
+	if f == nil {
+		return nil
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var errs []error
+	for _, on := range f.on[cookie] {
+		errs = append(errs, f.drop(on))
+	}
+	delete(f.on, cookie)
+	return errors.Join(errs...)
+}
+
+// pin pins what is attached for closed selections in a directory. It wants f.mu.
+func (f *frames) pin(dir string) error {
+	if f == nil {
+		return nil
+	}
+	for _, devices := range f.on {
+		for _, on := range devices {
+			if on.closed == nil {
+				continue
+			}
+			if err := on.closed.Pin(filepath.Join(dir, on.pinned)); err != nil {
+				return fmt.Errorf("pin %s: %w", on.pinned, err)
+			}
+		}
+	}
+	return nil
+}
+
+// lock keeps all as it is until the function that it returns is called.
+func (f *frames) lock() (unlock func()) {
+	if f == nil {
+		return func() {}
+	}
+	f.mu.Lock()
+	return f.mu.Unlock
+}
+
+// keep says how the directory is reached in which all is pinned now, and what
+// comes later is to be. It wants f.mu.
+func (f *frames) keep(pins func(func(dir string) error) error) {
+	if f != nil {
+		f.pins = pins
+	}
+}
+
+// Close lets all go; what is pinned stays.
+func (f *frames) Close() error {
+	if f == nil {
+		return nil
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var all []io.Closer
+	for _, devices := range f.on {
+		for _, on := range devices {
+			for _, lk := range []link.Link{on.open, on.closed} {
+				if lk != nil {
+					all = append(all, lk)
+				}
+			}
+		}
+	}
+	for _, p := range f.programs {
+		all = append(all, p)
+	}
+	f.on, f.programs = nil, nil
+	return hooks(all).Close()
+}
