@@ -35,20 +35,13 @@ func (s *Selector) trace() error {
 	if err := s.fillMarks(prefix); err != nil {
 		return err
 	}
+	s.prefix = prefix
 	reals := make([]string, 0, len(s.plain))
 	for _, e := range s.plain {
-		real := path.Join("/", prefix, e.path)
-		if len(real) > maxPathLen {
-			return fmt.Errorf("select %s: its path from the real root, %s, is longer than %d bytes", e.path, real, maxPathLen)
+		if err := s.putPath(e); err != nil {
+			return err
 		}
-		key := newTrieKey(real)
-		v := pathValue{Value: s.opts.value(e.selection), Bits: key.Bits}
-		v.Value.Flags |= flagPlain
-		copy(v.Instance[:], s.opts.Instance)
-		if err := s.maps.paths.Put(key, v); err != nil {
-			return fmt.Errorf("select %s: %w", e.path, err)
-		}
-		reals = append(reals, real)
+		reals = append(reals, s.real(e.path))
 	}
 	there, err := s.there()
 	if err != nil {
@@ -59,6 +52,25 @@ func (s *Selector) trace() error {
 	}
 	s.traces, err = attachTracepoints(s.maps, l)
 	return err
+}
+
+// real is a path from the real root of cgroup2.
+func (s *Selector) real(name string) string { return path.Join("/", s.prefix, name) }
+
+// putPath has the program at cgroup_mkdir select a path.
+func (s *Selector) putPath(e entry) error {
+	real := s.real(e.path)
+	if len(real) > maxPathLen {
+		return fmt.Errorf("select %s: its path from the real root, %s, is longer than %d bytes", e.path, real, maxPathLen)
+	}
+	key := newTrieKey(real)
+	v := pathValue{Value: s.opts.value(e.selection), Bits: key.Bits}
+	v.Value.Flags |= flagPlain
+	copy(v.Instance[:], s.opts.Instance)
+	if err := s.maps.paths.Put(key, v); err != nil {
+		return fmt.Errorf("select %s: %w", e.path, err)
+	}
+	return nil
 }
 
 // there lists the selected cgroups that exist, by id.
@@ -95,7 +107,7 @@ func (s *Selector) fillMarks(prefix string) error {
 // fill selects the cgroups that are older than the tracepoints.
 func (s *Selector) fill() error {
 	return s.explore(true, func(at spot, dir *os.File) error {
-		if at.selection == none {
+		if at.selection == none || s.isOwn(at.path) {
 			return nil
 		}
 		return s.fillOne(at, dir)

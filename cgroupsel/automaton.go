@@ -46,14 +46,20 @@ type wish struct {
 }
 
 // edge leads from a node to another by the bytes of a class; all: by every
-// byte but a slash, and by that too if slash is set.
+// byte but a slash, and by that too if slash is set; digit: by those of ids.
 type edge struct {
 	b          byte
 	all, slash bool
+	digit      bool
 	to         int
 }
 
+func isDigit(b byte) bool { return '0' <= b && b <= '9' || 'a' <= b && b <= 'z' }
+
 func (e edge) takes(b byte) bool {
+	if e.digit {
+		return isDigit(b)
+	}
 	if !e.all {
 		return e.b == b
 	}
@@ -93,6 +99,10 @@ func (g *graph) add(from int, t token) int {
 	to := g.node()
 	if t.kind == literal {
 		g.edge(from, edge{b: t.b, to: to})
+		return to
+	}
+	if t.kind == digit {
+		g.edge(from, edge{digit: true, to: to})
 		return to
 	}
 	g.leap(from, to)
@@ -160,27 +170,37 @@ func compile(prefix string, wishes []wish) (*automaton, error) {
 	return a, nil
 }
 
-// classes gives each byte that some edge names a class of its own, and one to
-// all the others; it returns one byte of each class, behind the column of
-// labels.
+// classes gives each byte that some edge names a class of its own, one to the
+// digits of ids that are left, where an edge has those, and one to all the
+// others; it returns one byte of each class, behind the column of labels.
 func (g *graph) classes(t *table) []byte {
 	columns := []byte{0, 0} // a path has no NUL: it stands for the others
 	for b := range t.Class {
 		t.Class[b] = 1
 	}
-	own := [classBytes]bool{'/': true}
+	own, digits := [classBytes]bool{'/': true}, false
 	for _, edges := range g.edges {
 		for _, e := range edges {
-			if !e.all {
+			digits = digits || e.digit
+			if !e.all && !e.digit {
 				own[e.b] = true
 			}
 		}
 	}
+	rest := uint8(0) // the class of digits that are left
 	for b, is := range own {
-		if is {
-			t.Class[b] = uint8(len(columns))
-			columns = append(columns, byte(b))
+		switch {
+		case is:
+		case !digits || !isDigit(byte(b)):
+			continue
+		case rest != 0:
+			t.Class[b] = rest
+			continue
+		default:
+			rest = uint8(len(columns))
 		}
+		t.Class[b] = uint8(len(columns))
+		columns = append(columns, byte(b))
 	}
 	return columns
 }

@@ -83,7 +83,7 @@ func (c *Config) Validate(bad func(key, what string)) {
 		}
 	}
 	if !broken {
-		if _, err := newPicker(Options{Selections: []Selection{{Cgroups: c.Cgroups}}}); err != nil {
+		if _, err := newPicker(Options{Selections: []Selection{{Cgroups: c.Cgroups}}, Follows: c.Docker != DockerOff}); err != nil {
 			bad("cgroups", err.Error())
 		}
 	}

@@ -122,3 +122,21 @@ func MakeAgain(path, instance string) ([]string, error) {
 	defer t.close()
 	return t.make(path, instance)
 }
+
+// PickedFollowing is Picked with what is followed from the start.
+func PickedFollowing(o Options, name string) (selection int, top string, err error) {
+	p, err := newPicker(o)
+	if err != nil {
+		return none, "", err
+	}
+	owners := nobody
+	for _, f := range o.Followed {
+		for way, on := range [wayCount]bool{f.Containers, f.Steps} {
+			if on {
+				owners[way] = f.Selection
+			}
+		}
+	}
+	at := p.with(nil, owners).find(name)
+	return at.selection, at.top, nil
+}

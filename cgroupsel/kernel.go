@@ -35,7 +35,7 @@ func newMaps(cgroups int) (*maps, error) {
 		// memory and never fails for want of it.
 		{&m.sel, ebpf.MapSpec{Name: selMap, Type: ebpf.Hash, KeySize: 8, ValueSize: valueBytes, MaxEntries: uint32(cgroups)}},
 		{&m.paths, ebpf.MapSpec{Name: pathsMap, Type: ebpf.LPMTrie, KeySize: 4 + pathBytes, ValueSize: pathValueBytes, MaxEntries: maxPaths, Flags: noPrealloc}},
-		{&m.marks, ebpf.MapSpec{Name: "cgtun_marks", Type: ebpf.Array, KeySize: 4, ValueSize: valueBytes, MaxEntries: maxSelections}},
+		{&m.marks, ebpf.MapSpec{Name: "cgtun_marks", Type: ebpf.Array, KeySize: 4, ValueSize: valueBytes, MaxEntries: maxSelections + wayCount}},
 		{&m.news, ebpf.MapSpec{Name: "cgtun_news", Type: ebpf.RingBuf, MaxEntries: newsBytes}},
 		{&m.senders, ebpf.MapSpec{Name: "cgtun_senders", Type: ebpf.LRUHash, KeySize: 8, ValueSize: senderBytes, MaxEntries: maxSenders}},
 		{&m.scratch, ebpf.MapSpec{Name: "cgtun_scratch", Type: ebpf.PerCPUArray, KeySize: 4, ValueSize: 8 + pathBytes, MaxEntries: 1}},

@@ -178,7 +178,11 @@ func prefer(m *maps) asm.Instructions {
 		asm.StoreMem(asm.RFP, slotIndex, asm.R6, asm.Word).WithSymbol("value"),
 	}
 	ins = append(ins, mapCall(m.marks.FD(), slotIndex, asm.FnMapLookupElem)...)
-	ins = append(ins, asm.JEq.Imm(asm.R0, 0, "plain"))
+	ins = append(ins,
+		asm.JEq.Imm(asm.R0, 0, "plain"),
+		asm.LoadMem(asm.R1, asm.R0, valueMask, asm.Word),
+		asm.JEq.Imm(asm.R1, 0, "plain"), // a way that is followed for nobody
+	)
 	ins = append(ins, copyValue()...)
 	return append(ins,
 		asm.LoadMem(asm.R1, asm.RFP, slotValue+valueFlags, asm.Word),

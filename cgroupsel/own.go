@@ -20,8 +20,8 @@ func (s *Selector) Self() (Cgroup, bool) {
 	if !self.Present || self.Level == 0 {
 		return Cgroup{}, false
 	}
-	at := s.pick.find(self.Path)
-	return self, moved || at.selection == none && !s.pick.mayBegin(at)
+	at := s.picker().find(self.Path)
+	return self, moved || at.selection == none && !s.picker().mayBegin(at)
 }
 
 // stepOut finds our own cgroup. If it is selected, or namespaces are, this
@@ -71,6 +71,13 @@ func (s *Selector) makeOwn(own string) error {
 		return fmt.Errorf("make own cgroup: %s is there and is not of instance %s; remove it", own, s.opts.Instance)
 	}
 	return nil
+}
+
+// isOwn says whether a path is the cgroup that this process moved to.
+func (s *Selector) isOwn(name string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.home != "" && name == s.self.Path
 }
 
 func (s *Selector) setSelf(c Cgroup, home string) {

@@ -10,6 +10,7 @@ type kind uint8
 
 const (
 	literal    kind = iota // one byte
+	digit                  // of an id: 0-9, a-z
 	inside                 // *: any bytes of one component
 	across                 // **: any bytes
 	components             // "**/" where a component begins: whole components, maybe none

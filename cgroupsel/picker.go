@@ -1,6 +1,7 @@
 package cgroupsel
 
 import (
+	gomaps "maps"
 	"os"
 	"path"
 	"strings"
@@ -11,9 +12,11 @@ import (
 // has a cgroup; where there is none, the first selection of those with a glob
 // or unit that matches, here or above. It is immutable.
 type picker struct {
-	plain map[string]int  // path → selection
-	above map[string]bool // what has a plain path below it
-	globs *automaton      // nil: none
+	plain    map[string]int  // path → selection
+	above    map[string]bool // what has a plain path below it
+	globs    *automaton      // nil: none
+	labels   int             // those of the automaton below it are selections
+	followed [wayCount]int   // of those from there on, whose they are now; or none
 }
 
 // none is the selection of what is not selected.
@@ -33,15 +36,8 @@ type spot struct {
 
 // newPicker makes a picker of the entries of all selections.
 func newPicker(o Options) (*picker, error) {
-	p := &picker{plain: make(map[string]int), above: make(map[string]bool)}
-	for _, e := range o.plain() {
-		if _, ok := p.plain[e.path]; !ok {
-			p.plain[e.path] = e.selection
-		}
-		for _, a := range lineage(e.path) {
-			p.above[path.Dir(a)] = true
-		}
-	}
+	p := &picker{plain: make(map[string]int), above: make(map[string]bool), labels: len(o.Selections), followed: nobody}
+	p.add(o.plain())
 	wishes := o.wishes()
 	if len(wishes) == 0 {
 		return p, nil
@@ -49,6 +45,34 @@ func newPicker(o Options) (*picker, error) {
 	var err error
 	p.globs, err = compile("", wishes)
 	return p, err
+}
+
+// add takes plain paths in; who has one already keeps it.
+func (p *picker) add(entries []entry) {
+	for _, e := range entries {
+		if _, ok := p.plain[e.path]; !ok {
+			p.plain[e.path] = e.selection
+		}
+		for _, a := range lineage(e.path) {
+			p.above[path.Dir(a)] = true
+		}
+	}
+}
+
+// with is a picker that has more.
+func (p *picker) with(entries []entry, followed [wayCount]int) *picker {
+	more := *p
+	more.plain, more.above, more.followed = gomaps.Clone(p.plain), gomaps.Clone(p.above), followed
+	more.add(entries)
+	return &more
+}
+
+// owner is the selection of what the automaton matched, or none.
+func (p *picker) owner(label int) int {
+	if label < p.labels {
+		return label
+	}
+	return p.followed[label-p.labels]
 }
 
 func (p *picker) root() spot {
@@ -65,10 +89,11 @@ func (p *picker) root() spot {
 // child goes down to a child.
 func (p *picker) child(s spot, name string) spot {
 	s.path, s.rival = path.Join(s.path, name), none
-	glob := none
+	label, glob := none, none
 	if p.globs != nil {
 		s.row = p.globs.run(s.row, "/"+name)
-		glob = p.globs.match(s.row)
+		label = p.globs.match(s.row)
+		glob = p.owner(label)
 	}
 	if selection, ok := p.plain[s.path]; ok {
 		s.selection, s.top, s.plain = selection, s.path, true
@@ -78,7 +103,7 @@ func (p *picker) child(s spot, name string) spot {
 	case glob == none || glob == s.selection:
 	case s.selection == none:
 		s.selection, s.top = glob, s.path
-	case glob < s.selection && !s.plain:
+	case label < s.selection && !s.plain:
 		s.selection, s.top, s.rival = glob, s.path, s.selection
 	default:
 		s.rival = glob
@@ -87,46 +112,28 @@ func (p *picker) child(s spot, name string) spot {
 }
 
 // mayBegin tells whether a selection can begin below.
-func (p *picker) mayBegin(s spot) bool { return s.row != 0 || p.above[s.path] }
+func (p *picker) mayBegin(s spot) bool {
+	return p.above[s.path] || s.row != 0 && p.globs.run(s.row, "/") != 0
+}
+
+// explorer walks the tree as explore says.
+type explorer struct {
+	tree  *tree
+	pick  *picker
+	all   bool
+	visit func(spot, *os.File) error
+}
 
 // explore calls visit for cgroups, parents first: for those where a selection
 // begins or may begin below, and with all for everything that is selected.
 // What disappears meanwhile is passed over.
 func (s *Selector) explore(all bool, visit func(spot, *os.File) error) error {
-	root := s.pick.root()
-	dir, err := s.tree.dir(root.path)
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	return s.exploreAt(root, dir, all, visit)
+	e := explorer{tree: s.tree, pick: s.picker(), all: all, visit: visit}
+	return e.child(e.pick.root())
 }
 
-func (s *Selector) exploreAt(at spot, dir *os.File, all bool, visit func(spot, *os.File) error) error {
-	if err := visit(at, dir); err != nil {
-		return err
-	}
-	if !s.pick.mayBegin(at) && !(all && at.selection != none) {
-		return nil
-	}
-	names, err := children(dir)
-	if err != nil {
-		return err
-	}
-	for _, name := range names {
-		below := s.pick.child(at, name)
-		if below.selection == none && !s.pick.mayBegin(below) {
-			continue
-		}
-		if err := s.exploreChild(below, all, visit); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func (s *Selector) exploreChild(at spot, all bool, visit func(spot, *os.File) error) error {
-	dir, err := s.tree.dir(at.path)
+func (e *explorer) child(at spot) error {
+	dir, err := e.tree.dir(at.path)
 	if gone(err) {
 		return nil
 	}
@@ -134,7 +141,26 @@ func (s *Selector) exploreChild(at spot, all bool, visit func(spot, *os.File) er
 		return err
 	}
 	defer dir.Close()
-	return s.exploreAt(at, dir, all, visit)
+	if err := e.visit(at, dir); err != nil {
+		return err
+	}
+	if !e.pick.mayBegin(at) && !(e.all && at.selection != none) {
+		return nil
+	}
+	names, err := children(dir)
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		below := e.pick.child(at, name)
+		if below.selection == none && !e.pick.mayBegin(below) {
+			continue
+		}
+		if err := e.child(below); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // find goes down to a path.

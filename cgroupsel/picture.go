@@ -14,7 +14,7 @@ func (s *Selector) resolve(w *watcher, afresh bool) bool {
 	s.names.resolve(afresh)
 	var tops []Cgroup
 	if s.held && s.each == nil {
-		w.follow(s.tree, s.plain)
+		w.follow(s.tree, slices.Concat(s.plain, s.picked.Load().entries))
 		tops = s.listed()
 	} else {
 		tops = s.walked(w)
@@ -56,7 +56,14 @@ func (s *Selector) withPlain(tops []Cgroup) []Cgroup {
 		c, _ := s.newest(e.path, e.selection)
 		all = append(all, c)
 	}
-	tops = slices.DeleteFunc(tops, func(c Cgroup) bool { _, plain := s.pick.plain[c.Path]; return plain })
+	pick := s.picked.Load()
+	tops = slices.DeleteFunc(tops, func(c Cgroup) bool { _, plain := pick.plain[c.Path]; return plain })
+	for _, e := range pick.entries {
+		if c, err := s.newest(e.path, e.selection); err == nil {
+			c.Followed = true
+			tops = append(tops, c)
+		}
+	}
 	slices.SortFunc(tops, func(a, b Cgroup) int { return cmp.Compare(a.Path, b.Path) })
 	return append(all, tops...)
 }
@@ -70,7 +77,7 @@ func (s *Selector) newest(name string, selection int) (Cgroup, error) {
 // listed reads from the map where selections by globs and units begin. The
 // entry of a cgroup that was removed stays as long as a socket of it.
 func (s *Selector) listed() []Cgroup {
-	if s.pick.globs == nil {
+	if s.picker().globs == nil {
 		return nil
 	}
 	var tops []Cgroup
@@ -84,7 +91,7 @@ func (s *Selector) listed() []Cgroup {
 		if !ok {
 			continue
 		}
-		at := s.pick.find(name)
+		at := s.picker().find(name)
 		s.warnOfRival(at)
 		if v.Flags&flagTop == 0 {
 			continue
@@ -101,7 +108,7 @@ func (s *Selector) walked(w *watcher) []Cgroup {
 	var tops []Cgroup
 	there := make(map[string]bool)
 	err := s.explore(false, func(at spot, dir *os.File) error {
-		if s.pick.mayBegin(at) {
+		if s.picker().mayBegin(at) {
 			w.add(dir)
 		}
 		s.warnOfRival(at)

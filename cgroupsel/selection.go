@@ -66,6 +66,11 @@ func (o Options) wishes() []wish {
 			}
 		}
 	}
+	if o.Follows {
+		for i, w := range ways {
+			all = append(all, wish{w, len(o.Selections) + i})
+		}
+	}
 	return all
 }
 

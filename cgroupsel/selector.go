@@ -48,7 +48,11 @@ type Options struct {
 	// of one and the same cgroup (0 is 256). on_exit decides about those above:
 	// they have Namespace.Excess, and are in Counters.Excess.
 	MaxNamespaces, MaxPerCgroup int
-	Logger                      *slog.Logger // nil: silent
+	// Follows: Follow will be called. Followed is with what it begins; what of it
+	// another instance selects is left out, and said.
+	Follows  bool
+	Followed []Followed
+	Logger   *slog.Logger // nil: silent
 	// Without names features that are not to be used, as if the kernel
 	// refused them: for tests, and to rule one out.
 	Without []string
@@ -62,6 +66,7 @@ type Cgroup struct {
 	Selection int    // whose it is: an index of Options.Selections
 	Present   bool
 	Held      bool // made again, it is selected before a process can be in it
+	Followed  bool // by Follow; then it is there
 }
 
 // Namespace is a network namespace that needs an attachment, or would but for
@@ -117,19 +122,23 @@ type Selector struct {
 	ids     *idCache
 	names   *names
 	plain   []entry
-	pick    *picker
-	maps    *maps   // nil: no BPF at all
-	traces  hooks   // the tracepoints
-	root    rooted  // the socket programs
-	options rooted  // the programs for socket options
-	frames  *frames // nil: no frames are kept from devices
-	spaces  *spaces // nil: no namespaces are found
+	picked  atomic.Pointer[chosen]
+	prefix  string        // of our root from the real one
+	again   chan struct{} // holds one token: look again
+	maps    *maps         // nil: no BPF at all
+	traces  hooks         // the tracepoints
+	root    rooted        // the socket programs
+	options rooted        // the programs for socket options
+	frames  *frames       // nil: no frames are kept from devices
+	spaces  *spaces       // nil: no namespaces are found
 	held    bool
 	types   func() (*btf.Spec, error) // the kernel's, read at the first call, as that takes some 75 ms; New alone asks
 	each    *each                     // nil: not used
 	full    atomic.Uint64             // Counters.Full, as Run last saw it
 	rivals  map[[2]int]bool
 	every   time.Duration
+
+	following sync.Mutex // held by Follow
 
 	mu       sync.Mutex
 	snapshot Snapshot
@@ -158,7 +167,8 @@ func New(o Options) (*Selector, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Selector{opts: o, log: o.Logger, tree: t, ids: newIDCache(t), every: lookAgain, names: newNames(o), plain: o.plain(), pick: pick, rivals: make(map[[2]int]bool)}
+	s := &Selector{opts: o, log: o.Logger, tree: t, ids: newIDCache(t), every: lookAgain, names: newNames(o), plain: o.plain(), again: make(chan struct{}, 1), rivals: make(map[[2]int]bool)}
+	s.picked.Store(&chosen{picker: pick, base: pick})
 	s.types = sync.OnceValues(btf.LoadKernelSpec)
 	if err := s.begin(); err != nil {
 		return nil, errors.Join(err, s.Close())
@@ -191,6 +201,9 @@ func (s *Selector) begin() error {
 		refused = s.fill()
 	}
 	traced := s.note(FeatureMkdir, refused)
+	if err := s.Follow(s.opts.Followed); err != nil {
+		s.log.Warn("not all is selected", "err", err)
+	}
 	if err := s.stepOut(); err != nil {
 		return err
 	}
@@ -279,7 +292,7 @@ func (s *Selector) covering(cgroup string) (at spot, ok bool) {
 		// outside of our cgroup namespace.
 		return spot{}, false
 	}
-	at = s.pick.find(cgroup)
+	at = s.picker().find(cgroup)
 	return at, at.selection != none
 }
 
@@ -331,6 +344,7 @@ func (s *Selector) Run(ctx context.Context, changed func(Snapshot)) error {
 		case <-w.names:
 			afresh = true
 		case <-w.events:
+		case <-s.again:
 		case <-w.mounts.events:
 			if afresh = s.names.moved(); !afresh {
 				continue

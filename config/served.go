@@ -7,7 +7,6 @@ import (
 	"slices"
 	"strings"
 
-	"cgtun/cgroupsel"
 	"cgtun/group"
 	"cgtun/steer"
 )
@@ -26,7 +25,6 @@ type notYet struct {
 // notServed is the whole list of what this version does not serve. A version
 // that serves a key deletes its row, here and in docs/config.md.
 var notServed = []notYet{
-	{"select.docker", isNot(cgroupsel.DockerOff), "false"},
 	{"route.via", ownProgram, `"tun", {gateway, gateway6, dev}, {dev}, {tproxy}`},
 	{"outbound[].mptcp", filled, "false"},
 	{"outbound[].remote_dns", filled, "false"},
@@ -42,21 +40,8 @@ var notServed = []notYet{
 
 const ruleKeys = "cidr, cidr_file, src, port, proto, cgroup, process, user, netns"
 
-// standIns are the defaults among the values that are not served: what acts in
-// their place, and what is said of it.
-var standIns = []struct {
-	key  string
-	act  func(*File)
-	says string
-}{
-	{"select.docker", func(f *File) {
-		for i := range f.routes {
-			f.routes[i].Select.Docker = cgroupsel.DockerOff
-		}
-	}, `select.docker is not written and its default "auto" is not in this version: docker is not captured`},
-}
-
-// groupStandIns are those of each [[group]].
+// groupStandIns are the defaults of each [[group]] among the values that are not
+// served: what acts in their place, and what is said of it.
 var groupStandIns = []struct {
 	key  string
 	act  func(*group.Config)
@@ -83,10 +68,6 @@ func empty(v reflect.Value) bool {
 	return v.IsZero()
 }
 
-func isNot[T comparable](served ...T) func(any) bool {
-	return func(v any) bool { return !slices.Contains(served, v.(T)) }
-}
-
 // served reports each written value that is not served, and puts stand-ins in
 // the place of unwritten ones.
 func (d *decoder) served(l *layout) {
@@ -104,25 +85,10 @@ func (d *decoder) served(l *layout) {
 			}
 		}
 	}
-	for _, s := range standIns {
-		written := false
-		for i := range l.routes {
-			path := s.key
-			if rest, ok := strings.CutPrefix(s.key, "select."); ok {
-				path = d.part(i, "select") + "." + rest
-			}
-			_, ok := d.written[path]
-			written = written || ok
-		}
-		if !written {
-			s.act(&l.File)
-			l.File.notServed = append(l.File.notServed, s.says)
-		}
-	}
 	d.groupsServed(l)
 }
 
-// groupsServed does for groups what standIns do for tables that are always there.
+// groupsServed puts the stand-ins of groups in the place of unwritten keys.
 func (d *decoder) groupsServed(l *layout) {
 	for _, s := range groupStandIns {
 		for i := range l.Groups {

@@ -73,6 +73,7 @@ type Status struct {
 	Since       Time               `json:"since"` // start of the process
 	Routes      List[Route]        `json:"routes"`
 	Cgroups     List[CgroupStatus] `json:"cgroups"`
+	Docker      List[DockerStatus] `json:"docker"` // the daemons that are selected, or were and have ended
 	Attachments List[Attachment]   `json:"attachments"`
 	Outbounds   List[Outbound]     `json:"outbounds"`
 	Groups      List[Group]        `json:"groups"`
@@ -97,6 +98,17 @@ type CgroupStatus struct {
 	ID      ID     `json:"id"` // unknown while it is not there
 	Present bool   `json:"present"`
 	Held    bool   `json:"held"` // a re-creation cannot slip by
+}
+
+// DockerStatus is one docker daemon of which something is selected.
+type DockerStatus struct {
+	PID     int          `json:"pid"`
+	Version Text         `json:"version"` // unknown until it has answered
+	Cgroup  string       `json:"cgroup"`  // its own
+	Running bool         `json:"running"` // false: it has ended, and what it had stays selected
+	Selects string       `json:"selects"` // builds, all
+	Cgroups List[string] `json:"cgroups"` // what is selected of it by path, present or not
+	Error   Text         `json:"error"`   // what of it is not captured
 }
 
 // Attachment is what cgtun has in one network namespace.

@@ -24,6 +24,7 @@ import (
 	"cgtun/control"
 	"cgtun/dialer"
 	"cgtun/dns"
+	"cgtun/docker"
 	"cgtun/group"
 	"cgtun/internal/netns"
 	"cgtun/policy"
@@ -42,6 +43,7 @@ type instance struct {
 	since  time.Time
 
 	selector  *cgroupsel.Selector
+	docker    *docker.Finder // nil: nothing of docker is selected
 	manager   *attach.Manager
 	router    *router.Router
 	policy    *policy.Judge
@@ -93,9 +95,13 @@ func runDaemon(ctx context.Context, file *config.File, log *slog.Logger) (err er
 	if err := in.removeDead(); err != nil {
 		log.Warn("something of a dead instance is left", "err", err)
 	}
-	in.selector, err = cgroupsel.New(cgroupsel.Options{
-		Selections: selections(in.routes), Instance: in.id(), Logger: log,
-	})
+	options := cgroupsel.Options{Selections: selections(in.routes), Instance: in.id(), Logger: log}
+	if dockerMode(in.routes) != cgroupsel.DockerOff {
+		in.docker = docker.NewFinder(log)
+		// What is there already is captured when this is ready.
+		options.Follows, options.Followed = true, in.followed(in.scanDocker(ctx))
+	}
+	in.selector, err = cgroupsel.New(options)
 	if err != nil {
 		return err
 	}
@@ -134,6 +140,9 @@ func (in *instance) run(ctx context.Context, server *control.Server) error {
 
 	work, ctx := errgroup.WithContext(ctx)
 	work.Go(func() error { return notCanceled(in.selector.Run(ctx, in.manager.Reconcile)) })
+	if in.docker != nil {
+		work.Go(func() error { return notCanceled(in.docker.Run(ctx, in.followDocker)) })
+	}
 	work.Go(func() error { return in.onHangup(ctx) })
 	work.Go(func() error { return in.watchdog(ctx) })
 	work.Go(func() error { return in.router.Run(ctx) })

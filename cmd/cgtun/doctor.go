@@ -15,6 +15,7 @@ import (
 	"cgtun/cgroupsel"
 	"cgtun/config"
 	"cgtun/control"
+	"cgtun/docker"
 	"cgtun/doctor"
 	"cgtun/internal/netns"
 	"cgtun/steer"
@@ -63,6 +64,7 @@ func (c *call) checks(ctx context.Context) []doctor.Named {
 		}
 	}
 	all = append(all, cgroupsel.Checks(selections(p.file.Routes())...)...)
+	all = append(all, docker.Checks(dockerMode(p.file.Routes()))...)
 	all = append(all, tun.Checks(p.home, devices...)...)
 	var plans []steer.Plan
 	for _, r := range attachRoutes(p.file.Routes()) {

@@ -55,6 +55,10 @@ func (in *instance) Status() control.Status {
 		degraded = degraded || !c.Present
 		s.Cgroups = append(s.Cgroups, control.CgroupStatus{Path: c.Path, ID: control.ID(c.ID), Present: c.Present, Held: c.Held})
 	}
+	s.Docker = in.dockerStatus()
+	for _, d := range s.Docker {
+		degraded = degraded || d.Error != ""
+	}
 	states, flows, selected := in.manager.States(), in.router.Attachments(), in.selector.Counters()
 	s.Counters.GateDropsTotal = selected.GateDrops
 	s.Counters.TurnedAwayTotal = in.turnedAway(states, counters, selected)

@@ -87,6 +87,12 @@ func printStatus(w io.Writer, s *control.Status) {
 	for _, g := range s.Cgroups {
 		t.row(plain(g.Path), yes(g.Present), yes(g.Held), number(g.ID))
 	}
+	if len(s.Docker) > 0 {
+		t.head("DOCKER", "VERSION", "RUNS", "SELECTS", "CGROUP", "ERROR")
+	}
+	for _, d := range s.Docker {
+		t.row(d.PID, orDash(string(d.Version)), yes(d.Running), d.Selects, plain(d.Cgroup), orDash(string(d.Error)))
+	}
 	t.head("ATTACHMENT", "ROUTE", "CAPTURE", "DEVICE", "ADDRESS", "STATE", "FAMILIES", "FLOWS", "UP", "DOWN", "ERROR")
 	for _, a := range s.Attachments {
 		t.row(plain(a.ID), plain(a.Route), a.Capture, orDash(string(a.Device)), orDash(strings.Join(a.Address, " ")), a.State,

@@ -38,6 +38,7 @@ var imports = map[string][]string{
 	"tun":            {"internal/netns", "doctor"},
 	"cgroupsel":      {"internal/netns", "doctor"},
 	"steer":          {"internal/netns", "doctor"},
+	"docker":         {"cgroupsel", "internal/netns", "doctor"},
 	"stack":          {"flow", "tun"},
 	"tproxy":         {"flow", "internal/netns"},
 	"router":         {"flow", "rules", "sniff", "dialer", "relay"},

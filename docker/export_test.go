@@ -1,0 +1,7 @@
+package docker
+
+// Ways in for tests.
+var (
+	Listening = listening
+	FlagOf    = flagOf
+)
