@@ -6,6 +6,8 @@ import (
 	"log/slog"
 	"sync"
 	"time"
+
+	"cgtun/flow"
 )
 
 const (
@@ -16,6 +18,17 @@ const (
 	// them was told yes or no.
 	lockedAgain = 10 * time.Second
 )
+
+// ErrAccount says that the proxy of an outbound does not take its account, or is
+// not asked for now because it did not. It says nothing of the target.
+var ErrAccount = errors.New("the proxy does not take the account")
+
+// denied is such an answer.
+type denied struct{ text string }
+
+func (e *denied) Error() string           { return e.text }
+func (e *denied) FlowReason() flow.Reason { return flow.Prohibited }
+func (e *denied) Is(target error) bool    { return target == ErrAccount }
 
 // lockout keeps dials from a proxy that has refused our account. After lockedFor
 // one of them asks again, and only its success ends the spell: that of a dial

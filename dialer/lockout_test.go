@@ -65,7 +65,7 @@ func TestAccountThatIsNotTaken(t *testing.T) {
 		}
 		began := time.Now()
 		for time.Since(began) < 4*time.Minute-time.Second {
-			if err := errors.Join(dial(p), dial(far)); flow.ReasonOf(err) != flow.Prohibited {
+			if err := errors.Join(dial(p), dial(far)); flow.ReasonOf(err) != flow.Prohibited || !errors.Is(err, ErrAccount) {
 				t.Fatalf("after %v: %v", time.Since(began), err)
 			}
 			time.Sleep(100 * time.Millisecond)
@@ -76,11 +76,8 @@ func TestAccountThatIsNotTaken(t *testing.T) {
 		if n := strings.Count(log.String(), "\n"); n != 1 || !strings.Contains(log.String(), "outbound=relay") {
 			t.Errorf("the log has %d lines:\n%s", n, log.String())
 		}
-		if up, why := p.State(); up || !strings.Contains(why, "407") {
-			t.Errorf("state %t, %q", up, why)
-		}
-		if up, why := far.State(); up || !strings.Contains(why, "407") {
-			t.Errorf("state of what leads through it %t, %q", up, why)
+		if why := p.Refused(); !strings.Contains(why, "407") || far.Refused() != "" {
+			t.Errorf("refused: %q, and who leads through it %q", why, far.Refused())
 		}
 		log.Reset()
 		next.dials.Store(1)
@@ -97,8 +94,8 @@ func TestAccountThatIsNotTaken(t *testing.T) {
 		if err := dial(p); err != nil {
 			t.Errorf("the account is taken: %v", err)
 		}
-		if up, why := p.State(); !up {
-			t.Errorf("down: %s", why)
+		if why := p.Refused(); why != "" {
+			t.Errorf("still refused: %s", why)
 		}
 		if n := strings.Count(log.String(), "\n"); n != 1 || !strings.Contains(log.String(), "is back") {
 			t.Errorf("the log has %d lines:\n%s", n, log.String())

@@ -46,12 +46,6 @@ func (e *refusal) Error() string           { return e.text }
 func (e *refusal) Unwrap() error           { return e.err }
 func (e *refusal) FlowReason() flow.Reason { return e.reason }
 
-// denied is that the proxy does not want us, whatever the target.
-type denied struct{ text string }
-
-func (e *denied) Error() string           { return e.text }
-func (e *denied) FlowReason() flow.Reason { return flow.Prohibited }
-
 // Proxy is an outbound through a server, which is itself reached by another
 // outbound. It holds nothing open, so that nothing is to be closed. Safe for
 // concurrent use.
@@ -125,11 +119,12 @@ func PathOf(o Outbound) []string {
 	return []string{o.Name()}
 }
 
+// Refused says why the proxy does not take the outbound's account, "" if nothing
+// is known of that.
+func (p *Proxy) Refused() string { return p.account.state() }
+
 // State implements Hop.
 func (p *Proxy) State() (up bool, reason string) {
-	if reason := p.account.state(); reason != "" {
-		return false, reason
-	}
 	if h, ok := p.next.(Hop); ok {
 		return h.State()
 	}

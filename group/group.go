@@ -160,5 +160,5 @@ func (g *Group) Choose(t dialer.Target) (o dialer.Outbound, why string) {
 
 // blameless tells errors that are of this machine and not of a path.
 func blameless(err error) bool {
-	return errors.Is(err, errors.ErrUnsupported) || errors.Is(err, context.Canceled) || exhausted(err)
+	return absent(err) || errors.Is(err, context.Canceled) || exhausted(err)
 }

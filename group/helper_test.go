@@ -35,6 +35,7 @@ const never = 1000 * time.Hour
 var (
 	errRefused     = os("connect", unix.ECONNREFUSED)
 	errUnreachable = os("connect", unix.EHOSTUNREACH)
+	errAccount     = &dialer.Error{Hop: "fake", Op: "ask", Reason: flow.Prohibited, Err: dialer.ErrAccount}
 )
 
 func os(op string, errno unix.Errno) error {

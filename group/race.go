@@ -24,7 +24,8 @@ import (
 // are answers: the others are asked too, for a path can lie, but a client is
 // not kept waiting for those that are silent (answerWait). Where all fail, the
 // client is told what they say; if some were silent, the members are asked again
-// until the deadline. ErrUnsupported counts as if the member were not there.
+// until the deadline. ErrUnsupported and dialer.ErrAccount count as if the member
+// were not there.
 //
 // An attempt ends early when the kernel says that its path is gone.
 
@@ -205,7 +206,12 @@ func (r *race[T]) took(res *result[T]) {
 // a path.
 func isAnswer(err error) bool {
 	why := flow.ReasonOf(err)
-	return why == flow.Refused || why == flow.Prohibited
+	return (why == flow.Refused || why == flow.Prohibited) && !absent(err)
+}
+
+// absent tells the errors of a member that nobody was asked by.
+func absent(err error) bool {
+	return errors.Is(err, errors.ErrUnsupported) || errors.Is(err, dialer.ErrAccount)
 }
 
 // verdict says what the failures of a round mean: ask again, or what the client
@@ -217,7 +223,7 @@ func (r *race[T]) verdict() (again bool, err error) {
 		case t.err == nil: // given up
 		case isAnswer(t.err):
 			return false, t.err
-		case errors.Is(t.err, errors.ErrUnsupported):
+		case absent(t.err):
 			unable = t.err
 		case why == flow.TimedOut:
 			silent = t.err

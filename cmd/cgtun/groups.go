@@ -103,6 +103,9 @@ func (in *instance) outboundStatus() (list control.List[control.Outbound]) {
 				s.State = "ejected"
 			}
 		}
+		if proxy, ok := o.(*dialer.Proxy); ok && proxy.Refused() != "" && state == "up" {
+			s.State = "ejected"
+		}
 		if p.Connect > 0 {
 			ms := p.Connect.Seconds() * 1000
 			s.ConnectMS = &ms
