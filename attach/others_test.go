@@ -242,6 +242,10 @@ func TestOtherNamespacesAreAttachedAndLeft(t *testing.T) {
 		i := newInner(t, 1)
 		i.connect(1)
 		i.ip("link add tun0 type veth peer name other") // a name that is taken
+		labtest.Eventually(t, soon, func() bool {
+			a := i.ip("addr show eth0")
+			return strings.Contains(a, "fe80::") && !strings.Contains(a, "tentative")
+		}, "the link has all of its addresses")
 		before := i.ip("addr") + i.ip("rule") + i.ip("route show table all")
 		r.shows(i.namespace())
 		r.becomes(i, attach.StateUp, allInside, "admitted", g)

@@ -61,6 +61,7 @@ type spaces struct {
 	hooks   hooks // discovery
 	all     *link.Iter
 	home    uint64        // cookie
+	cookies rooted        // what tells the gate which namespace a socket is of; none where the kernel does
 	news    chan struct{} // holds one token: the Snapshot is old
 
 	mu     sync.Mutex
@@ -110,6 +111,7 @@ func (s *Selector) openSpaces() (*spaces, error) {
 		program: &spaceProgram{sel: s.maps, m: m, l: l, t: t, own: uint32(os.Getpid()), closed: closed},
 		by:      make(map[uint64]*space), exempt: make(map[uint64]bool),
 	}
+	d.findCookies()
 	err = d.spare(home)
 	if err == nil {
 		err = d.attach()
@@ -238,7 +240,7 @@ func (d *spaces) close() error {
 	d.pause()
 	errs := []error{d.hooks.Close()}
 	d.letGoAll()
-	errs = append(errs, d.arms.Close())
+	errs = append(errs, d.arms.Close(), d.cookies.Close())
 	if d.all != nil {
 		errs = append(errs, d.all.Close())
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"regexp"
+	"slices"
 	"strconv"
 	"time"
 
@@ -139,4 +140,13 @@ func PickedFollowing(o Options, name string) (selection int, top string, err err
 	}
 	at := p.with(nil, owners).find(name)
 	return at.selection, at.top, nil
+}
+
+// FeatureRows are what docs/reliability.md says of features: a row of a table each.
+func FeatureRows() (rows []string) {
+	for name, f := range facts {
+		rows = append(rows, fmt.Sprintf("| %s | %s | %s |", name, f.kernel, f.lost))
+	}
+	slices.Sort(rows)
+	return rows
 }

@@ -19,6 +19,7 @@ const (
 	FeatureHold      = "stopping a task in the kernel"
 	FeatureGate      = "egress gate at the root of cgroup2"
 	FeaturePin       = "pinned programs"
+	FeatureCookie    = "the network namespace in egress programs"
 	FeatureFrames    = "egress programs on devices"
 	FeatureOptions   = "socket option programs at the root of cgroup2"
 	// Without this one (6.13), who is held when cgtun is killed waits for its
@@ -39,7 +40,8 @@ var facts = map[string]struct{ kernel, lost string }{
 	FeaturePin:       {"5.8", "with on_exit = \"closed\" nothing is shut in other namespaces than home when cgtun is gone"},
 	FeatureFrames:    {"6.6", "selected processes with CAP_NET_RAW can send frames of their own (AF_PACKET) beside cgtun"},
 	FeatureOptions:   {"5.3", "selected processes with CAP_NET_RAW can send frames of their own (AF_PACKET with PACKET_QDISC_BYPASS, AF_XDP) beside cgtun"},
-	FeatureGate:      {"6.15", "what a selected process sends from a network namespace that is not attached is not dropped"},
+	FeatureCookie:    {"6.15", "a socket of a selected process that is older than cgtun is not held back by the gate until it connects"},
+	FeatureGate:      {"5.15", "what a selected process sends from a network namespace that is not attached is not dropped"},
 }
 
 // errSwitchedOff is why a feature in Options.Without is not used.

@@ -78,8 +78,9 @@ func (p *spaceProgram) gateProgram(others []int32) *ebpf.ProgramSpec {
 	ins = append(ins,
 		asm.LoadMem(asm.R9, asm.R6, skbIfindex, asm.Word),
 		asm.JEq.Imm(asm.R9, loopback, "out"),
-		asm.Mov.Reg(asm.R1, asm.R6),
-		asm.FnGetNetnsCookie.Call(),
+	)
+	ins = append(ins, p.cookie()...)
+	ins = append(ins,
 		asm.StoreMem(asm.RFP, slotSpace, asm.R0, asm.DWord),
 		asm.StoreMem(asm.RFP, slotGuardKey, asm.R0, asm.DWord),
 	)

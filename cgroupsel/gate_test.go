@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"os/exec"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -32,10 +33,16 @@ func device(t *testing.T, h *labtest.Host, name string) (index int) {
 }
 
 func TestGateDropsWhatLeavesAnUnknownNamespace(t *testing.T) {
+	t.Run("", func(t *testing.T) { gateDrops(t, cgroupsel.FeatureHold) })
+	t.Run("as before 6.15", func(t *testing.T) { gateDrops(t, cgroupsel.FeatureHold, cgroupsel.FeatureCookie) })
+}
+
+func gateDrops(t *testing.T, without ...string) {
+	t.Helper()
 	lab, _, _ := newLab(t)
 	sel := lab.Cgroup("sel")
 	// Without the hold everything hangs on the gate.
-	s := newSelector(t, cgroupsel.Options{Selections: one(sel.Path), Without: []string{cgroupsel.FeatureHold}})
+	s := newSelector(t, cgroupsel.Options{Selections: one(sel.Path), Without: without})
 	m := manage(t, s, undecided())
 	space, meter := newSpace(lab, "s")
 	p := stay(t, lab, space, sel)
@@ -53,6 +60,11 @@ func TestGateDropsWhatLeavesAnUnknownNamespace(t *testing.T) {
 		}
 		if got := s.Counters().GateDrops - before; got != 1-packets {
 			t.Errorf("%s: %d dropped by the gate", what, got)
+		}
+	}
+	for _, f := range s.Features() {
+		if f.Name == cgroupsel.FeatureCookie && (f.Err != nil) != slices.Contains(without, cgroupsel.FeatureCookie) {
+			t.Errorf("%s: %v", f.Name, f.Err)
 		}
 	}
 	sends("before Arm", p, "sent", 1)

@@ -64,6 +64,9 @@ type spaceMaps struct {
 	seen  *ebpf.Map // ring of records
 	beat  *ebpf.Map // one u64: when the reader was last alive, as ktime
 	count *ebpf.Map
+	// cookies is a storage of sockets with the cookie of their namespace; nil:
+	// the kernel tells the gate by itself.
+	cookies *ebpf.Map
 }
 
 func newSpaceMaps() (*spaceMaps, error) {
@@ -92,7 +95,7 @@ func newSpaceMaps() (*spaceMaps, error) {
 // Close lets the maps go; programs that are still attached keep theirs.
 func (m *spaceMaps) Close() error {
 	var errs []error
-	for _, one := range []*ebpf.Map{m.known, m.guard, m.held, m.order, m.seen, m.beat, m.count} {
+	for _, one := range []*ebpf.Map{m.known, m.guard, m.held, m.order, m.seen, m.beat, m.count, m.cookies} {
 		if one != nil {
 			errs = append(errs, one.Close())
 		}

@@ -208,7 +208,7 @@ func (d *spaces) pin(instance string) error {
 		if err := os.Mkdir(fill, 0o700); err != nil {
 			return err
 		}
-		for name, all := range map[string]hooks{"cgroups": d.s.traces, "sockets": d.s.root.closed, "options": d.s.options.closed, "gate": d.arms.closed} {
+		for name, all := range map[string]hooks{"cgroups": d.s.traces, "sockets": d.s.root.closed, "options": d.s.options.closed, "cookies": d.cookies.closed, "gate": d.arms.closed} {
 			if err := all.pin(filepath.Join(fill, name)); err != nil {
 				return err
 			}

@@ -81,13 +81,15 @@ func wantPins(t *testing.T, instance string, want bool, pid int) {
 func TestClosedStaysClosedAfterKill(t *testing.T) {
 	labtest.Alone(t)
 	for _, tt := range []struct {
-		name   string
-		exec   bool // started by `ip netns exec`
-		closed bool
+		name    string
+		exec    bool // started by `ip netns exec`
+		closed  bool
+		without []string
 	}{
-		{"closed", false, true},
-		{"closed, started by ip netns exec", true, true},
-		{"open", false, false},
+		{"closed", false, true, nil},
+		{"closed, started by ip netns exec", true, true, nil},
+		{"closed, as before 6.15", false, true, []string{cgroupsel.FeatureCookie}},
+		{"open", false, false, nil},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			lab, _, _ := newLab(t)
@@ -96,7 +98,7 @@ func TestClosedStaysClosedAfterKill(t *testing.T) {
 			home, space, later := newTwoWays(lab, "home"), newTwoWays(lab, "s"), newTwoWays(lab, "later")
 			sels := one(sel.Path)
 			sels[0].Closed = tt.closed
-			opts := cgroupsel.Options{Selections: sels, Instance: pinner}
+			opts := cgroupsel.Options{Selections: sels, Instance: pinner, Without: tt.without}
 			t.Cleanup(func() { removePins(t) })
 			senders := []*helper{startHelper(t, lab, home.space, sel, "sender"), startHelper(t, lab, space.space, sel, "sender")}
 			behind := []string{"nsenter", "--net=" + home.space.Path}
