@@ -22,7 +22,8 @@ type Hop interface {
 // New makes an outbound of each configuration, in their order. It looks nothing
 // up and dials nobody: a name that is not known and an interface that is not
 // there may come later. The first one must be the plain Direct by which the
-// servers of proxies without Via are reached; Via is a name among the others.
+// servers of proxies without Via are reached. A Via that is none of them is a
+// group of them, which Link puts in its place before anybody dials.
 // log is for what NewProxy says, capture has the marks that lead into a tun.
 func New(configs []Config, log *slog.Logger, capture ...Mark) ([]Hop, error) {
 	b := builder{configs: map[string]Config{}, made: map[string]Hop{}, log: log, capture: capture}
@@ -60,10 +61,7 @@ func (b *builder) make(name string, trail []string) (Hop, error) {
 	if h, ok := b.made[name]; ok {
 		return h, nil
 	}
-	c, ok := b.configs[name]
-	if !ok {
-		return nil, fmt.Errorf("make outbound %q: via %q is none", trail[len(trail)-1], name)
-	}
+	c := b.configs[name]
 	trail = append(trail, name)
 	if len(trail) > len(b.configs) {
 		return nil, fmt.Errorf("make outbound %q: via leads back to itself: %s", name, strings.Join(trail, " > "))
@@ -81,9 +79,13 @@ func (b *builder) make(name string, trail []string) (Hop, error) {
 		if via == "" {
 			via = b.plain
 		}
-		next, err := b.make(via, trail)
-		if err != nil {
-			return nil, err
+		var next Outbound
+		if _, ok := b.configs[via]; ok {
+			hop, err := b.make(via, trail)
+			if err != nil {
+				return nil, err
+			}
+			next = hop
 		}
 		p, err := NewProxy(c, next, b.log)
 		if err != nil {
@@ -93,4 +95,18 @@ func (b *builder) make(name string, trail []string) (Hop, error) {
 	}
 	b.made[name] = h
 	return h, nil
+}
+
+// Link puts groups in the places of hops, made by New, whose Via they are.
+func Link(hops []Hop, groups map[string]Outbound) error {
+	for _, h := range hops {
+		p, ok := h.(*Proxy)
+		if !ok || p.next != nil {
+			continue
+		}
+		if p.next, ok = groups[p.via]; !ok {
+			return fmt.Errorf("make outbound %q: there is no outbound and no group %q to go through", p.name, p.via)
+		}
+	}
+	return nil
 }

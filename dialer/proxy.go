@@ -52,7 +52,7 @@ func (e *refusal) FlowReason() flow.Reason { return e.reason }
 type Proxy struct {
 	name, kind string
 	next       Outbound
-	bare       bool // next is nobody's choice, and no hop of the path
+	via        string // its name as it was chosen; empty: nobody did, and it is no hop of the path
 	server     *server
 	protocol   protocol
 	names      bool // asked for names, where they are known
@@ -76,7 +76,7 @@ func NewProxy(c Config, next Outbound, log *slog.Logger) (*Proxy, error) {
 		log = slog.New(slog.DiscardHandler)
 	}
 	return &Proxy{
-		name: c.Name, kind: c.Type, next: next, bare: c.Via == "", server: s, protocol: talk, names: c.RemoteDNS,
+		name: c.Name, kind: c.Type, next: next, via: c.Via, server: s, protocol: talk, names: c.RemoteDNS,
 		account: &lockout{name: c.Name, log: log},
 	}, nil
 }
@@ -104,7 +104,7 @@ func (p *Proxy) Path() []string { return p.path(PathOf(p.next)) }
 // path returns the path of a connection that reaches the server by way of
 // nearer.
 func (p *Proxy) path(nearer []string) []string {
-	if p.bare {
+	if p.via == "" {
 		nearer = nil
 	}
 	return append(slices.Clip(nearer), p.name)
@@ -117,6 +117,16 @@ func PathOf(o Outbound) []string {
 		return h.Path()
 	}
 	return []string{o.Name()}
+}
+
+// IsServer says whether addr is the server. One that is a name is known from when
+// it was looked up first.
+func (p *Proxy) IsServer(addr netip.AddrPort) bool { return p.server.is(addr) }
+
+// Run keeps the addresses of the server known until ctx ends.
+func (p *Proxy) Run(ctx context.Context) error {
+	p.server.run(ctx)
+	return nil
 }
 
 // Refused says why the proxy does not take the outbound's account, "" if nothing
@@ -245,7 +255,7 @@ func (p *Proxy) unreached(addr netip.AddrPort, err error) error {
 		return nearer
 	}
 	err = nearer.Err
-	if !p.bare {
+	if p.via != "" {
 		err = fmt.Errorf("through %q: %w", nearer.Hop, err)
 	}
 	return p.fail(nearer.Op, addr, err)

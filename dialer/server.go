@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -15,6 +16,9 @@ const (
 	// resolvedFor is how long the addresses of a server's name are believed: the
 	// host's resolver has the TTL, and does not tell it.
 	resolvedFor = 30 * time.Second
+	// How often it is looked up while nobody dials.
+	lookAgain = 5 * time.Minute
+	lookSoon  = 5 * time.Second // after a look-up that failed
 	// maxServers bounds the addresses of a name that are tried.
 	maxServers = 8
 	// serverStagger is when the next address of a server is tried beside the
@@ -191,4 +195,33 @@ func race(ctx context.Context, addrs []netip.AddrPort, one func(context.Context,
 		}
 	}
 	return won
+}
+
+// is says whether addr is known to be the server's.
+func (s *server) is(addr netip.AddrPort) bool {
+	addr = netip.AddrPortFrom(addr.Addr().Unmap(), addr.Port())
+	if addr.Port() != s.port {
+		return false
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Contains(s.addrs, addr)
+}
+
+// run keeps the addresses of a name known, also while nobody dials, until ctx
+// ends.
+func (s *server) run(ctx context.Context) {
+	for s.host != "" {
+		wait := lookAgain
+		looking, cancel := context.WithTimeout(ctx, attempt)
+		if _, err := s.resolve(looking); err != nil {
+			wait = lookSoon
+		}
+		cancel()
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(wait):
+		}
+	}
 }

@@ -108,9 +108,20 @@ func TestNewFollowsVia(t *testing.T) {
 			t.Error("New made a circle")
 		}
 	})
-	t.Run("unknown", func(t *testing.T) {
-		if _, err := New([]Config{direct, {Name: "a", Type: TypeSOCKS5, Server: "192.0.2.1:1", Via: "b"}}, nil); err == nil {
-			t.Error("New led through nobody")
+	t.Run("group", func(t *testing.T) {
+		hops, err := New([]Config{direct, {Name: "a", Type: TypeSOCKS5, Server: "192.0.2.1:1", Via: "b"}}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := Link(hops, nil); err == nil {
+			t.Error("linked to nobody")
+		}
+		group := &scripted{name: "b", dial: func(context.Context, netip.AddrPort) (*Conn, error) { return nil, errors.New("asked") }}
+		if err := Link(hops, map[string]Outbound{"b": group}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := hops[1].DialStream(t.Context(), Target{}); err == nil || group.dials.Load() != 1 {
+			t.Errorf("got %v after %d dials of the group", err, group.dials.Load())
 		}
 	})
 	t.Run("order", func(t *testing.T) {
@@ -122,4 +133,31 @@ func TestNewFollowsVia(t *testing.T) {
 			t.Errorf("outbounds %q", got)
 		}
 	})
+}
+
+// The address of a server is known by its name too, as soon as that was looked up.
+func TestServerIsKnown(t *testing.T) {
+	s, err := newServer("proxy.test:1080")
+	if err != nil {
+		t.Fatal(err)
+	}
+	looked := make(chan struct{})
+	s.lookup = func(context.Context, string, string) ([]netip.Addr, error) {
+		defer close(looked)
+		return addrs("192.0.2.1", "2001:db8::1"), nil
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() { defer close(done); s.run(ctx) }()
+	<-looked
+	cancel()
+	<-done
+	for addr, want := range map[string]bool{
+		"192.0.2.1:1080": true, "[::ffff:192.0.2.1]:1080": true, "[2001:db8::1]:1080": true,
+		"192.0.2.1:80": false, "192.0.2.2:1080": false,
+	} {
+		if got := s.is(netip.MustParseAddrPort(addr)); got != want {
+			t.Errorf("%s is the server: %v", addr, got)
+		}
+	}
 }

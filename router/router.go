@@ -155,8 +155,28 @@ type Router struct {
 
 // policy is what Reload swaps: immutable.
 type policy struct {
-	set  *rules.Set
-	outs map[string]out
+	set     *rules.Set
+	outs    map[string]out
+	servers []server
+}
+
+// server is an outbound with a server of its own.
+type server interface{ IsServer(netip.AddrPort) bool }
+
+// out returns the outbound of a verdict; there may be none. What is for the
+// server of an outbound goes by direct: a client that uses that server by itself
+// is not led through it twice, and no circle of outbounds can come about.
+func (p *policy) out(v rules.Verdict, dst netip.AddrPort) out {
+	o := p.outs[v.Use]
+	if o.Outbound == nil {
+		return o
+	}
+	for _, s := range p.servers {
+		if direct, ok := p.outs[rules.UseDirect]; ok && s.IsServer(dst) {
+			return direct
+		}
+	}
+	return o
 }
 
 // out is an outbound and what is counted of it.
@@ -208,6 +228,9 @@ func (r *Router) Reload(set *rules.Set, outbounds map[string]dialer.Outbound) {
 	p := &policy{set: set, outs: make(map[string]out, len(outbounds))}
 	for name, o := range outbounds {
 		p.outs[name] = out{Outbound: o, way: r.ways.get(name), leaves: dialer.Leaves(o)}
+		if s, ok := o.(server); ok {
+			p.servers = append(p.servers, s)
+		}
 	}
 	r.policy.Store(p)
 }
@@ -224,7 +247,7 @@ func (r *Router) decide(ctx context.Context, f *flow.Flow) (rules.Verdict, out, 
 func (r *Router) match(f *flow.Flow, owner *flow.Owner) (rules.Verdict, out) {
 	p := r.policy.Load()
 	v, _ := p.set.Match(&rules.Facts{Flow: f, Owner: owner, Known: rules.FactOwner})
-	return v, p.outs[v.Use]
+	return v, p.out(v, f.Dst)
 }
 
 func (r *Router) owner(ctx context.Context, f *flow.Flow) *flow.Owner {
@@ -253,8 +276,8 @@ func (r *Router) Explain(f *rules.Facts) (v rules.Verdict, missing rules.Fact, p
 	if v, missing = p.set.Match(f); missing != 0 {
 		return v, missing, nil, nil
 	}
-	o, ok := p.outs[v.Use]
-	if !ok {
+	o := p.out(v, f.Flow.Dst)
+	if o.Outbound == nil {
 		return v, 0, nil, nil
 	}
 	if err := r.opts.Guard.Judge(f.Flow, o.leaves); err != nil {

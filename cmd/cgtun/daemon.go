@@ -148,6 +148,11 @@ func (in *instance) run(ctx context.Context, server *control.Server) error {
 	work.Go(func() error { return in.router.Run(ctx) })
 	work.Go(func() error { return in.policy.Run(ctx) })
 	work.Go(func() error { return in.resolver.Run(ctx) })
+	for _, o := range in.outbounds {
+		if p, ok := o.(*dialer.Proxy); ok {
+			work.Go(func() error { return p.Run(ctx) })
+		}
+	}
 	if len(in.groups) > 0 {
 		work.Go(func() error { return in.scores.Run(ctx) })
 		work.Go(func() error { return dialer.FollowChanges(ctx, in.scores.Recheck) })
@@ -253,6 +258,9 @@ func (in *instance) setRouter() error {
 		byName[o.Name()] = o
 	}
 	if err := in.setGroups(byName); err != nil {
+		return err
+	}
+	if err := dialer.Link(in.outbounds, byName); err != nil {
 		return err
 	}
 	if err := in.setPolicy(); err != nil {

@@ -1,0 +1,63 @@
+package router_test
+
+import (
+	"context"
+	"net/netip"
+	"slices"
+	"testing"
+
+	"cgtun/dialer"
+	"cgtun/flow"
+	"cgtun/router"
+	"cgtun/rules"
+)
+
+// behind is an outbound with a server.
+type behind struct {
+	*outbound
+	server netip.AddrPort
+}
+
+func (b behind) IsServer(a netip.AddrPort) bool { return a == b.server }
+
+// The server of an outbound is reached by direct: not through itself, nor through
+// another one. What a rule refuses is refused.
+func TestServerOfAnOutboundGoesDirect(t *testing.T) {
+	asked := map[string]int{}
+	out := func(name string) *outbound {
+		return &outbound{name, func(context.Context, dialer.Target) (flow.Conn, error) {
+			asked[name]++
+			return nil, context.DeadlineExceeded
+		}}
+	}
+	server := netip.MustParseAddrPort("198.51.100.1:1080")
+	set, err := rules.Compile([]rules.Config{
+		{Src: []netip.Prefix{netip.MustParsePrefix("203.0.113.0/24")}, Use: "reject"}, {Use: "group"},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := router.New(router.Options{})
+	r.Reload(set, map[string]dialer.Outbound{"direct": out("direct"), "relay": behind{out("relay"), server}, "group": out("group")})
+	explain := func(src, dst string) []string {
+		_, _, path, _ := r.Explain(&rules.Facts{Flow: &flow.Flow{Proto: flow.TCP, Src: netip.MustParseAddrPort(src), Dst: netip.MustParseAddrPort(dst)}, Known: rules.FactOwner})
+		return path
+	}
+	for _, tt := range []struct {
+		src, dst string
+		want     []string
+	}{
+		{"10.0.0.1:1", "198.51.100.1:1080", []string{"direct"}},
+		{"10.0.0.1:1", "198.51.100.1:80", []string{"group"}},
+		{"203.0.113.1:1", "198.51.100.1:1080", nil},
+	} {
+		if got := explain(tt.src, tt.dst); !slices.Equal(got, tt.want) {
+			t.Errorf("explain %s to %s: path %q, want %q", tt.src, tt.dst, got, tt.want)
+		}
+	}
+	c := newClient(server.String())
+	wait(t, "end of the flow", serve(t, r, c))
+	if asked["direct"] != 1 || len(asked) != 1 {
+		t.Errorf("dialled %v, want direct alone", asked)
+	}
+}
