@@ -172,6 +172,8 @@ func checkPrograms(context.Context) []doctor.Result {
 // fixOf says what to do about a refused feature.
 func fixOf(f Feature, foreign []string) string {
 	switch {
+	case errors.Is(f.Err, errOwnPIDs):
+		return "start cgtun in the machine's pid namespace (a container: --pid=host)"
 	case errors.Is(f.Err, unix.EPERM) && f.Name != FeatureMkdir && len(foreign) > 0:
 		return fmt.Sprintf("stop what attached %s (see `bpftool cgroup tree`), or have it allow others (BPF_F_ALLOW_MULTI)", strings.Join(foreign, ", "))
 	case errors.Is(f.Err, unix.EPERM):

@@ -68,6 +68,18 @@ func TestChecksNameMissingCgroups(t *testing.T) {
 	}
 }
 
+// In a pid namespace of its own cgtun selects at home, and no more.
+func TestChecksNameThePIDNamespace(t *testing.T) {
+	labtest.Need(t, labtest.Tool("unshare"))
+	got := checks(t, []string{"unshare", "--pid", "--fork", "--mount-proc"}, nil)
+	if r := got[cgroupsel.FeatureTasks]; r.State != doctor.Warn || !strings.Contains(r.What, "other network namespaces") || !strings.Contains(r.Fix, "--pid=host") {
+		t.Errorf("%s: %+v", cgroupsel.FeatureTasks, r)
+	}
+	if r := got[cgroupsel.FeatureRoot]; r.State != doctor.OK {
+		t.Errorf("%s: %+v", cgroupsel.FeatureRoot, r)
+	}
+}
+
 // A program that allows no other beside it, at what is the root for cgtun.
 func TestChecksNameTheForeignProgram(t *testing.T) {
 	labtest.Need(t, labtest.Tool("unshare"))

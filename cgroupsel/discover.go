@@ -34,6 +34,10 @@ type Admission struct {
 // NoDevice in an Admission lets packets leave by none.
 const NoDevice = -1
 
+// errOwnPIDs is why there are no records: they have the numbers of the first pid
+// namespace.
+var errOwnPIDs = errors.New("cgtun is in a pid namespace of its own, and would not know the processes")
+
 // fate is what was decided about a namespace.
 type fate uint8
 
@@ -87,7 +91,7 @@ func (s *Selector) openSpaces() (*spaces, error) {
 		return nil, fmt.Errorf("stat own pid namespace: %w", err)
 	}
 	if st.Ino != initialPIDs {
-		return nil, errors.New("cgtun is in a pid namespace of its own, and would not know the processes: start it in the machine's")
+		return nil, errOwnPIDs
 	}
 	home, err := netns.Home()
 	if err != nil {
