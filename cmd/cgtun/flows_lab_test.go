@@ -7,6 +7,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"os"
 	"strconv"
 	"strings"
@@ -27,6 +28,7 @@ func init() {
 	probes["mix"] = mix
 	probes["open"] = openSYN
 	probes["urgent"] = urgent
+	probes["options"] = ipOptions
 }
 
 // answerAfterEnd reads to the end and only then answers.
@@ -375,6 +377,8 @@ func TestUnusualOpenings(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	w.server.ServeEcho(":7000")
+	w.server.ServeUDPEcho(port(far4, 7000))
+	w.server.ServeUDPEcho(port(far6, 7000))
 	w.start(w.config(second))
 	w.machine.Sysctl("net.ipv4.tcp_ecn", "1")
 	w.machine.Sysctl("net.ipv4.tcp_fastopen", "5") // data without a cookie
@@ -385,7 +389,7 @@ func TestUnusualOpenings(t *testing.T) {
 				t.Errorf("%q to %s: %+v", q.Say, far, a)
 			}
 		}
-		for _, do := range []string{"open", "urgent"} {
+		for _, do := range []string{"open", "urgent", "options"} {
 			if out, err := w.try(inside, "env", probeArgs(probe{Do: do, To: port(far, 7000)})...); err != nil {
 				t.Errorf("%s to %s: %v %s", do, far, err, out)
 			}
@@ -411,6 +415,45 @@ func openSYN(q probe) error {
 			return err
 		}
 		c.Close()
+	}
+	return nil
+}
+
+// ipOptions asks by TCP and UDP with each kind of IP options and extension
+// headers that a socket can have.
+func ipOptions(q probe) error {
+	v6 := netip.MustParseAddrPort(q.To).Addr().Is6()
+	for name, o := range map[string]struct {
+		v6     bool
+		option int
+		value  []byte
+	}{
+		"record route":        {false, unix.IP_OPTIONS, []byte{7, 7, 4, 0, 0, 0, 0, 1}},
+		"router alert":        {false, unix.IP_OPTIONS, []byte{148, 4, 0, 0}},
+		"timestamp":           {false, unix.IP_OPTIONS, []byte{68, 12, 5, 0, 0, 0, 0, 0, 0, 0, 0, 0}},
+		"hop-by-hop":          {true, unix.IPV6_HOPOPTS, []byte{0, 0, 5, 2, 0, 0, 1, 0}},
+		"destination options": {true, unix.IPV6_DSTOPTS, []byte{0, 0, 1, 4, 0, 0, 0, 0}},
+	} {
+		if o.v6 != v6 {
+			continue
+		}
+		for _, network := range []string{"tcp", "udp"} {
+			level := unix.SOL_IP
+			if v6 {
+				level = unix.SOL_IPV6
+			}
+			d := net.Dialer{Timeout: 3 * time.Second, Control: func(_, _ string, raw syscall.RawConn) error {
+				var err error
+				return errors.Join(raw.Control(func(fd uintptr) { err = unix.SetsockoptString(int(fd), level, o.option, string(o.value)) }), err)
+			}}
+			c, err := d.Dial(network, q.To)
+			if err == nil {
+				err = errors.Join(echoOnce(c, name), c.Close())
+			}
+			if err != nil {
+				return fmt.Errorf("%s with %s: %w", network, name, err)
+			}
+		}
 	}
 	return nil
 }
