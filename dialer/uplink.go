@@ -46,8 +46,33 @@ type noWay struct{ text string }
 func (e *noWay) Error() string           { return e.text }
 func (e *noWay) FlowReason() flow.Reason { return flow.NetUnreachable }
 
-// way returns how a socket to dst leaves by the uplink.
-func (u *uplink) way(dst netip.Addr) (way, error) {
+// maxAsking is how many ways are asked for at a time.
+const maxAsking = 32
+
+var asking = make(chan struct{}, maxAsking)
+
+// onOwnStack calls f in a goroutine of its own and waits. Tests that are inside a
+// namespace stay on their thread.
+var onOwnStack = func(f func()) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		f()
+	}()
+	<-done
+}
+
+// way returns how a socket to dst leaves by the uplink. Who asks by netlink reads
+// into 64 KiB of stack: that is not to be the stack of who dials then, for as long
+// as that takes, nor that of thousands at a time.
+func (u *uplink) way(dst netip.Addr) (w way, err error) {
+	asking <- struct{}{}
+	defer func() { <-asking }()
+	onOwnStack(func() { w, err = u.ask(dst) })
+	return w, err
+}
+
+func (u *uplink) ask(dst netip.Addr) (way, error) {
 	index, err := u.link()
 	if err != nil {
 		return way{}, err

@@ -46,6 +46,10 @@ type (
 // few system calls.
 const maxRoutes = 4096
 
+// maxAsking is how many questions are asked of the kernel at a time: each reads into
+// 64 KiB of stack.
+const maxAsking = 32
+
 // interruptions is how often in a row a dump may be cut short by changes.
 const interruptions = 20
 
@@ -123,7 +127,9 @@ func (j *Judge) route(p *picture, q query) answer {
 			return known
 		}
 	}
+	j.asking <- struct{}{}
 	a := j.ask(p, q, fresh)
+	<-j.asking
 	// Asked before anybody said that it may have changed.
 	if !p.stale.Load() {
 		p.mu.Lock()

@@ -56,6 +56,7 @@ type Judge struct {
 	named   map[string]bool // Interfaces
 	allow   bart.Lite
 	again   chan struct{} // holds one token: home has changed
+	asking  chan struct{} // a place for each question to the kernel
 	version atomic.Uint64
 	now     atomic.Pointer[picture]
 }
@@ -78,7 +79,7 @@ func New(o Options) (*Judge, error) {
 	if o.Devices == nil {
 		o.Devices = func() []netip.Addr { return nil }
 	}
-	j := &Judge{opts: o, named: map[string]bool{}, again: make(chan struct{}, 1)}
+	j := &Judge{opts: o, named: map[string]bool{}, again: make(chan struct{}, 1), asking: make(chan struct{}, maxAsking)}
 	for _, p := range o.Allow {
 		j.allow.Insert(plain(p))
 	}

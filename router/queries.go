@@ -136,7 +136,7 @@ func (r *Router) queries(ctx context.Context, e *entry, s flow.Stream, ends *str
 		e.end(flow.Canceled)
 		return false
 	}
-	ends.client = client
+	ends.accepted(r, client)
 	e.path(nil)
 	read, pass := r.opts.Resolver.Serve(ctx, e.flow, client, way)
 	if !pass {

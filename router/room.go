@@ -57,6 +57,8 @@ const (
 	// twentieth of the time.
 	collectAtMost   = time.Second
 	collectFraction = 20
+	// In a fifth where somebody would be refused.
+	collectHurried = 5
 	// stallRoom is kept free for each open flow, for the time that its ends do
 	// not read: its buffers are as small as they get by then.
 	stallRoom = 8 << 10
@@ -68,6 +70,7 @@ type memory struct {
 	live      uint64 // of them, after garbage was collected last
 	collected time.Time
 	pause     time.Duration // until it may be done again
+	took      time.Duration // the last time
 }
 
 // watchMemory refuses new flows when more than seven eighths of MaxMemory are in
@@ -100,14 +103,17 @@ func (r *Router) watchMemory(ctx context.Context) {
 }
 
 // lookAtMemory is one look. When an eighth more is in use than was live, it may
-// all be garbage.
+// all be garbage; and before somebody is refused for it, that is looked at more
+// often.
 func (r *Router) lookAtMemory(m *memory) {
 	used := r.memoryAboveStart()
-	if used > m.live+m.limit/8 && time.Since(m.collected) > m.pause {
+	since := time.Since(m.collected)
+	if used > m.live+m.limit/8 && (since > m.pause || r.tight(m, used) && since > collectHurried*m.took) {
 		began := time.Now()
 		runtime.GC()
 		m.collected = time.Now()
-		m.pause = max(collectAtMost, collectFraction*time.Since(began))
+		m.took = time.Since(began)
+		m.pause = max(collectAtMost, collectFraction*m.took)
 		used = r.memoryAboveStart()
 		m.live = used
 	}
@@ -115,14 +121,18 @@ func (r *Router) lookAtMemory(m *memory) {
 	if r.opts.MemoryUsed != nil {
 		r.opts.MemoryUsed(int64(used), int64(m.limit))
 	}
-	// What is open may yet fill what it has promised to take.
-	full := used + uint64(r.sockets.Load())*stallRoom
-	if full > m.limit/8*7 && !r.scarce.Swap(true) {
+	if r.tight(m, used) && !r.scarce.Swap(true) {
 		r.log.Warn("new flows are refused: the flows fill the memory; raise [limits] memory", "used", used, "limit", m.limit)
-	} else if full < m.limit/4*3 && r.scarce.Swap(false) {
+	} else if r.promised(used) < m.limit/4*3 && r.scarce.Swap(false) {
 		r.log.Info("new flows are served again", "used", used)
 	}
 }
+
+// tight says whether so much is in use that new flows are refused.
+func (r *Router) tight(m *memory, used uint64) bool { return r.promised(used) > m.limit/8*7 }
+
+// promised is what is in use, and what the open connections may yet fill.
+func (r *Router) promised(used uint64) uint64 { return used + uint64(r.streams.Load())*stallRoom }
 
 func (r *Router) memoryAboveStart() uint64 {
 	used := usedMemory()

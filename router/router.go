@@ -143,8 +143,11 @@ type Router struct {
 	ways   ways
 	dials  dials
 
+	lookups lookups
+
 	livePeers atomic.Int64 // of all PacketConns
 	sockets   atomic.Int64 // places taken, at most MaxSockets
+	streams   atomic.Int64 // connections, answered and not ended
 	full      atomic.Bool  // that there was none is said, once a spell
 
 	startMemory uint64      // bytes
@@ -189,6 +192,7 @@ type out struct {
 // New returns a Router that refuses everything until Reload gives it rules.
 func New(o Options) *Router {
 	r := &Router{opts: o.withDefaults(), startMemory: usedMemory()}
+	r.lookups.init()
 	r.log = r.opts.Logger
 	r.table.init(r.opts)
 	r.dials.most, r.dials.mostPerSource = r.opts.MaxDials, r.opts.MaxDialsPerSource
@@ -248,25 +252,6 @@ func (r *Router) match(f *flow.Flow, owner *flow.Owner) (rules.Verdict, out) {
 	p := r.policy.Load()
 	v, _ := p.set.Match(&rules.Facts{Flow: f, Owner: owner, Known: rules.FactOwner})
 	return v, p.out(v, f.Dst)
-}
-
-func (r *Router) owner(ctx context.Context, f *flow.Flow) *flow.Owner {
-	if r.opts.Owners == nil {
-		return nil
-	}
-	ctx, cancel := context.WithTimeout(ctx, r.opts.OwnerTimeout)
-	defer cancel()
-	var owner *flow.Owner
-	err := r.aside(func() (err error) {
-		owner, err = r.opts.Owners.Owner(ctx, f)
-		return err
-	})
-	if err != nil {
-		r.counts.ownersUnknown.Add(1)
-		r.log.Debug("no owner of flow", "flow", f.ID, "attachment", f.Attachment, "err", err)
-		return nil
-	}
-	return owner
 }
 
 // Explain says what the rules in force make of the facts, and which path a

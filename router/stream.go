@@ -48,12 +48,18 @@ func (s *streamEnds) close(r *Router) {
 	}
 	if s.client != nil {
 		_ = s.client.Close()
+		r.streams.Add(-1)
 	}
 	if s.server != nil {
 		_ = s.server.Close()
 		s.outcome.News = dialer.Ended
 		s.server.Tell(s.outcome)
 	}
+}
+
+func (s *streamEnds) accepted(r *Router, client flow.Conn) {
+	s.client = client
+	r.streams.Add(1)
 }
 
 // abort lets both ends see that the flow did not end in order.
@@ -115,7 +121,7 @@ func (r *Router) connectServer(ctx context.Context, e *entry, s flow.Stream, end
 		e.end(flow.Canceled)
 		return false
 	}
-	ends.client = client
+	ends.accepted(r, client)
 	if k := flow.Socket(server.Conn); k != nil {
 		e.watchSocket(k)
 	}
