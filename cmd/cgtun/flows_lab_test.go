@@ -201,21 +201,7 @@ type order struct {
 func TestRandomEndings(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
-	server := w.server.Serve(":7000", func(c *net.TCPConn) error {
-		var o order
-		if err := binary.Read(c, binary.BigEndian, &o); err != nil {
-			return fmt.Errorf("read order: %w", err)
-		}
-		// Until the client has this it does not reset: a reset that overtakes
-		// the end of the handshake takes what was sent with it.
-		if _, err := c.Write([]byte(".")); err != nil {
-			return fmt.Errorf("answer order: %w", err)
-		}
-		if err := o.play(c, false); err != nil {
-			return fmt.Errorf("%+v: %w", o, err)
-		}
-		return nil
-	})
+	server := w.serveOrders(":7000")
 	d := w.start(w.config(second))
 	n, seed := 300, rand.Int64()
 	if raceEnabled {
@@ -233,6 +219,26 @@ func TestRandomEndings(t *testing.T) {
 	labtest.Eventually(t, 10*time.Second, func() bool { return w.status().Counters.FlowsLive == 0 }, "all flows have ended")
 	sockets := func() int { return openSockets(t, d.Pid) }
 	labtest.Eventually(t, 10*time.Second, func() bool { return sockets() < 20 }, "cgtun's sockets are closed")
+}
+
+// serveOrders is the far end of mix.
+func (w *world) serveOrders(addr string) *labtest.Server {
+	w.t.Helper()
+	return w.server.Serve(addr, func(c *net.TCPConn) error {
+		var o order
+		if err := binary.Read(c, binary.BigEndian, &o); err != nil {
+			return fmt.Errorf("read order: %w", err)
+		}
+		// Until the client has this it does not reset: a reset that overtakes
+		// the end of the handshake takes what was sent with it.
+		if _, err := c.Write([]byte(".")); err != nil {
+			return fmt.Errorf("answer order: %w", err)
+		}
+		if err := o.play(c, false); err != nil {
+			return fmt.Errorf("%+v: %w", o, err)
+		}
+		return nil
+	})
 }
 
 func openSockets(t *testing.T, pid int) (n int) {
