@@ -192,8 +192,8 @@ func TestExampleUncommented(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v\n%s", err, b.String())
 	}
-	if len(f.Outbounds) != 2 || len(f.Rules) != 3 {
-		t.Errorf("%d outbounds and %d rules, want 2 and 3:\n%s", len(f.Outbounds), len(f.Rules), b.String())
+	if len(f.Outbounds) != 3 || len(f.Rules) != 3 {
+		t.Errorf("%d outbounds and %d rules, want 3 and 3:\n%s", len(f.Outbounds), len(f.Rules), b.String())
 	}
 }
 

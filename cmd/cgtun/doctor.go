@@ -150,6 +150,9 @@ func (p *patient) configuration(context.Context) []doctor.Result {
 	case p.path == "":
 		return one(name, doctor.OK, "there is none at "+config.DefaultPath+"; looked at is that of an empty file", "")
 	case p.bad == nil:
+		if what, fix := exposed(p.file); what != "" {
+			return one(name, doctor.Warn, what, fix)
+		}
 		return one(name, doctor.OK, p.path+" is good", "")
 	case errors.As(p.bad, &mistakes):
 		var results []doctor.Result

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -40,6 +42,31 @@ func TestDoctorTellsWhatTheDaemonSays(t *testing.T) {
 		p := &patient{refuse: err}
 		if r := p.daemon(t.Context()); len(r) != 1 || r[0].State != state {
 			t.Errorf("%v: %+v", err, r)
+		}
+	}
+}
+
+// A password in a file that others can read is a warning, and is not repeated.
+func TestDoctorSeesAPasswordThatOthersCanRead(t *testing.T) {
+	const outbound = "[[outbound]]\nname = 'a'\ntype = 'http'\nserver = '192.0.2.1:3128'\nusername = 'u'\n"
+	for _, tt := range []struct {
+		line string
+		mode os.FileMode
+		want doctor.State
+	}{
+		{"password = 'hunter2'", 0o644, doctor.Warn},
+		{"password = 'hunter2'", 0o640, doctor.Warn},
+		{"password = 'hunter2'", 0o600, doctor.OK},
+		{"password_env = 'X'", 0o644, doctor.OK},
+	} {
+		p := &patient{path: filepath.Join(t.TempDir(), "f.toml")}
+		if err := errors.Join(os.WriteFile(p.path, []byte(outbound+tt.line), 0o600), os.Chmod(p.path, tt.mode)); err != nil {
+			t.Fatal(err)
+		}
+		p.load()
+		r := p.configuration(t.Context())
+		if len(r) != 1 || r[0].State != tt.want || strings.Contains(fmt.Sprint(r), "hunter2") {
+			t.Errorf("%s with mode %04o: %+v", tt.line, tt.mode, r)
 		}
 	}
 }

@@ -82,6 +82,9 @@ func (c *call) daemon() error {
 		file.Control.Socket = c.socket
 	}
 	log := newLogger(file.Log, c.stderr)
+	if what, fix := exposed(file); what != "" {
+		log.Warn(what, "fix", fix)
+	}
 	// A reader of the log that goes, such as tee at an interrupt from the
 	// keyboard, must not end this process with everything still in force.
 	signal.Ignore(unix.SIGPIPE)
