@@ -75,7 +75,10 @@ func TestReasonsReachTheClient(t *testing.T) {
 				if !errors.Is(err, want) {
 					t.Errorf("%s: got %v, want %v", families[i].name, err, want)
 				}
-				if took := time.Since(began); took > 500*time.Millisecond {
+				// An ICMP error that comes while connect() still has its socket locked
+				// is a soft one (tcp_v4_err): then that of the next SYN counts, a second
+				// later.
+				if took := time.Since(began); took > 3*time.Second {
 					t.Errorf("%s: took %v; %+v", families[i].name, took, w.stack.Stats())
 				}
 			}
