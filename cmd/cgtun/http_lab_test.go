@@ -94,7 +94,7 @@ interface = "eth1"
 	d := w.start(text)
 
 	if labtest.Soak() {
-		w.serveMore()
+		w.serveMore(ports)
 	}
 	for _, way := range httpWays[:len(httpWays)-2] {
 		forwarded.Reset()
@@ -141,19 +141,25 @@ apt-get -o Dir::Etc::SourceList=$PWD/apt/list -o Dir::Etc::SourceParts=/dev/null
 	return list
 }
 
-// serveMore serves what takes longer: a Debian repository, and iperf3.
-func (w *world) serveMore() {
+// serveMore serves what takes longer: a Debian repository, and iperf3 behind each
+// of the ports.
+func (w *world) serveMore(ports []int) {
 	w.t.Helper()
 	apt := filepath.Join(w.dir, "www", "apt")
 	text := "Package: lab\nVersion: 1\nArchitecture: all\nFilename: lab.deb\nSize: 1\nSHA256: " + strings.Repeat("0", 64) + "\n"
 	if err := errors.Join(os.Mkdir(apt, 0o755), os.WriteFile(filepath.Join(apt, "Packages"), []byte(text), 0o644)); err != nil {
 		w.t.Fatal(err)
 	}
-	for _, way := range httpWays {
-		for _, far := range []string{far4, far6} {
-			server := w.server.Start("iperf3", "-s", "-B", far, "-p", fmt.Sprint(way.port+3), "--forceflush")
-			server.WaitOutput("Server listening", 10*time.Second)
-		}
+	for _, p := range ports {
+		w.serveBulk(p + 3)
+	}
+}
+
+func (w *world) serveBulk(to int) {
+	w.t.Helper()
+	for _, far := range []string{far4, far6} {
+		server := w.server.Start("iperf3", "-s", "-B", far, "-p", fmt.Sprint(to), "--forceflush")
+		server.WaitOutput("Server listening", 10*time.Second)
 	}
 }
 
