@@ -28,7 +28,6 @@ var notServed = []notYet{
 	{"route.via", ownProgram, `"tun", {gateway, gateway6, dev}, {dev}, {tproxy}`},
 	{"outbound[].mptcp", filled, "false"},
 	{"outbound[].remote_dns", filled, "false"},
-	{"group[].replay", filled, "false, or to leave the key out"},
 	{"group[].resume", filled, "false, or to leave the key out"},
 	{"rule[].domain", filled, ruleKeys},
 	{"rule[].domain_suffix", filled, ruleKeys},
@@ -47,8 +46,6 @@ var groupStandIns = []struct {
 	act  func(*group.Config)
 	says string
 }{
-	{"replay", func(c *group.Config) { c.Replay = false },
-		"group.replay is not written and its default true is not in this version: a flow whose path fails before the first answer is not tried elsewhere"},
 	{"resume", func(c *group.Config) { c.Resume = false },
 		"group.resume is not written and its default true is not in this version: downloads that break are not resumed"},
 }

@@ -31,3 +31,18 @@ type Outcome struct {
 	Up, Down int64         // bytes, with Ended
 	Lasted   time.Duration // from connect to end, with Ended
 }
+
+// Hidden is a kind of failure that the client did not see.
+type Hidden uint8
+
+// The kinds.
+const (
+	HiddenDial  Hidden = iota // a connect failed, another one did not
+	HiddenReset               // a server reset before it had answered
+	HiddenClose               // it ended
+	HiddenStall               // it was silent
+	HiddenKinds
+)
+
+// String returns the word of hidden_total.
+func (h Hidden) String() string { return [...]string{"dial", "reset", "close", "stall"}[h] }

@@ -123,6 +123,23 @@ func (g *Group) each(f func(name string)) {
 	}
 }
 
+// Replay says whether a flow whose path fails before the server has answered may
+// be tried elsewhere.
+func (g *Group) Replay() bool { return g.c.Replay }
+
+// Usual is how long a first byte takes by an outbound; 0: nobody knows.
+func (g *Group) Usual(outbound string) time.Duration {
+	g.scores.mu.Lock()
+	defer g.scores.mu.Unlock()
+	if p := g.scores.paths[outbound]; p != nil {
+		return scale(time.Second, p.first.value)
+	}
+	return 0
+}
+
+// Hide counts a failure of an outbound that the client did not see.
+func (g *Group) Hide(outbound string, kind dialer.Hidden) { g.scores.Hide(outbound, kind) }
+
 // Leaves implements dialer.Leaver: a flow may take the way of any member.
 func (g *Group) Leaves() []dialer.Leave {
 	var all []dialer.Leave

@@ -63,23 +63,6 @@ const (
 	carriedBytes = 64 << 10 // that a flow must have brought to say something of its path
 )
 
-// Hidden is a kind of failure that the client did not see.
-type Hidden uint8
-
-// The kinds.
-const (
-	HiddenDial Hidden = iota
-	HiddenReset
-	HiddenClose
-	HiddenStall
-	hiddenKinds
-)
-
-// String returns the word of CONTRACT's hidden_total.
-func (h Hidden) String() string {
-	return [...]string{"dial", "reset", "close", "stall"}[h]
-}
-
 // Scores is what is known of all paths, shared by the groups that use them. Safe
 // for concurrent use. Run probes, and tells of spells.
 type Scores struct {
@@ -121,7 +104,7 @@ type path struct {
 	inFlight map[*try]bool
 
 	dials, failures uint64
-	hidden          [hiddenKinds]uint64
+	hidden          [dialer.HiddenKinds]uint64
 	spell           spell
 	probe           probeState
 }
@@ -340,7 +323,7 @@ func (s *Scores) lost(p *path, dst netip.AddrPort, why flow.Reason, answered boo
 	defer s.mu.Unlock()
 	p.failures++
 	if answered {
-		s.hide(p, HiddenDial, now)
+		s.hide(p, dialer.HiddenDial, now)
 	}
 	if why != flow.Refused && why != flow.Prohibited {
 		s.failed(p, dst, connects, now)
@@ -397,7 +380,7 @@ func (s *Scores) ended(p *path, dst netip.AddrPort, o dialer.Outcome, now time.T
 }
 
 // hide counts a failure that the client did not see. Under s.mu.
-func (s *Scores) hide(p *path, kind Hidden, now time.Time) {
+func (s *Scores) hide(p *path, kind dialer.Hidden, now time.Time) {
 	p.hidden[kind]++
 	if p.spell.begin(now) {
 		s.log.Warn("failures are hidden from clients", "outbound", p.name, "first", kind.String())
@@ -405,7 +388,7 @@ func (s *Scores) hide(p *path, kind Hidden, now time.Time) {
 }
 
 // Hide counts a failure of an outbound that the client did not see.
-func (s *Scores) Hide(outbound string, kind Hidden) {
+func (s *Scores) Hide(outbound string, kind dialer.Hidden) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if p := s.paths[outbound]; p != nil {
@@ -420,7 +403,7 @@ type Stats struct {
 	Ejected       bool
 	DialsTotal    uint64 // attempts in races
 	FailuresTotal uint64
-	HiddenTotal   [hiddenKinds]uint64 // by Hidden
+	HiddenTotal   [dialer.HiddenKinds]uint64 // by dialer.Hidden
 }
 
 // Stats returns what is known of each path, by its name.

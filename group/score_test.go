@@ -288,11 +288,11 @@ func TestHiddenIsCounted(t *testing.T) {
 		p.a.set(says(ms, errUnreachable))
 		p.flow(dst(1), whole)
 		s := p.score("a")
-		if s.HiddenTotal[group.HiddenDial] != 1 || s.FailuresTotal != 1 || s.DialsTotal != 1 {
+		if s.HiddenTotal[dialer.HiddenDial] != 1 || s.FailuresTotal != 1 || s.DialsTotal != 1 {
 			t.Errorf("%+v", s)
 		}
-		p.s.Hide("a", group.HiddenStall)
-		if s := p.score("a"); s.HiddenTotal[group.HiddenStall] != 1 {
+		p.s.Hide("a", dialer.HiddenStall)
+		if s := p.score("a"); s.HiddenTotal[dialer.HiddenStall] != 1 {
 			t.Errorf("%+v", s)
 		}
 	})

@@ -50,6 +50,10 @@ type Options struct {
 	// Half is called when one direction has ended in order, and perhaps again
 	// for the other. It returns soon. It may be nil.
 	Half func()
+	// Broken, if not nil, is the error of a write to the server that somebody
+	// else has done: it takes nothing any more, and when it has said what it has
+	// to say that was a reset.
+	Broken error
 }
 
 // Side is an end of a flow.

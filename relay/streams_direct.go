@@ -97,6 +97,7 @@ func newDirect(client Direct, server *net.TCPConn, o Options) *direct {
 		client: client, server: server, o: o,
 		up0: o.Up.Load(), down0: o.Down.Load(),
 		room: make(chan struct{}, 1), over: make(chan struct{}),
+		upError: o.Broken,
 	}
 	d.downFn, d.readFn = d.fillClient, d.readServer
 	d.raw, d.err = server.SyscallConn()

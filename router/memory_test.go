@@ -147,10 +147,10 @@ func serving(t *testing.T, name string, serve func(*memConn)) *outbound {
 }
 
 // route makes a router in which everything uses the one outbound.
-func route(t *testing.T, o router.Options, out *outbound) *router.Router {
+func route(t *testing.T, o router.Options, out dialer.Outbound) *router.Router {
 	t.Helper()
 	r := router.New(o)
-	reload(t, r, []rules.Config{{Use: out.name, Line: 7}}, out)
+	reload(t, r, []rules.Config{{Use: out.Name(), Line: 7}}, out)
 	return r
 }
 

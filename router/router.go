@@ -24,6 +24,7 @@ import (
 
 	"cgtun/dialer"
 	"cgtun/flow"
+	"cgtun/replay"
 	"cgtun/rules"
 )
 
@@ -142,6 +143,7 @@ type Router struct {
 	counts counters
 	ways   ways
 	dials  dials
+	budget *replay.Budget
 
 	lookups lookups
 
@@ -195,6 +197,7 @@ func New(o Options) *Router {
 	r.lookups.init()
 	r.log = r.opts.Logger
 	r.table.init(r.opts)
+	r.budget = replay.NewBudget(r.table.len)
 	r.dials.most, r.dials.mostPerSource = r.opts.MaxDials, r.opts.MaxDialsPerSource
 	r.policy.Store(&policy{set: rules.Empty()})
 	return r

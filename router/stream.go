@@ -24,10 +24,13 @@ func (r *Router) ServeStream(ctx context.Context, s flow.Stream) {
 	if !r.connect(ctx, e, s, &ends) {
 		return
 	}
-	result := relay.Streams(ctx, ends.client, ends.server.Conn, relay.Options{Up: &e.up, Down: &e.down, Half: e.closing})
+	if !r.untilAnswer(ctx, e, &ends) {
+		return
+	}
+	result := relay.Streams(ctx, ends.rest, ends.server.Conn, relay.Options{Up: &e.up, Down: &e.down, Half: e.closing, Broken: ends.broken})
 	ends.outcome = dialer.Outcome{
-		News: dialer.Ended, Reason: result.Reason, ByServer: result.By == relay.Server,
-		Up: result.Up, Down: result.Down, Lasted: time.Since(ends.since),
+		Reason: result.Reason, ByServer: result.By == relay.Server,
+		Up: e.up.Load(), Down: e.down.Load(), Lasted: time.Since(ends.since),
 	}
 	e.end(result.Reason)
 }
@@ -36,10 +39,13 @@ func (r *Router) ServeStream(ctx context.Context, s flow.Stream) {
 type streamEnds struct {
 	client   flow.Conn
 	server   *dialer.Conn
-	place    bool           // taken for the server's socket
-	answered bool           // Accept or Reject was called
-	since    time.Time      // that server is connected
-	outcome  dialer.Outcome // what is told of server when it is closed
+	place    bool            // taken for the server's socket
+	answered bool            // Accept or Reject was called
+	by       dialer.Outbound // that has made server
+	rest     flow.Conn       // the client's end for relay
+	broken   error           // a write to server has failed with it
+	since    time.Time       // that server is connected
+	outcome  dialer.Outcome  // what is told of server when it is closed
 }
 
 func (s *streamEnds) close(r *Router) {
@@ -58,7 +64,7 @@ func (s *streamEnds) close(r *Router) {
 }
 
 func (s *streamEnds) accepted(r *Router, client flow.Conn) {
-	s.client = client
+	s.client, s.rest = client, client
 	r.streams.Add(1)
 }
 
@@ -113,7 +119,7 @@ func (r *Router) connectServer(ctx context.Context, e *entry, s flow.Stream, end
 		e.end(why)
 		return false
 	}
-	ends.server, ends.since, ends.answered = server, time.Now(), true
+	ends.server, ends.by, ends.since, ends.answered = server, outbound.Outbound, time.Now(), true
 	client, err := s.Accept()
 	if err != nil {
 		_ = server.Reset() // nobody is left who could use it

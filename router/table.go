@@ -53,6 +53,7 @@ type entry struct {
 	state  string
 	use    string // empty: not decided
 	rule   int32
+	again  int32 // replays
 	reason flow.Reason
 	way    *way // nil: no outbound was asked
 	owner  *flow.Owner
@@ -103,6 +104,13 @@ func (e *entry) path(names []string) {
 	}
 	e.mu.Unlock()
 	e.r.table.watches.tell(flow.EventUpdate, e)
+}
+
+// replayed notes how often the client's bytes were sent again.
+func (e *entry) replayed(times int) {
+	e.mu.Lock()
+	e.again = int32(times)
+	e.mu.Unlock()
 }
 
 // closing notes that one side has ended in order.
@@ -206,7 +214,7 @@ func (e *entry) info(now time.Time) flow.Info {
 	f := e.flow
 	i := flow.Info{
 		ID: f.ID, Proto: f.Proto.String(), Src: f.Src, Dst: f.Dst, Attachment: f.Attachment,
-		Path: e.hops, State: e.state, UpBytes: e.up.Load(), DownBytes: e.down.Load(), Start: f.Start.UTC(),
+		Path: e.hops, State: e.state, Replays: int(e.again), UpBytes: e.up.Load(), DownBytes: e.down.Load(), Start: f.Start.UTC(),
 	}
 	if i.Path == nil {
 		i.Path = []string{}

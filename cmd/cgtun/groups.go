@@ -125,10 +125,10 @@ func hiddenSum(kinds []uint64) (n uint64) {
 // hiddenStatus sums up what the groups hid from clients, by kind.
 func (in *instance) hiddenStatus() (h control.Hidden) {
 	for _, p := range in.scores.Stats() {
-		h.Dial += p.HiddenTotal[group.HiddenDial]
-		h.Reset += p.HiddenTotal[group.HiddenReset]
-		h.Close += p.HiddenTotal[group.HiddenClose]
-		h.Stall += p.HiddenTotal[group.HiddenStall]
+		h.Dial += p.HiddenTotal[dialer.HiddenDial]
+		h.Reset += p.HiddenTotal[dialer.HiddenReset]
+		h.Close += p.HiddenTotal[dialer.HiddenClose]
+		h.Stall += p.HiddenTotal[dialer.HiddenStall]
 	}
 	return h
 }

@@ -1,6 +1,7 @@
 package main_test
 
 import (
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -52,6 +53,29 @@ use = "nested"
 use = "auto"
 `
 
+// beforeTheAnswer has a first path of its own for each port from 7003 on: what
+// the others did to theirs says nothing of it.
+func beforeTheAnswer(ports ...int) (text string) {
+	for _, p := range ports {
+		text += fmt.Sprintf(`
+[[outbound]]
+name = "a%[1]d"
+type = "direct"
+interface = "eth0"
+
+[[group]]
+name = "g%[1]d"
+type = "fallback"
+outbounds = ["a%[1]d", "b"]
+
+[[rule]]
+port = %[1]d
+use = "g%[1]d"
+`, p)
+	}
+	return text
+}
+
 // fault puts rules into the way of what comes by the first path, and returns how
 // to take them away.
 func (w *world) fault(rule string) (mend func()) {
@@ -81,7 +105,8 @@ func TestGroupsConnectByTheGoodPath(t *testing.T) {
 		w.server.ServeEcho(port("", p))
 	}
 	w.server.ServeUDPEcho(port(far4, 7000))
-	w.start(w.config(twoPaths))
+	w.start(w.config(beforeTheAnswer(7003, 7004, 7005) + twoPaths))
+	w.failBeforeTheAnswer(t)
 	connect := func(t *testing.T, to int) answer {
 		t.Helper()
 		a := w.probe(inside, probe{Do: "dial", Network: "tcp", To: port(far4, to), Say: "hello"})
@@ -101,7 +126,7 @@ func TestGroupsConnectByTheGoodPath(t *testing.T) {
 			t.Errorf("by UDP: %+v", a)
 		}
 		for _, f := range w.flows() {
-			if len(f.Path) != 1 || f.Path[0] != "a" && f.Path[0] != "b" || f.Use == nil {
+			if f.Dst.Port() < 7003 && (len(f.Path) != 1 || f.Path[0] != "a" && f.Path[0] != "b" || f.Use == nil) {
 				t.Errorf("a flow's path: %+v", f)
 			}
 		}
@@ -147,6 +172,9 @@ func TestGroupsConnectByTheGoodPath(t *testing.T) {
 		labtest.Eventually(t, 10*time.Second, func() bool { return outboundOf(w.status(), "a").State != "down" })
 	})
 	s := w.status()
+	if h := s.Counters.HiddenTotal; h.Reset == 0 || h.Stall == 0 || outboundOf(s, "a7003").HiddenTotal != 1 {
+		t.Errorf("failures before the answer are not told: %+v", h)
+	}
 	if s.Counters.HiddenTotal.Dial == 0 || outboundOf(s, "a").HiddenTotal == 0 || outboundOf(s, "b").Score == nil {
 		t.Errorf("hidden failures are not told: %+v, %+v", s.Counters.HiddenTotal, s.Outbounds)
 	}
@@ -156,5 +184,43 @@ func TestGroupsConnectByTheGoodPath(t *testing.T) {
 	e := ask[control.Explain](w, "explain", port(far4, 7000))
 	if e.Use != "auto" || len(e.Path) != 1 || !strings.Contains(string(e.Choice), `group "auto" (race) would ask`) {
 		t.Errorf("explain: %+v", e)
+	}
+}
+
+// failBeforeTheAnswer has the first path connect, and then reset or lose what the
+// client sends (W2): a GET is answered by the other one, a POST is not sent twice.
+func (w *world) failBeforeTheAnswer(t *testing.T) {
+	const get, post = "GET / HTTP/1.1\r\nHost: a\r\n\r\n", "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\na"
+	const data = "tcp flags & psh == psh "
+	for _, tt := range []struct {
+		name, rule, say, errno string
+		port                   int
+		within                 time.Duration
+	}{
+		{"reset of a GET", data + "reject with tcp reset", get, "", 7003, time.Second},
+		{"loss of a GET", data + "drop", get, "", 7004, 3500 * time.Millisecond},
+		{"reset of a POST", data + "reject with tcp reset", post, "ECONNRESET", 7005, time.Second},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			server := w.server.ServeEcho(port("", tt.port))
+			mend := w.fault(tt.rule)
+			defer mend()
+			a := w.probe(inside, probe{Do: "dial", Network: "tcp", To: port(far4, tt.port), Say: tt.say, Wait: 10 * time.Second})
+			if a.Errno != tt.errno || tt.errno == "" && a.Heard != tt.say || a.Took > tt.within {
+				t.Errorf("%+v", a)
+			}
+			want := 2
+			if tt.errno != "" {
+				want = 1
+			}
+			if n := len(server.Clients()); n != want {
+				t.Errorf("the server saw %d connections, want %d", n, want)
+			}
+			for _, f := range w.flows() {
+				if int(f.Dst.Port()) == tt.port && (f.Replays != want-1 || f.Path[0] == "b" != (want == 2)) {
+					t.Errorf("%+v", f)
+				}
+			}
+		})
 	}
 }

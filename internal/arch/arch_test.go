@@ -33,6 +33,7 @@ var imports = map[string][]string{
 	"relay":          {"flow"},
 	"dialer":         {"flow"},
 	"group":          {"dialer", "flow"},
+	"replay":         {"dialer", "flow"},
 	"dns":            {"dialer", "flow"},
 	"policy":         {"dialer", "flow"},
 	"tun":            {"internal/netns", "doctor"},
@@ -41,7 +42,7 @@ var imports = map[string][]string{
 	"docker":         {"cgroupsel", "internal/netns", "doctor"},
 	"stack":          {"flow", "tun"},
 	"tproxy":         {"flow", "internal/netns"},
-	"router":         {"flow", "rules", "sniff", "dialer", "relay"},
+	"router":         {"flow", "rules", "sniff", "dialer", "relay", "replay"},
 	"attach":         {"cgroupsel", "steer", "tun", "flow", "internal/netns"},
 	"control":        {"flow", "doctor"},
 	// The packages that a table of the configuration belongs to.

@@ -1,0 +1,375 @@
+package replay
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"cgtun/dialer"
+	"cgtun/flow"
+)
+
+// kept is what the client has sent. Bytes are appended by the goroutine of do,
+// and by the client's reader after that has ended.
+type kept struct {
+	mu    sync.Mutex
+	cond  sync.Cond
+	b     []byte // only appended to
+	ended bool   // the client has ended, after b
+	given bool   // nobody is to write any more
+}
+
+func (k *kept) len() int {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return len(k.b)
+}
+
+// with returns what there would be with more behind it.
+func (k *kept) with(more []byte) []byte {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return append(k.b[:len(k.b):len(k.b)], more...)
+}
+
+func (k *kept) add(more []byte) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.b = append(k.b, more...)
+	k.cond.Broadcast()
+}
+
+func (k *kept) end() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.ended = true
+	k.cond.Broadcast()
+}
+
+// give stops those who write.
+func (k *kept) give() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.given = true
+	k.cond.Broadcast()
+}
+
+// after waits for something behind the first n bytes: more of them, the end, or
+// the order to stop.
+func (k *kept) after(n int) (part []byte, ended, given bool) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for !k.given && !k.ended && len(k.b) == n {
+		k.cond.Wait()
+	}
+	return k.b[n:], k.ended, k.given
+}
+
+// kernel is an end that is a plain socket.
+type kernel interface{ TCP() *net.TCPConn }
+
+// link is one server.
+type link struct {
+	*dialer.Conn
+	socket *net.TCPConn // nil: it is more than a plain socket
+	below  *net.TCPConn // the socket below it; nil: not known
+	began  time.Time
+
+	sent     int                   // bytes; of pump until that has ended
+	writeErr atomic.Pointer[error] // why that has ended; nil: it was told to
+
+	first   []byte // what it said first, if that could not be left in its socket
+	readErr error  // how it has ended; both of await until that has ended
+}
+
+func (l *link) name() string { return l.Path[len(l.Path)-1] }
+
+// add puts a server beside the others, and sends it what there is.
+func (r *run) add(c *dialer.Conn) *link {
+	l := &link{Conn: c, began: time.Now(), below: flow.Socket(c.Conn)}
+	if k, ok := c.Conn.(kernel); ok {
+		l.socket = k.TCP()
+	}
+	r.links = append(r.links, l)
+	r.avoid = append(r.avoid, l.name())
+	r.work.Go(func() { r.pump(l) })
+	r.work.Go(func() { r.await(l) })
+	return l
+}
+
+// readClient reads until the client has ended, somebody sets a deadline, or
+// nobody takes it any more.
+func (r *run) readClient() {
+	buf := make([]byte, 4<<10)
+	for {
+		n, err := r.client.Read(buf)
+		if n > 0 && !r.send(event{chunk: append([]byte(nil), buf[:n]...)}) {
+			r.kept.add(buf[:n]) // for who goes on
+			return
+		}
+		if err != nil {
+			if !isDeadline(err) && !r.send(event{err: err}) && err != io.EOF {
+				r.clientErr = err // seen when this has ended
+			}
+			return
+		}
+	}
+}
+
+// pump writes what is kept to one server until it is closed or stopped.
+func (r *run) pump(l *link) {
+	for {
+		part, ended, given := r.kept.after(l.sent)
+		switch {
+		case given:
+			return
+		case len(part) == 0 && ended:
+			_ = l.CloseWrite() // await sees a failure
+			return
+		}
+		n, err := l.Write(part)
+		l.sent += n
+		if err != nil {
+			if !isDeadline(err) {
+				l.writeErr.Store(&err)
+			}
+			return
+		}
+	}
+}
+
+// await tells of the first byte of a server, or of its end.
+func (r *run) await(l *link) {
+	var err error
+	if l.socket != nil {
+		err = peek(l.socket)
+	} else {
+		buf := make([]byte, 16<<10)
+		var n int
+		if n, err = l.Read(buf); n > 0 {
+			l.first, err = buf[:n], nil
+		}
+	}
+	if isDeadline(err) {
+		return
+	}
+	if !r.send(event{link: l, err: err}) {
+		l.readErr = err // for who goes on
+	}
+}
+
+// peek waits for a byte, and leaves it where it is.
+func peek(c *net.TCPConn) error {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var failed error
+	n := 0
+	err = raw.Read(func(fd uintptr) bool {
+		var b [1]byte
+		n, _, failed = unix.Recvfrom(int(fd), b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
+		return failed != unix.EAGAIN && failed != unix.EINTR
+	})
+	switch {
+	case err != nil:
+		return err
+	case failed != nil:
+		return failed
+	case n == 0:
+		return io.EOF
+	}
+	return nil
+}
+
+// unacked says whether the peer's kernel has not got all that was written.
+func unacked(c *net.TCPConn) bool {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return false
+	}
+	left := 0
+	err = raw.Control(func(fd uintptr) { left, _ = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ) })
+	return err == nil && left > 0
+}
+
+// remove takes a server out of those that live.
+func (r *run) remove(l *link) {
+	for i, other := range r.links {
+		if other == l {
+			r.links = append(r.links[:i:i], r.links[i+1:]...)
+			return
+		}
+	}
+}
+
+// drop closes all servers but one. For the others that is no failure.
+func (r *run) drop(but *link) {
+	for _, l := range append([]*link(nil), r.links...) {
+		if l != but {
+			r.remove(l)
+			r.close(l)
+		}
+	}
+	if r.last != nil && r.last != but {
+		r.close(r.last)
+		r.last = nil
+	}
+}
+
+// close ends a server that nobody needs.
+func (r *run) close(l *link) {
+	_ = l.Reset()
+	l.Tell(dialer.Outcome{News: dialer.Ended})
+	r.o.Closed()
+}
+
+// answered gives the flow to the server that has answered first.
+func (r *run) answered(ctx context.Context, l *link) Result {
+	after := time.Duration(0)
+	if since := r.sentAt; !since.IsZero() {
+		after = time.Since(later(since, l.began))
+	}
+	l.Tell(dialer.Outcome{News: dialer.Answered, After: after})
+	for _, other := range r.links {
+		if other == l {
+			break
+		}
+		// It was silent for so long that another one was asked.
+		other.Tell(dialer.Outcome{News: dialer.Failed, Reason: flow.TimedOut, ByServer: true})
+		r.hidden = append(r.hidden, failure{other.name(), dialer.HiddenStall})
+	}
+	return r.giveOn(ctx, l)
+}
+
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
+}
+
+// giveOn ends all that is done here, and leaves the flow to one server.
+func (r *run) giveOn(ctx context.Context, l *link) Result {
+	r.drop(l)
+	r.halt(ctx, l)
+	if err := l.readErr; err != nil && err != io.EOF {
+		r.last = l
+		return r.finish(Result{Server: l.Conn, Client: r.client, Over: true, Reason: flow.ReasonOf(err), ByServer: true}, l)
+	}
+	for _, f := range r.hidden {
+		if f.outbound != l.name() {
+			r.o.Hide(f.outbound, f.kind)
+		}
+	}
+	res := Result{Server: l.Conn, Client: r.client, Replays: r.replays}
+	if w := l.writeErr.Load(); w != nil {
+		res.Broken = *w
+	}
+	rest := r.kept.b[l.sent:]
+	failed := r.clientErr
+	if failed == io.EOF {
+		failed = nil // it is seen again
+	}
+	if len(rest) > 0 || failed != nil {
+		res.Client = &before{Conn: r.client, rest: rest, err: failed}
+	}
+	r.o.Up.Add(int64(l.sent))
+	if len(l.first) > 0 {
+		r.tellClient(ctx, l.first)
+	}
+	r.release()
+	return res
+}
+
+// tellClient hands on what could not be left in the server's socket.
+func (r *run) tellClient(ctx context.Context, b []byte) {
+	stop := context.AfterFunc(ctx, func() { _ = r.client.SetWriteDeadline(past) })
+	n, _ := r.client.Write(b) // who goes on sees why it failed
+	if stop() {
+		_ = r.client.SetWriteDeadline(time.Time{})
+	}
+	r.o.Down.Add(int64(n))
+}
+
+// halt ends all goroutines. The ends stay usable.
+func (r *run) halt(ctx context.Context, l *link) {
+	close(r.stop)
+	if r.dialing != nil {
+		r.dialing()
+	}
+	r.kept.give()
+	_ = r.client.SetReadDeadline(past)
+	_ = l.SetReadDeadline(past)
+	cut := context.AfterFunc(ctx, func() { _ = l.Reset() })
+	defer cut()
+	if l.socket != nil {
+		_ = l.SetWriteDeadline(past) // TLS would not survive that: it is waited for
+	}
+	r.work.Wait()
+	_ = r.client.SetReadDeadline(time.Time{})
+	_ = l.SetDeadline(time.Time{})
+}
+
+// end is the end of the flow: of ctx, or of the last server, which is told to the
+// client.
+func (r *run) end(ctx context.Context, why error, byServer bool) Result {
+	l := r.last
+	if len(r.links) > 0 {
+		l = r.links[0]
+	}
+	r.drop(l)
+	if !byServer {
+		_ = l.Reset()
+	}
+	r.halt(ctx, l)
+	return r.finish(Result{Server: l.Conn, Client: r.client, Over: true, Reason: flow.ReasonOf(why), ByServer: byServer}, l)
+}
+
+// finish resets the client.
+func (r *run) finish(res Result, l *link) Result {
+	_ = r.client.Reset()
+	r.o.Up.Add(int64(l.sent))
+	res.Replays = r.replays
+	r.release()
+	return res
+}
+
+func (r *run) release() {
+	if r.spent {
+		r.o.Budget.give()
+	}
+}
+
+// before is a client's end with bytes that it has sent before, and maybe the
+// error that it has ended with.
+type before struct {
+	flow.Conn
+	rest []byte
+	err  error
+}
+
+// Read implements net.Conn.
+func (b *before) Read(p []byte) (int, error) {
+	if len(b.rest) > 0 {
+		n := copy(p, b.rest)
+		b.rest = b.rest[n:]
+		return n, nil
+	}
+	if b.err != nil {
+		return 0, b.err
+	}
+	return b.Conn.Read(p)
+}
+
+// past is a deadline that wakes who waits.
+var past = time.Unix(1, 0)
+
+func isDeadline(err error) bool { return errors.Is(err, os.ErrDeadlineExceeded) }

@@ -1,0 +1,92 @@
+package router_test
+
+import (
+	"context"
+	"errors"
+	"io"
+	"slices"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"cgtun/dialer"
+	"cgtun/internal/labtest"
+	"cgtun/router"
+)
+
+// twoWays is a group as the router sees one.
+type twoWays struct {
+	name   string
+	paths  []string
+	serve  func(path string, c *memConn)
+	hidden atomic.Pointer[string]
+	ended  atomic.Int32
+}
+
+func (o *twoWays) Name() string               { return o.name }
+func (o *twoWays) Outbounds() []string        { return o.paths }
+func (o *twoWays) Replay() bool               { return true }
+func (o *twoWays) Usual(string) time.Duration { return 0 }
+
+func (o *twoWays) Hide(outbound string, kind dialer.Hidden) {
+	text := outbound + " " + kind.String()
+	o.hidden.Store(&text)
+}
+
+func (o *twoWays) DialStream(_ context.Context, t dialer.Target) (*dialer.Conn, error) {
+	for _, p := range o.paths {
+		if slices.Contains(t.Avoid, p) {
+			continue
+		}
+		ours, theirs := memPipe()
+		go o.serve(p, theirs)
+		return &dialer.Conn{Conn: ours, Path: []string{p}, Report: func(out dialer.Outcome) {
+			if out.News == dialer.Ended {
+				o.ended.Add(1)
+			}
+		}}, nil
+	}
+	return nil, errors.New("no other path")
+}
+
+func (o *twoWays) OpenPackets(context.Context, dialer.Target) (*dialer.PacketConn, error) {
+	return nil, errors.ErrUnsupported
+}
+
+// A path that resets the first request is replaced; the flow is known by the one
+// that serves it, and the places of both sockets are given back.
+func TestResetBeforeTheAnswerIsHidden(t *testing.T) {
+	const request = "GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+	o := &twoWays{name: "up", paths: []string{"a", "b"}}
+	o.serve = func(path string, c *memConn) {
+		buf := make([]byte, len(request))
+		_, _ = io.ReadFull(c, buf)
+		if path == "a" {
+			_ = c.Reset()
+			return
+		}
+		_, _ = c.Write(append([]byte("answer to "), buf...))
+		_ = c.CloseWrite()
+	}
+	r := route(t, router.Options{MaxSockets: 2}, o)
+	for range 5 { // each needs both places
+		c := newClient("198.51.100.1:80")
+		serve(t, r, c)
+		far := c.conn
+		_, _ = io.WriteString(far, request)
+		got, err := io.ReadAll(far)
+		if string(got) != "answer to "+request || err != nil {
+			t.Fatalf("%q, %v", got, err)
+		}
+		_ = far.Close()
+		labtest.Eventually(t, 5*time.Second, func() bool { return r.Counters().FlowsLive == 0 })
+	}
+	flows := r.Flows()
+	last := flows[len(flows)-1]
+	if last.Replays != 1 || !slices.Equal(last.Path, []string{"b"}) || last.DownBytes != int64(len("answer to "+request)) || last.UpBytes != int64(len(request)) {
+		t.Errorf("%+v", last)
+	}
+	if h := o.hidden.Load(); h == nil || *h != "a reset" || o.ended.Load() != 10 {
+		t.Errorf("hidden %v, %d conns ended", h, o.ended.Load())
+	}
+}
