@@ -64,12 +64,12 @@ func printExplain(w io.Writer, e *control.Explain) {
 	if e.Port != nil {
 		target = net.JoinHostPort(e.Host, strconv.Itoa(int(*e.Port)))
 	}
-	fmt.Fprintf(w, "%s %s from %s\n", e.Proto, target, orDash(string(e.Cgroup)))
+	fmt.Fprintf(w, "%s %s from %s\n", e.Proto, target, plainOrDash(e.Cgroup))
 	t := newTable(w)
-	t.row("captured", yes(e.Captured)+": "+e.Why)
+	t.row("captured", yes(e.Captured)+": "+line(e.Why))
 	t.row("addresses", orDash(strings.Join(e.Addresses, " ")))
 	t.row("rule", rule(e))
-	t.row("use", orDash(string(e.Use)))
+	t.row("use", plainOrDash(e.Use))
 	t.row("path", path(e.Path))
 	if e.Choice != "" {
 		t.row("choice", string(e.Choice))

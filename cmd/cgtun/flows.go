@@ -28,7 +28,7 @@ func runFlows(ctx context.Context, c *call) error {
 
 // printEvent prints one change as it comes.
 func (c *call) printEvent(e flow.Event, raw json.RawMessage) error {
-	line := raw
+	line := ascii(raw)
 	if !c.json {
 		line = fmt.Appendf(nil, "%-6s  %s", e.Event, eventLine(&e.Flow))
 	}

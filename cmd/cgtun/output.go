@@ -7,6 +7,8 @@ import (
 	"strconv"
 	"strings"
 	"text/tabwriter"
+	"unicode"
+	"unicode/utf16"
 
 	"cgtun/control"
 )
@@ -18,7 +20,7 @@ func (c *call) print(raw json.RawMessage, err error, human func(io.Writer)) erro
 	case err != nil:
 		return err
 	case c.json:
-		c.out.Write(raw)
+		c.out.Write(ascii(raw))
 		c.out.WriteByte('\n')
 		return nil
 	}
@@ -61,12 +63,49 @@ func plain(s string) string {
 	return strconv.QuoteToASCII(s)
 }
 
-// orDash is for text of our own that may be missing.
+// orDash is for text that may be missing: sentences of our own, and what they quote
+// of others.
 func orDash(s string) string {
 	if s == "" {
 		return "-"
 	}
-	return s
+	return line(s)
+}
+
+// plainOrDash is for text that came from elsewhere and may be missing.
+func plainOrDash(s control.Text) string {
+	if s == "" {
+		return "-"
+	}
+	return plain(string(s))
+}
+
+// line returns a sentence that may have text of others in it: quoted where that
+// could move the cursor, or turn the direction in which it is read.
+func line(s string) string {
+	if strings.IndexFunc(s, func(r rune) bool { return !unicode.IsPrint(r) }) < 0 {
+		return s
+	}
+	return strconv.QuoteToASCII(s)
+}
+
+// ascii returns the same JSON with nothing in it but what every terminal shows as it
+// is: encoding/json leaves the control characters above 127 as they are, and those
+// that turn the direction.
+func ascii(raw json.RawMessage) []byte {
+	safe := make([]byte, 0, len(raw))
+	for _, r := range string(raw) {
+		switch {
+		case r < 0x7f:
+			safe = append(safe, byte(r))
+		case r <= 0xffff:
+			safe = fmt.Appendf(safe, `\u%04x`, r)
+		default:
+			hi, lo := utf16.EncodeRune(r)
+			safe = fmt.Appendf(safe, `\u%04x\u%04x`, hi, lo)
+		}
+	}
+	return safe
 }
 
 func number(id control.ID) string {

@@ -66,10 +66,10 @@ func printPID(w io.Writer, p *control.PIDStatus) {
 	if !p.Captured {
 		verdict = "is not captured"
 	}
-	fmt.Fprintf(w, "process %d %s: %s\n", p.PID, verdict, p.Why)
+	fmt.Fprintf(w, "process %d %s: %s\n", p.PID, verdict, line(p.Why))
 	t := newTable(w)
-	t.row("cgroup", orDash(string(p.Cgroup)))
-	t.row("attachment", orDash(string(p.Attachment)))
+	t.row("cgroup", plainOrDash(p.Cgroup))
+	t.row("attachment", plainOrDash(p.Attachment))
 	t.row("network namespace", number(p.NetnsIno))
 	t.flush()
 }
