@@ -4,11 +4,13 @@ import (
 	"bufio"
 	"context"
 	"crypto/tls"
+	"encoding/binary"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/netip"
 	"testing"
 	"time"
 
@@ -19,29 +21,60 @@ import (
 
 // faithful is a proxy on the router that passes each end on as what it is, which
 // those that people use do not all do. By TLS if config is not nil.
-func (w *world) faithful(addr string, config *tls.Config) *labtest.Server {
+func (w *world) faithful(addr string, config *tls.Config, ask asked) *labtest.Server {
 	w.t.Helper()
 	return w.router.Serve(addr, func(c *net.TCPConn) error {
 		var client flow.Conn = flow.NewTCPConn(c)
 		if config != nil {
 			client = &secured{tls.Server(c, config), client}
 		}
-		q, err := http.ReadRequest(bufio.NewReaderSize(client, 16))
+		target, yes, no, err := ask(client)
 		if err != nil {
 			return fmt.Errorf("read request: %w", err)
 		}
-		to, err := w.router.Dial("tcp", q.Host)
+		to, err := w.router.Dial("tcp", target)
 		if err != nil {
-			_, err := io.WriteString(client, "HTTP/1.1 502 Bad Gateway\r\nProxy-Status: lab; error=connection_refused\r\n\r\n")
+			_, err := io.WriteString(client, no)
 			return err
 		}
 		defer to.Close()
-		if _, err := io.WriteString(client, "HTTP/1.1 200 OK\r\n\r\n"); err != nil {
+		if _, err := io.WriteString(client, yes); err != nil {
 			return err
 		}
 		relay.Streams(context.Background(), client, flow.NewTCPConn(to.(*net.TCPConn)), relay.Options{})
 		return nil
 	})
+}
+
+// asked reads what a client of a proxy wants, and returns the two answers.
+type asked func(client net.Conn) (target, yes, no string, err error)
+
+func askedByCONNECT(client net.Conn) (target, yes, no string, err error) {
+	q, err := http.ReadRequest(bufio.NewReaderSize(client, 16))
+	if err != nil {
+		return "", "", "", err
+	}
+	return q.Host, "HTTP/1.1 200 OK\r\n\r\n", "HTTP/1.1 502 Bad Gateway\r\nProxy-Status: lab; error=connection_refused\r\n\r\n", nil
+}
+
+func askedBySOCKS5(client net.Conn) (target, yes, no string, err error) {
+	b := make([]byte, 22)
+	if _, err := io.ReadFull(client, b[:3]); err != nil {
+		return "", "", "", err
+	}
+	if _, err := client.Write([]byte{5, 0}); err != nil {
+		return "", "", "", err
+	}
+	if _, err := io.ReadFull(client, b[:4]); err != nil {
+		return "", "", "", err
+	}
+	size := map[byte]int{1: 4, 4: 16}[b[3]]
+	if _, err := io.ReadFull(client, b[4:4+size+2]); err != nil {
+		return "", "", "", err
+	}
+	addr, _ := netip.AddrFromSlice(b[4 : 4+size])
+	to := netip.AddrPortFrom(addr, binary.BigEndian.Uint16(b[4+size:]))
+	return to.String(), "\x05\x00\x00\x01\x00\x00\x00\x00\x00\x00", "\x05\x05\x00\x01\x00\x00\x00\x00\x00\x00", nil
 }
 
 // secured is the server's end of TLS, as a Conn.
@@ -59,8 +92,8 @@ func (s *secured) Close() error {
 }
 
 // What TestRandomEndings and TestBulkBothWays see of direct connections holds
-// through CONNECT, plain and over TLS: every byte, ends as ends, resets as
-// resets.
+// through proxies of each kind, and a chain of two: every byte, ends as ends,
+// resets as resets.
 func TestEndingsThroughProxies(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -69,27 +102,44 @@ func TestEndingsThroughProxies(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w.faithful(middle4+":3128", nil)
-	w.faithful(middle4+":3129", &tls.Config{Certificates: []tls.Certificate{certificate}})
-	text := w.config("")
+	w.faithful(middle4+":3128", nil, askedByCONNECT)
+	w.faithful(middle4+":3129", &tls.Config{Certificates: []tls.Certificate{certificate}}, askedByCONNECT)
+	w.faithful(middle4+":1080", nil, askedBySOCKS5)
+	kinds := []string{"http", "https", "socks5", "chain"}
+	text := w.config(fmt.Sprintf(`
+[[outbound]]
+name = "http"
+type = "http"
+server = "10.2.0.1:3128"
+[[outbound]]
+name = "https"
+type = "https"
+server = "10.2.0.1:3129"
+tls_ca = %q
+[[outbound]]
+name = "socks5"
+type = "socks5"
+server = "10.2.0.1:1080"
+[[outbound]]
+name = "chain"
+type = "socks5"
+server = "10.2.0.1:1080"
+via = "https"
+`, file))
 	var servers []*labtest.Server
-	for i, kind := range []string{"http", "https"} {
-		text += fmt.Sprintf("[[outbound]]\nname = %q\ntype = %[1]q\nserver = \"%[2]s:%[3]d\"\n", kind, middle4, 3128+i)
-		if kind == "https" {
-			text += fmt.Sprintf("tls_ca = %q\n", file)
-		}
+	for i, kind := range kinds {
 		text += fmt.Sprintf("[[rule]]\nport = \"%d-%d\"\nuse = %q\n", 7000+10*i, 7009+10*i, kind)
 		servers = append(servers, w.serveOrders(fmt.Sprint(":", 7000+10*i)), w.server.ServeExchange(fmt.Sprint(":", 7001+10*i)))
 	}
 	d := w.start(text)
-	n, size, seed := 150, 32<<20, rand.Int64()
+	n, size, seed := 100, 16<<20, rand.Int64()
 	if labtest.Soak() {
 		n, size = 2000, 1<<30
 	}
 	if raceEnabled {
 		n, size = 30, 2<<20
 	}
-	for i, kind := range []string{"http", "https"} {
+	for i, kind := range kinds {
 		for j, far := range []string{far4, far6} {
 			for _, q := range []probe{
 				{Do: "mix", To: port(far, 7000+10*i), N: n, Seed: seed},
@@ -109,7 +159,9 @@ func TestEndingsThroughProxies(t *testing.T) {
 	w.noLeak("through proxies")
 	labtest.Eventually(t, 10*time.Second, func() bool { return w.status().Counters.FlowsLive == 0 }, "all flows have ended")
 	labtest.Eventually(t, 10*time.Second, func() bool { return openSockets(t, d.Pid) < 20 }, "cgtun's sockets are closed")
-	if a := w.probe(inside, probe{Do: "dial", Network: "tcp", To: port(far4, 7015)}); a.Errno != "ECONNREFUSED" {
-		t.Errorf("nobody listens: %+v", a)
+	for i, kind := range kinds {
+		if a := w.probe(inside, probe{Do: "dial", Network: "tcp", To: port(far4, 7005+10*i)}); a.Errno != "ECONNREFUSED" {
+			t.Errorf("nobody listens, by %s: %+v", kind, a)
+		}
 	}
 }
