@@ -79,6 +79,15 @@ type Status struct {
 	Groups      List[Group]        `json:"groups"`
 	Counters    Counters           `json:"counters"`
 	Limits      Limits             `json:"limits"`
+	Missing     List[Missing]      `json:"missing"` // what the kernel refuses
+}
+
+// Missing is a part of the kernel that was tried and is not there.
+type Missing struct {
+	Feature string `json:"feature"`
+	Kernel  string `json:"kernel"` // the first version that has it
+	Lost    string `json:"lost"`
+	Error   Text   `json:"error"`
 }
 
 // Route is one [[route]] of the configuration.

@@ -100,7 +100,11 @@ func TestKilledWhileStarting(t *testing.T) {
 	began := time.Now()
 	w.start(text).kill()
 	whole := time.Since(began)
-	for i := range 11 {
+	kills := 11
+	if labtest.Soak() {
+		kills = 50
+	}
+	for i := range kills {
 		if i > 0 {
 			d := w.lab.StartCommand(w.daemonCommand(text))
 			time.Sleep(rand.N(whole)) // the point of death: not a wait

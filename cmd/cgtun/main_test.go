@@ -110,6 +110,7 @@ func (painted) Status() control.Status {
 		Outbounds: []control.Outbound{{Name: "direct", Type: "direct", State: "up", DialsTotal: 3, FailuresTotal: 1, UpBytes: 1500, DownBytes: 3 << 20}},
 		Counters:  control.Counters{FlowsTotal: 3, FlowsLive: 1, RefusedTotal: 1},
 		Limits:    control.Limits{Nofile: 1024, MemoryBytes: 256 << 20},
+		Missing:   control.List[control.Missing]{{Feature: "pinned programs", Kernel: "5.8", Lost: "what they are for", Error: "not permitted"}},
 	}
 }
 

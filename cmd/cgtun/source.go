@@ -55,6 +55,11 @@ func (in *instance) Status() control.Status {
 		degraded = degraded || !c.Present
 		s.Cgroups = append(s.Cgroups, control.CgroupStatus{Path: c.Path, ID: control.ID(c.ID), Present: c.Present, Held: c.Held})
 	}
+	for _, f := range in.selector.Features() {
+		if f.Err != nil {
+			s.Missing = append(s.Missing, control.Missing{Feature: f.Name, Kernel: f.Err.Kernel, Lost: f.Err.Lost, Error: control.Text(fmt.Sprint(f.Err.Err))})
+		}
+	}
 	s.Docker = in.dockerStatus()
 	for _, d := range s.Docker {
 		degraded = degraded || d.Error != ""

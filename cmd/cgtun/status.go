@@ -119,6 +119,9 @@ func printStatus(w io.Writer, s *control.Status) {
 		h.Dial, h.Reset, h.Close, h.Stall, h.DNS, h.Resume)
 	printTurnedAway(w, s.Counters.TurnedAwayTotal)
 	fmt.Fprintf(w, "limits: %d descriptors, %s of memory\n", s.Limits.Nofile, size(s.Limits.MemoryBytes))
+	for _, m := range s.Missing {
+		fmt.Fprintf(w, "the kernel lacks %s (since %s): %s\n", m.Feature, m.Kernel, m.Lost)
+	}
 }
 
 func families(v4, v6 bool) string {
