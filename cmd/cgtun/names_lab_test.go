@@ -1,113 +1,118 @@
 package main_test
 
 import (
-	"io"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
-	"cgtun/control"
-	"cgtun/flow"
 	"cgtun/internal/labtest"
 )
 
-func init() { probes["linger"] = linger }
-
-// linger connects, and stays so for a while.
-func linger(q probe) error {
-	c, err := probeDialer(q).Dial("tcp", q.To)
-	if err != nil {
-		return err
-	}
-	defer c.Close()
-	_, err = os.Stdout.WriteString("ready\n")
-	time.Sleep(10 * time.Minute)
-	return err
+// zones are the dnsmasq of names: each says who answered, and what it does not
+// know it refuses to others.
+func (w *world) zone(h *labtest.Host, addr, answer string, more ...string) *labtest.Proc {
+	w.t.Helper()
+	return h.Start("dnsmasq", append([]string{"--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts", "--bind-interfaces",
+		"--user=root", "--pid-file=", "--listen-address=" + addr, "--max-ttl=600", "--local-ttl=300", "--address=/name.example/" + answer}, more...)...)
 }
 
-// TestNamesOfHostileProgramsAreShownSafely: what a program calls itself and its
-// cgroup reaches the terminal of whoever looks, and the log.
-func TestNamesOfHostileProgramsAreShownSafely(t *testing.T) {
-	t.Parallel()
-	w := newWorld(t)
-	w.server.ServeEcho(":7000")
-	d := w.start(w.config(second))
-	const nasty = "x😀\x1b[2J\x1b]0;owned\x07%s%n\\\"\u202e\u009b31m"
-	cgroup := filepath.Join(w.sel.Dir, nasty)
-	if err := os.Mkdir(cgroup, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	// A kernel takes no newline in the name of a cgroup; of a file it does.
-	dir := filepath.Join(t.TempDir(), strings.Repeat("d", 200), strings.Repeat("e", 200))
-	program := filepath.Join(dir, nasty+"\nforged line")
-	self, err := os.Open("/proc/self/exe")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer self.Close()
+// resolvers writes the resolv.conf of the machine, as "ip netns exec" shows it.
+func (w *world) resolvers(text string) {
+	w.t.Helper()
+	dir := filepath.Join("/etc/netns", w.machine.Name)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
-		t.Fatal(err)
+		w.t.Fatal(err)
 	}
-	copied, err := os.OpenFile(program, os.O_CREATE|os.O_WRONLY, 0o755)
-	if err != nil {
-		t.Fatal(err)
+	w.t.Cleanup(func() { os.RemoveAll(dir) })
+	if err := os.WriteFile(filepath.Join(dir, "resolv.conf"), []byte(text), 0o644); err != nil {
+		w.t.Fatal(err)
 	}
-	if _, err := io.Copy(copied, self); err != nil {
-		t.Fatal(err)
-	}
-	if err := copied.Close(); err != nil {
-		t.Fatal(err)
-	}
-	args := probeArgs(probe{Do: "linger", To: port(far4, 7000), Wait: 10 * time.Second})
-	cmd := w.command(t.Context(), inside, "sh", "-c", `echo $$ > "$0/cgroup.procs" && exec env "$@"`, cgroup, args[0], program)
-	p := w.lab.StartCommand(cmd)
-	p.WaitOutput("ready", patience())
+}
 
-	var found *flow.Info
-	for _, f := range w.flows() {
-		if f.Dst.String() == port(far4, 7000) {
-			found = &f
+// Queries of a captured process are answered, by UDP and TCP, for whatever
+// server: from the cache when it is dead, by others where it never was, and
+// none of them leaves the ordinary way. What is no query goes to its server.
+func TestQueriesAreAnswered(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, "dig", "dnsmasq", "busybox")
+	w.server.Run("ip", "addr", "add", "203.0.113.11/32", "dev", "lo")
+	w.resolvers("nameserver 203.0.113.11\n")
+	w.zone(w.server, far4, "192.0.2.77", "--auth-zone=zone.example", "--auth-server=ns.zone.example", "--host-record=h.zone.example,192.0.2.1", "--auth-peer=10.2.0.2")
+	w.zone(w.server, far6, "192.0.2.77")
+	w.zone(w.server, "203.0.113.11", "192.0.2.88", "--address=/other.example/192.0.2.89")
+	w.listening(53)
+	if err := os.WriteFile(filepath.Join(w.dir, "stub.conf"), []byte("nameserver 127.0.0.53\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	w.start(w.config(second))
+	any53 := w.router.MeterMatch(`iifname "eth0" udp dport 53`, `iifname "eth0" tcp dport 53`)
+	dig := func(args string) string {
+		out, err := w.try(inside, "dig", strings.Fields("+tries=1 +time=6 "+args)...)
+		if err != nil {
+			return err.Error()
+		}
+		return strings.TrimSpace(out)
+	}
+	for _, tt := range []struct{ args, want string }{
+		{"+short name.example @" + far4, "192.0.2.77"},
+		{"+short +tcp name.example @" + far4, "192.0.2.77"},
+		{"+short name.example @" + far6, "192.0.2.77"},
+		{"+short name.example @203.0.113.11", "192.0.2.88"},
+		{"+short name.example @203.0.113.99", "192.0.2.88"},   // nobody is there
+		{"+short other.example @" + far4, "192.0.2.89"},       // refused there
+		{"zone.example AXFR @" + far4, "h.zone.example."},     // a flow
+		{"+short +norecurse name.example @" + far4, "192.0"},  // one too
+		{"+short CH TXT version.bind @" + far4, "\"dnsmasq-"}, // and this
+	} {
+		if out := dig(tt.args); !strings.Contains(out, tt.want) {
+			t.Errorf("dig %s: %s, want %s", tt.args, out, tt.want)
 		}
 	}
-	if found == nil || found.Process == nil || *found.Process != program || found.Cgroup == nil || filepath.Base(*found.Cgroup) != nasty {
-		t.Fatalf("the flow, and whose it is: %+v", found)
+	w.loopbackIsAnswered(dig)
+	if n := any53.Packets(); n != 0 {
+		t.Errorf("%d packets to port 53 left by the uplink", n)
 	}
-	if s := ask[control.PIDStatus](w, "status", strconv.Itoa(*found.PID)); !strings.Contains(string(s.Cgroup), nasty) {
-		t.Errorf("status of the process: %+v", s)
-	}
-	safe := func(what, text string) {
-		t.Helper()
-		if text == "" {
-			t.Errorf("%s is empty", what)
+	w.noLeak("queries")
+}
+
+// loopbackIsAnswered asks resolvers of the machine's loopback: one that is there,
+// also after it has gone, and where nobody is the host's.
+func (w *world) loopbackIsAnswered(dig func(string) string) {
+	w.t.Helper()
+	stub := w.zone(w.machine, "127.0.0.1", "192.0.2.66")
+	labtest.Eventually(w.t, 10*time.Second, func() bool {
+		c, err := w.machine.Dial("tcp", "127.0.0.1:53")
+		if err == nil {
+			c.Close()
 		}
-		for i, r := range text {
-			if r != '\n' && (r < ' ' || r >= 0x7f && r < 0xa0 || r == '\u202e') {
-				t.Errorf("%s has %q: %q", what, r, text[max(0, i-40):min(len(text), i+40)])
-				break
-			}
-		}
-		if strings.Contains(text, "\nforged line") {
-			t.Errorf("%s has a forged line", what)
+		return err == nil
+	}, "dnsmasq on loopback")
+	ask := func(args, want string) {
+		w.t.Helper()
+		if out := dig(args); !strings.Contains(out, want) {
+			w.t.Errorf("dig %s: %s, want %s", args, out, want)
 		}
 	}
-	for _, command := range []string{"flows", "status", "status " + strconv.Itoa(*found.PID), "explain " + far4} {
-		out, errs, _ := w.cgtun(strings.Fields(command)...)
-		safe(command, out+errs)
-		out, errs, _ = w.cgtun(append(strings.Fields(command), "--json")...)
-		safe(command+" --json", out+errs)
+	ask("+short name.example @127.0.0.1", "192.0.2.66")
+	ask("+short +tcp name.example @127.0.0.1", "192.0.2.66")
+	ask("+short CH TXT version.bind @127.0.0.1", "\"dnsmasq-")
+	ask("+short +tcp CH TXT version.bind @127.0.0.1", "\"dnsmasq-")
+	if _, err := stub.Stop(); err != nil {
+		w.t.Logf("dnsmasq ended with %v", err)
 	}
-	follow := w.lab.StartCommand(w.machine.Command(t.Context(), w.program(), "-s", w.socket, "flows", "-f"))
-	follow.WaitOutput("7000", patience())
-	safe("flows -f", follow.Output())
-	p.Signal(syscall.SIGKILL)
-	_ = p.Wait()
-	labtest.Eventually(t, 10*time.Second, func() bool { return strings.Contains(d.Output(), "flow ended") }, "the end is in the log")
-	safe("the log", d.Output())
-	if err := os.Remove(cgroup); err != nil {
-		t.Error(err)
+	ask("+short name.example @127.0.0.1", "192.0.2.66") // from the cache
+	ask("+short name.example @127.0.0.53", "192.0.2.88")
+	ask("+short +tcp name.example @127.0.0.53", "192.0.2.88")
+	ask("+short name.example @::1", "192.0.2.88")
+	if out, err := w.try(outside, "dig", "+tries=1", "+time=1", "name.example", "@127.0.0.53"); err == nil {
+		w.t.Errorf("outside: %s", out)
+	}
+	for _, program := range []string{"getent ahostsv4", "busybox nslookup -type=a"} {
+		script := "mount --bind " + filepath.Join(w.dir, "stub.conf") + " /etc/resolv.conf && " + program + " name.example"
+		if out, err := w.try(inside, "unshare", "-m", "sh", "-c", script); err != nil || !strings.Contains(out, "192.0.2.88") {
+			w.t.Errorf("%s: %v %s", program, err, out)
+		}
 	}
 }
