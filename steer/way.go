@@ -44,7 +44,9 @@ func (s *Steering) findWay(h *netlink.Handle, p *Plan) (*way, error) {
 
 // findTun prepares our own device: it joins the group, its packets are looked
 // up with their mark where rp_filter asks for the way back, and may come from
-// its own address, as what its router says does. All go when the device goes.
+// its own address, as what its router says does, and from routers of other links,
+// of which the errors are (2 is the loose mode, and wins over "all"). All go when
+// the device goes.
 func (w *way) findTun(h *netlink.Handle) error {
 	l, err := h.LinkByName(w.dev)
 	if err != nil {
@@ -55,8 +57,8 @@ func (w *way) findTun(h *netlink.Handle) error {
 			return fmt.Errorf("set group of device %s: %w", w.dev, err)
 		}
 	}
-	for _, name := range []string{"src_valid_mark", "accept_local"} {
-		if err := sysctl("/proc/sys/net/ipv4/conf/"+w.dev+"/"+name, "1"); err != nil {
+	for _, set := range [][2]string{{"src_valid_mark", "1"}, {"accept_local", "1"}, {"rp_filter", "2"}} {
+		if err := sysctl("/proc/sys/net/ipv4/conf/"+w.dev+"/"+set[0], set[1]); err != nil {
 			return err
 		}
 	}

@@ -33,7 +33,7 @@ type natLab struct {
 const other4, other6 = "203.0.113.11", "2001:db8::11"
 
 func newNATLab(t *testing.T) *natLab {
-	w := newWorld(t)
+	w := newWorld(t, "traceroute")
 	for _, h := range []*labtest.Host{w.machine, w.router, w.server} {
 		h.Sysctl("net.ipv4.icmp_ratelimit", "0")
 		h.Sysctl("net.ipv6.icmp.ratelimit", "0")
@@ -69,6 +69,7 @@ func TestNATBehaviour(t *testing.T) {
 		{"5382 REQ-2: simultaneous open", natSimultaneousOpen},
 		{"5382 REQ-10: ICMP ends no connection", natConnectionAfterICMP},
 		{"5508 REQ-1: one identifier for all peers", natEcho},
+		{"5508 REQ-10: traceroute", natTraceroute},
 		{"RFC 1122, RFC 4443: other protocols, and errors within errors", natOtherProtocols},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -502,6 +503,28 @@ func natEcho(t *testing.T, n *natLab, far, other string) {
 	}
 	if one == two {
 		t.Errorf("two identifiers have become one: %d", one)
+	}
+}
+
+// The client's own tun is a router, and the machine is none.
+func natTraceroute(t *testing.T, n *natLab, far, _ string) {
+	tun, router := "", near4
+	v6 := netip.MustParseAddr(far).Is6()
+	if v6 {
+		router = near6
+	}
+	for _, a := range n.attachments() {
+		for _, p := range a.Address {
+			if addr := netip.MustParsePrefix(p).Addr(); addr.Is6() == v6 {
+				tun = addr.String()
+			}
+		}
+	}
+	for _, how := range []string{"-I", "-U"} {
+		out, err := n.client.Try("traceroute", "-n", "-q", "1", "-w", "3", how, far)
+		if err != nil || !seesHops(out, []string{tun, router, far}) {
+			t.Errorf("traceroute %s: %v: want %s, %s\n%s", how, err, tun, router, out)
+		}
 	}
 }
 

@@ -15,6 +15,8 @@ func TestRoutersOnThePathAreSeen(t *testing.T) {
 	w.router.Sysctl("net.ipv6.icmp.ratelimit", "0")
 	w.server.Sysctl("net.ipv4.icmp_ratelimit", "0")
 	w.server.Sysctl("net.ipv6.icmp.ratelimit", "0")
+	// As strict as kernels can be told to be, of every device.
+	w.machine.Sysctl("net.ipv4.conf.all.rp_filter", "1")
 	w.server.ServeEcho(":7000")
 	w.start(w.config(second))
 	hops := map[string][]string{
