@@ -47,10 +47,18 @@ type Echoer interface {
 
 // OpenEcho opens o for ICMP echo. ErrUnsupported: it cannot carry that.
 func OpenEcho(ctx context.Context, o Outbound, t Target) (*PacketConn, error) {
-	if e, ok := o.(Echoer); ok {
-		return e.OpenEcho(ctx, t)
+	if err := CanEcho(o); err != nil {
+		return nil, err
 	}
-	return nil, fmt.Errorf("outbound %q: carry ICMP: %w", o.Name(), errors.ErrUnsupported)
+	return o.(Echoer).OpenEcho(ctx, t)
+}
+
+// CanEcho says that o cannot carry ICMP echo, with ErrUnsupported, or nil.
+func CanEcho(o Outbound) error {
+	if _, ok := o.(Echoer); !ok {
+		return fmt.Errorf("outbound %q: carry ICMP: %w", o.Name(), errors.ErrUnsupported)
+	}
+	return nil
 }
 
 // Leave is how sockets leave this machine, as far as an outbound says so; the zero

@@ -1,8 +1,11 @@
 package main_test
 
 import (
+	"fmt"
 	"strings"
 	"testing"
+
+	"cgtun/control"
 )
 
 // pingBy are the two ways to send pings, and who may ping by sockets for that.
@@ -65,15 +68,42 @@ func (w *world) pings(by string) {
 	}
 }
 
-// Rules speak of pings.
+// Rules speak of pings, but not of whose they are, which nobody knows; what an
+// outbound cannot carry is refused at once. explain says the same.
 func TestPingRejected(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, "ping")
-	w.start(w.config("\n[[rule]]\nproto = \"icmp\"\nuse = \"reject\"\n"))
-	for far, word := range map[string]string{far4: "Packet filtered", far6: "Administratively prohibited"} {
+	w.start(w.config(fmt.Sprintf(`
+[[outbound]]
+name = "proxy"
+type = "socks5"
+server = "203.0.113.99:1080"
+[[rule]]
+proto = "icmp"
+cgroup = [%q]
+use = "drop"
+[[rule]]
+proto = "icmp"
+cidr = [%q]
+use = "reject"
+[[rule]]
+proto = "icmp"
+use = "proxy"
+`, w.sel.Path, far4+"/32")))
+	for far, want := range map[string]struct {
+		word, use, why string
+		rule           int
+	}{
+		far4: {"Packet filtered", "reject", "is selected", 2},
+		far6: {"Administratively prohibited", "proxy", "refused: outbound \"proxy\": carry ICMP", 3},
+	} {
 		out, err := w.try(inside, "ping", "-n", "-c", "1", "-W", "2", far)
-		if err == nil || !strings.Contains(out, word) {
+		if err == nil || !strings.Contains(out, want.word) {
 			t.Errorf("ping of %s: %v\n%s", far, err, out)
+		}
+		e := ask[control.Explain](w, "explain", far, "-proto", "icmp", "-cgroup", w.sel.Path)
+		if e.Rule == nil || *e.Rule != want.rule || string(e.Use) != want.use || !strings.Contains(e.Why, want.why) || len(e.Path) != 0 {
+			t.Errorf("explain %s: %+v", far, e)
 		}
 	}
 	w.noLeak("pings")

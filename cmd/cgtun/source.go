@@ -233,15 +233,22 @@ func (in *instance) explainRule(e *control.Explain, f *flow.Flow) {
 	if e.Cgroup != "" {
 		facts.Owner, facts.Known = &flow.Owner{Cgroup: string(e.Cgroup)}, rules.FactCgroup
 	}
+	if f.Proto == flow.ICMP {
+		facts.Owner, facts.Known = nil, rules.FactOwner // nobody knows whose a ping is
+	}
 	verdict, missing, path, err := in.router.Explain(facts)
 	if missing != 0 {
 		owner := control.Text("owner")
 		e.Needs = owner
 		return
 	}
-	if err != nil {
+	switch {
+	case errors.Is(err, errors.ErrUnsupported):
+		e.Why += fmt.Sprintf("; refused: %v", err)
+	case err != nil:
 		e.Why += fmt.Sprintf("; refused: %v; see [policy] allow", err)
-	} else if from := *f; from.Attachment == attach.Home {
+	}
+	if from := *f; err == nil && from.Attachment == attach.Home {
 		// What home's own processes may, those of containers may not.
 		from.Attachment = ""
 		if _, _, _, err := in.router.Explain(&rules.Facts{Flow: &from, Owner: facts.Owner, Known: facts.Known}); err != nil {
