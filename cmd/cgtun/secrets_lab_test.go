@@ -13,6 +13,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"cgtun/control"
 	"cgtun/internal/labtest"
@@ -98,7 +99,9 @@ func TestPasswordsAreFoundNowhere(t *testing.T) {
 		t.Fatal(err)
 	}
 	cmd.Env = append(os.Environ(), "CGTUN_TEST_PASSWORD="+accounts["variable"], "CGTUN_TEST_KEPT=kept", "NOTIFY_SOCKET="+m.path, "GOTRACEBACK=crash")
-	d := w.startCommand(cmd)
+	// Not by startCommand, which would take the dump at the end for a panic.
+	d := w.lab.StartCommand(cmd)
+	d.WaitOutput("msg=ready", 20*time.Second)
 	if got := m.until("READY=1"); len(got) != 1 {
 		t.Errorf("before READY=1 came %q", got)
 	}
