@@ -65,6 +65,10 @@ func TestPasswordsAreNotInErrors(t *testing.T) {
 		"password.x = 'hunter2'",
 		"pasword = 'hunter2'",
 		"password = 'hunter2'\npassword = 'hunter2'",
+		"via = 'x'\n[[outbound]]\nname = 'b'\ntype = 'http'\nserver = 'http://u:hunter2@192.0.2.1:3128'",
+		"via = 'x'\n[[outbound]]\nname = 'b'\ntype = 'http'\nserver = 'u:hunter2@192.0.2.1'",
+		"[dns]\nupstreams = 'https://u:hunter2@dns.example/dns-query'",
+		"[[group]]\nname = 'g'\noutbounds = 'a'\nprobe.url = 'ftp://u:hunter2@x.example/'",
 	} {
 		_, err := config.Parse("f", []byte("[[outbound]]\nname = 'a'\ntype = 'http'\nserver = '192.0.2.1:3128'\nusername = 'u'\n"+line+"\n"))
 		if err == nil || strings.Contains(err.Error(), "hunter") {

@@ -178,12 +178,13 @@ func badServer(server string) string {
 	if server == "" {
 		return "is missing; " + allowed
 	}
+	shown := WithoutAccount(server)
 	host, port, err := net.SplitHostPort(server)
 	if err != nil || host == "" || strings.ContainsAny(host, "/@ ") {
-		return fmt.Sprintf("%q is not a server; %s", server, allowed)
+		return fmt.Sprintf("%q is not a server; %s", shown, allowed)
 	}
 	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
-		return fmt.Sprintf("%q has no port from 1 to 65535; %s", server, allowed)
+		return fmt.Sprintf("%q has no port from 1 to 65535; %s", shown, allowed)
 	}
 	return ""
 }

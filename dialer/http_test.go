@@ -161,7 +161,8 @@ func TestErrorsHaveNoAccount(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v, want %q", err, want)
 		}
-		for _, text := range []string{fmt.Sprint(err), fmt.Sprintf("%+v %#v", o, o), fmt.Sprintf("%+v", o.protocol)} {
+		socks, errSOCKS := newSOCKS5(c)
+		for _, text := range []string{fmt.Sprint(errSOCKS), fmt.Sprintf("%+v %#v", socks, socks), fmt.Sprint(err), fmt.Sprintf("%+v %#v", o, o), fmt.Sprintf("%+v", o.protocol)} {
 			if strings.Contains(text, "hunter2") || strings.Contains(text, "aHVudGVyM") || strings.Contains(text, "Basic") {
 				t.Errorf("shown: %s", text)
 			}

@@ -29,3 +29,17 @@ func badCredential(kind, text string) string {
 	}
 	return ""
 }
+
+// WithoutAccount returns a URL, or what was meant to be one, as it can be shown:
+// what stands before an @ is left out.
+func WithoutAccount(url string) string {
+	at := strings.LastIndexByte(url, '@')
+	if at < 0 {
+		return url
+	}
+	scheme := ""
+	if i := strings.Index(url[:at], "://"); i >= 0 {
+		scheme = url[:i+3]
+	}
+	return scheme + hidden + url[at:]
+}

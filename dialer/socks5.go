@@ -38,11 +38,14 @@ const (
 // socks5 is the protocol of RFC 1928 with the passwords of RFC 1929. Every answer
 // is read to its last byte and no further: what follows is the tunnel's, and the
 // socket stays one that the kernel can move bytes of.
-type socks5 struct{ username, password string }
+type socks5 struct {
+	username string
+	password Secret
+}
 
 func newSOCKS5(c Config) (*socks5, error) {
-	s := &socks5{username: c.Username, password: c.Password.Reveal()}
-	for _, text := range []struct{ key, value string }{{"username", s.username}, {"password", s.password}} {
+	s := &socks5{username: c.Username, password: c.Password}
+	for _, text := range []struct{ key, value string }{{"username", s.username}, {"password", s.password.Reveal()}} {
 		if len(text.value) > maxSocksText {
 			return nil, fmt.Errorf("%s is longer than the %d bytes that SOCKS5 has for it", text.key, maxSocksText)
 		}
@@ -87,8 +90,9 @@ func notSOCKS(version byte) error {
 func (s *socks5) authenticate(c flow.Conn) error {
 	b := []byte{passwordVersion, byte(len(s.username))}
 	b = append(b, s.username...)
-	b = append(b, byte(len(s.password)))
-	b = append(b, s.password...)
+	password := s.password.Reveal()
+	b = append(b, byte(len(password)))
+	b = append(b, password...)
 	if _, err := c.Write(b); err != nil {
 		return err
 	}

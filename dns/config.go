@@ -8,6 +8,8 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
+
+	"cgtun/dialer"
 )
 
 // Config is the [dns] table.
@@ -61,7 +63,7 @@ func (c *Config) Validate(bad func(key, what string)) {
 func validateUpstreams(key string, upstreams []string, bad func(key, what string)) {
 	for i, upstream := range upstreams {
 		if !goodUpstream(upstream) {
-			bad(fmt.Sprintf("%s[%d]", key, i), fmt.Sprintf(`%q is not a server; allowed: "udp://ADDRESS[:PORT]", "tcp://ADDRESS[:PORT]", "tls://ADDRESS[:PORT]#NAME", "https://HOST/dns-query"`, upstream))
+			bad(fmt.Sprintf("%s[%d]", key, i), fmt.Sprintf(`%q is not a server; allowed: "udp://ADDRESS[:PORT]", "tcp://ADDRESS[:PORT]", "tls://ADDRESS[:PORT]#NAME", "https://HOST/dns-query"`, dialer.WithoutAccount(upstream)))
 		}
 	}
 }

@@ -14,6 +14,8 @@ import (
 	"fmt"
 	"net/url"
 	"time"
+
+	"cgtun/dialer"
 )
 
 // Config is one [[group]].
@@ -87,6 +89,6 @@ func (c *Config) Validate(bad func(key, what string)) {
 		return
 	}
 	if u, err := url.Parse(c.Probe.URL); err != nil || u.Host == "" || (u.Scheme != "http" && u.Scheme != "https") {
-		bad("probe.url", fmt.Sprintf(`%q is not a URL to fetch; allowed: "http://HOST/PATH", "https://HOST/PATH" or ""`, c.Probe.URL))
+		bad("probe.url", fmt.Sprintf(`%q is not a URL to fetch; allowed: "http://HOST/PATH", "https://HOST/PATH" or ""`, dialer.WithoutAccount(c.Probe.URL)))
 	}
 }
