@@ -13,7 +13,7 @@ type News uint8
 // may not.
 const (
 	Answered News = iota + 1 // the server's first byte is there
-	Quiet                    // it fell silent in the midst of what it sent
+	Quiet                    // it fell silent in the midst of something, and its peer gives no sign of life
 	Failed                   // it ended, or was given up, before the server's first byte
 	Ended                    // nobody uses it any more
 )

@@ -27,9 +27,9 @@ var (
 )
 
 const (
-	// A flow that is quiet in its middle is a hint, and no more.
-	quietCost = 0.5
-	quietFor  = 5 * time.Second
+	// A flow whose peer gives no sign of life is told again each second.
+	quietCost = 4
+	quietFor  = 3 * time.Second
 	// speedBytes is the size of what is fetched in the cost of a slow path.
 	speedBytes = 64 << 10
 	speedFor   = 5 * time.Minute

@@ -51,6 +51,10 @@ func (r *Router) untilAnswer(ctx context.Context, e *entry, ends *streamEnds) bo
 		ends.outcome = dialer.Outcome{Reason: res.Reason, ByServer: res.ByServer, Up: e.up.Load(), Down: e.down.Load()}
 		e.end(res.Reason)
 	}
+	if !res.Over {
+		ends.watched = true
+		r.quiets.watch(e, res.Server)
+	}
 	return !res.Over
 }
 

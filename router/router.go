@@ -144,6 +144,7 @@ type Router struct {
 	ways   ways
 	dials  dials
 	budget *replay.Budget
+	quiets watched
 
 	lookups lookups
 
@@ -211,6 +212,7 @@ func (r *Router) Run(ctx context.Context) error {
 	var memory sync.WaitGroup
 	defer memory.Wait()
 	memory.Go(func() { r.watchMemory(ctx) })
+	memory.Go(func() { r.quiets.run(ctx) })
 	tick := time.NewTicker(dialer.PatienceEvery)
 	defer tick.Stop()
 	for {

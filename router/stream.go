@@ -20,6 +20,7 @@ func (r *Router) ServeStream(ctx context.Context, s flow.Stream) {
 	e := r.begin(s.Flow())
 	var ends streamEnds
 	defer ends.close(r)
+	defer r.unwatch(e, &ends)
 	defer r.recovered(e, func() { ends.abort(s) })
 	if !r.connect(ctx, e, s, &ends) {
 		return
@@ -44,6 +45,7 @@ type streamEnds struct {
 	by       dialer.Outbound // that has made server
 	rest     flow.Conn       // the client's end for relay
 	broken   error           // a write to server has failed with it
+	watched  bool            // for silence
 	since    time.Time       // that server is connected
 	outcome  dialer.Outcome  // what is told of server when it is closed
 }

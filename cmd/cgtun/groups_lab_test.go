@@ -1,13 +1,16 @@
 package main_test
 
 import (
+	"context"
 	"fmt"
+	"net"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"cgtun/control"
+	"cgtun/flow"
 	"cgtun/internal/labtest"
 )
 
@@ -105,8 +108,9 @@ func TestGroupsConnectByTheGoodPath(t *testing.T) {
 		w.server.ServeEcho(port("", p))
 	}
 	w.server.ServeUDPEcho(port(far4, 7000))
-	w.start(w.config(beforeTheAnswer(7003, 7004, 7005) + twoPaths))
+	w.start(w.config(beforeTheAnswer(7003, 7004, 7005, 7006) + twoPaths))
 	w.failBeforeTheAnswer(t)
+	w.failInTheMiddle(t)
 	connect := func(t *testing.T, to int) answer {
 		t.Helper()
 		a := w.probe(inside, probe{Do: "dial", Network: "tcp", To: port(far4, to), Say: "hello"})
@@ -222,5 +226,41 @@ func (w *world) failBeforeTheAnswer(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// failInTheMiddle loses the packets of one flow: new ones leave its path seconds
+// before it is given up, and though it connects.
+func (w *world) failInTheMiddle(t *testing.T) {
+	server := w.server.Serve(":7006", func(c *net.TCPConn) error {
+		for {
+			if _, err := c.Write(make([]byte, 4<<10)); err != nil {
+				return nil
+			}
+			time.Sleep(50 * time.Millisecond)
+		}
+	})
+	reader := w.lab.StartCommand(w.command(context.Background(), inside, "bash", "-c", "exec cat < /dev/tcp/"+far4+"/7006 > /dev/null"))
+	defer reader.Stop()
+	group := func() string {
+		for _, g := range w.status().Groups {
+			if g.Name == "g7006" {
+				return strings.Join(g.Order, " ")
+			}
+		}
+		return ""
+	}
+	labtest.Eventually(t, 5*time.Second, func() bool {
+		return slices.ContainsFunc(w.flows(), func(f flow.Info) bool { return f.Dst.Port() == 7006 && f.DownBytes > 10_000 })
+	})
+	if got := group(); got != "a7006 b" {
+		t.Errorf("before: %q", got)
+	}
+	defer w.fault(fmt.Sprintf("tcp sport %d drop", server.Clients()[0].Port()))()
+	labtest.Eventually(t, 12*time.Second, func() bool { return group() == "b a7006" }, "new flows leave the path")
+	for _, f := range w.flows() {
+		if f.Dst.Port() == 7006 && f.State != "open" {
+			t.Errorf("the flow was ended already: %+v", f)
+		}
 	}
 }

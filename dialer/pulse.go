@@ -1,0 +1,68 @@
+package dialer
+
+import (
+	"errors"
+	"net"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Pulse asks the peer of a socket that has fallen silent whether it is there, long
+// before keepalive would: the kernel probes at once and then each second, until
+// the peer answers. A server that is slow answers by its kernel; only what is
+// not there does not. The socket ends no earlier for it, but with its user
+// timeout.
+//
+// The zero value is for a socket fresh from Direct. Not safe for concurrent use.
+type Pulse struct{ asking bool }
+
+// What is no answer: a probe may be under way.
+const unanswered = 2
+
+// Ask begins to ask.
+func (p *Pulse) Ask(c *net.TCPConn) error {
+	p.asking = true
+	return setKeepAlive(c, time.Second, time.Second)
+}
+
+// Dead says whether nothing comes back: of probes, or of data that was sent again
+// and again.
+func (p *Pulse) Dead(c *net.TCPConn) bool {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return false
+	}
+	dead := false
+	_ = raw.Control(func(fd uintptr) {
+		info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
+		if err != nil || info.State != unix.BPF_TCP_ESTABLISHED && info.State != unix.BPF_TCP_FIN_WAIT2 {
+			return
+		}
+		closed := info.Notsent_bytes > 0 && info.Unacked == 0 // a window: see Patience
+		dead = !closed && (info.Probes >= unanswered || info.Unacked > 0 && info.Backoff >= unanswered)
+	})
+	return dead
+}
+
+// Rest goes back to keepalive as it was, if somebody asked.
+func (p *Pulse) Rest(c *net.TCPConn) {
+	if p.asking {
+		p.asking = false
+		_ = setKeepAlive(c, keepAlive.Idle, keepAlive.Interval)
+	}
+}
+
+func setKeepAlive(c *net.TCPConn, idle, interval time.Duration) error {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var failed error
+	err = raw.Control(func(fd uintptr) {
+		failed = errors.Join(
+			unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, int(interval.Seconds())),
+			unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, int(idle.Seconds())))
+	})
+	return errors.Join(err, failed)
+}

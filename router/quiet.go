@@ -1,0 +1,122 @@
+package router
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	"cgtun/dialer"
+	"cgtun/flow"
+)
+
+// Flows of groups that fall silent in the midst of something are asked for a sign
+// of life (dialer.Pulse). One that gives none is told to its group, while it
+// lasts: new flows take another path seconds before the kernel gives this one
+// up. Nothing is done to the flow itself.
+
+const (
+	quietEvery = time.Second
+	// quietAfter is how many looks without a byte are silence.
+	quietAfter = 1
+	// lookTimes is how many looks are taken before a peer is believed to live.
+	lookTimes = 4
+	// maxPulsing bounds the flows that are asked at a time.
+	maxPulsing = 1024
+)
+
+// watched are the flows of groups that are under way.
+type watched struct {
+	mu    sync.Mutex
+	flows map[*entry]*quiet
+}
+
+// quiet is what is known of one of them. Under watched.mu.
+type quiet struct {
+	conn  *dialer.Conn
+	bytes int64
+	looks int // without a byte; -1: it has not moved yet
+	pulse dialer.Pulse
+}
+
+// watch begins to look after a flow by conn; who calls it calls unwatch.
+func (w *watched) watch(e *entry, c *dialer.Conn) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.flows == nil {
+		w.flows = make(map[*entry]*quiet)
+	}
+	w.flows[e] = &quiet{conn: c, looks: -1}
+}
+
+func (w *watched) unwatch(e *entry) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	delete(w.flows, e)
+}
+
+// unwatch is called before the ends of a flow are closed.
+func (r *Router) unwatch(e *entry, ends *streamEnds) {
+	if ends.watched {
+		r.quiets.unwatch(e)
+	}
+}
+
+// run looks at all of them, again and again, until ctx ends.
+func (w *watched) run(ctx context.Context) {
+	tick := time.NewTicker(quietEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			w.look()
+		}
+	}
+}
+
+func (w *watched) look() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	pulsing := 0
+	for e, q := range w.flows {
+		if q.look(e.up.Load()+e.down.Load(), pulsing < maxPulsing) {
+			pulsing++
+		}
+	}
+}
+
+// look takes the bytes that a flow has moved, and says whether it is being asked.
+func (q *quiet) look(bytes int64, mayAsk bool) bool {
+	socket := flow.Socket(q.conn.Conn)
+	if bytes != q.bytes {
+		if q.looks > quietAfter && socket != nil {
+			q.pulse.Rest(socket)
+		}
+		q.bytes, q.looks = bytes, 0
+		return false
+	}
+	if q.looks < 0 || socket == nil {
+		return false
+	}
+	q.looks++
+	switch {
+	case q.looks <= quietAfter:
+	case q.looks == quietAfter+1:
+		if !mayAsk {
+			q.looks--
+			return false
+		}
+		return q.pulse.Ask(socket) == nil
+	case q.pulse.Dead(socket):
+		q.conn.Tell(dialer.Outcome{News: dialer.Quiet})
+		return true
+	case q.looks > quietAfter+lookTimes:
+		// It is there, and has nothing to say.
+		q.pulse.Rest(socket)
+		q.looks = -1
+	default:
+		return true
+	}
+	return false
+}
