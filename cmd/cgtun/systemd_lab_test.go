@@ -57,7 +57,8 @@ func TestSystemdIsTold(t *testing.T) {
 	cmd := w.daemonCommand(w.config(second))
 	cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+m.path, "WATCHDOG_USEC=300000")
 	d := w.startCommand(cmd)
-	if got := m.until("READY=1"); len(got) != 1 {
+	// A start that takes long gives signs of life, too.
+	if got := slices.Compact(m.until("READY=1")); len(got) > 2 || got[0] != "WATCHDOG=1" && len(got) != 1 {
 		t.Errorf("before READY=1 came %q", got)
 	}
 	for range 3 {
