@@ -141,11 +141,11 @@ func appendSocksAddr(b []byte, a socksAddr) []byte {
 		b = append(b, socksName, byte(len(a.name)))
 		b = append(b, a.name...)
 	case ip.Is4():
-		b = append(b, socksV4)
-		b = append(b, ip.AsSlice()...)
+		a4 := ip.As4()
+		b = append(append(b, socksV4), a4[:]...)
 	default:
-		b = append(b, socksV6)
-		b = append(b, ip.WithZone("").AsSlice()...)
+		a16 := ip.As16()
+		b = append(append(b, socksV6), a16[:]...)
 	}
 	return binary.BigEndian.AppendUint16(b, a.addr.Port())
 }
