@@ -130,6 +130,54 @@ func TestServerIsVerified(t *testing.T) {
 	}
 }
 
+// A server that speaks no TLS, or does not come to its end, is left.
+func TestHostileGreetings(t *testing.T) {
+	ca := newTestCA(t)
+	record := func(kind byte, body ...byte) []byte {
+		return append([]byte{kind, 3, 3, byte(len(body) >> 8), byte(len(body))}, body...)
+	}
+	endless := func(record []byte) func(*net.TCPConn) {
+		return func(c *net.TCPConn) {
+			block := bytes.Repeat(record, 1+4096/len(record))
+			for range 100 << 20 / len(block) {
+				if _, err := c.Write(block); err != nil {
+					return
+				}
+			}
+		}
+	}
+	for _, tt := range []struct {
+		name  string
+		serve func(*net.TCPConn)
+		want  flow.Reason
+	}{
+		{"HTTP", func(c *net.TCPConn) { _, _ = io.WriteString(c, "HTTP/1.1 400 Bad Request\r\n\r\n") }, flow.Unknown},
+		{"warnings without end", endless(record(21, 1, 100)), flow.Unknown},
+		{"a message of 16 MB", endless(record(22, append([]byte{2, 0xff, 0xff, 0xff}, make([]byte, 1000)...)...)), flow.Unknown},
+		{"an end", func(c *net.TCPConn) { _ = c.CloseWrite() }, flow.HostUnreachable},
+		{"a reset", func(c *net.TCPConn) { _ = c.SetLinger(0) }, flow.HostUnreachable},
+		{"silence", func(c *net.TCPConn) { _, _ = io.Copy(io.Discard, c) }, flow.TimedOut},
+		{"a byte now and then", func(c *net.TCPConn) {
+			for _, b := range record(22, make([]byte, 1000)...) {
+				if _, err := c.Write([]byte{b}); err != nil {
+					return
+				}
+				time.Sleep(100 * time.Millisecond)
+			}
+		}, flow.TimedOut},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			f := newFakeProxy(t, func(c *net.TCPConn) {
+				_, _ = c.Read(make([]byte, 1<<16))
+				tt.serve(c)
+			})
+			_, err := dialWithin(t, f.outbound(t, ca.trusting(Config{})), somewhere)
+			wantReason(t, err, tt.want)
+		})
+	}
+}
+
 func TestCertificatesOfAFile(t *testing.T) {
 	var c Config
 	if what := c.SetCA([]byte("-----BEGIN CERTIFICATE-----\nnonsense")); what == "" {

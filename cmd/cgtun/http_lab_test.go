@@ -267,7 +267,7 @@ func (w *world) serveProxies(certificate string) {
 	w.router.Start("tinyproxy", "-d", "-c", write("tiny-auth", fmt.Sprintf(tiny, 8889, "BasicAuth joe password\n")))
 	// "pass:word", as htpasswd(1) writes it.
 	write("passwords", "joe:$apr1$labsalt1$N0bx5ifSLmjcgoBpWUf.j1\n")
-	w.router.Start("squid", "-N", "-f", write("squid", strings.NewReplacer("DIR", dir, "CERTIFICATE", certificate).Replace(`
+	squid := w.router.Start("squid", "-N", "-f", write("squid", strings.NewReplacer("DIR", dir, "CERTIFICATE", certificate).Replace(`
 http_port 3128
 http_port 3129 name=account
 https_port 3130 tls-cert=CERTIFICATE
@@ -286,6 +286,16 @@ access_log none
 coredump_dir DIR
 shutdown_lifetime 0 seconds
 `)))
+	// Its helper has a session of its own, and goes a little after it.
+	w.t.Cleanup(func() {
+		if !squid.Exited() {
+			_, _ = squid.Stop()
+		}
+		labtest.Eventually(w.t, 10*time.Second, func() bool {
+			_, err := w.router.Try("pgrep", "-f", filepath.Join(dir, "passwords"))
+			return err != nil
+		}, "squid's helper has ended")
+	})
 	for _, p := range []int{8888, 8889, 3128, 3129, 3130} {
 		labtest.Eventually(w.t, 20*time.Second, func() bool {
 			c, err := w.router.Dial("tcp", port(middle4, p))
