@@ -138,7 +138,7 @@ func Load(path string, env Env) (*File, error) {
 	}
 	folder := filepath.Dir(path)
 	for i := range f.Rules {
-		f.Rules[i].Listed = rep.lists(at("rule", i), folder, f.Rules[i].CIDRFile)
+		rep.lists(at("rule", i), folder, &f.Rules[i])
 	}
 	rep.secrets(folder, f.Outbounds, env)
 	rep.authorities(folder, f.Outbounds)

@@ -3,19 +3,32 @@ package config
 import (
 	"bytes"
 	"fmt"
-	"net/netip"
+	"io"
 	"path/filepath"
 
 	"cgtun/rules"
 )
 
-// maxList is the largest list file in bytes: a million prefixes or so.
-const maxList = 32 << 20
+// maxList is the largest list file in bytes: some millions of lines.
+const maxList = 128 << 20
 
-// lists reads the files of one rule's cidr_file: a prefix or an address a
-// line; empty lines and what follows a # are nothing.
-func (r *report) lists(rule, folder string, files []string) []netip.Prefix {
-	var all []netip.Prefix
+// lists reads the files of one rule: prefixes and names.
+func (r *report) lists(rule, folder string, c *rules.Config) {
+	r.each(rule+".cidr_file", folder, c.CIDRFile, "prefix", func(text io.Reader, bad func(line, col int, what string)) error {
+		list, err := rules.ReadPrefixes(text, bad)
+		c.Listed = append(c.Listed, list...)
+		return err
+	})
+	r.each(rule+".domain_file", folder, c.DomainFile, "name", c.ListedNames.ReadNames)
+}
+
+// mostBadLines is how many bad lines of one file are told of: it may be another
+// kind of file.
+const mostBadLines = 20
+
+// each reads the files of a key; relative paths are from folder. Their mistakes
+// have places of their own.
+func (r *report) each(key, folder string, files []string, what string, read func(io.Reader, func(line, col int, what string)) error) {
 	for i, file := range files {
 		if file == "" {
 			continue
@@ -25,20 +38,17 @@ func (r *report) lists(rule, folder string, files []string) []netip.Prefix {
 		}
 		data, err := readFile(file, maxList)
 		if err != nil {
-			r.bad(at(rule+".cidr_file", i), fmt.Sprintf("%q %v; allowed: a readable file with a prefix a line", file, err))
+			r.bad(at(key, i), fmt.Sprintf("%q %v; allowed: a readable file with a %s a line", file, err, what))
 			continue
 		}
-		all = append(all, r.list(file, data)...)
+		told := 0
+		bad := func(line, col int, what string) {
+			if told++; told <= mostBadLines {
+				r.errs = append(r.errs, Error{file, line, col, what})
+			}
+		}
+		if err := read(bytes.NewReader(data), bad); err != nil {
+			bad(1, 1, fmt.Sprintf("%v; allowed: a %s a line", err, what))
+		}
 	}
-	return all
-}
-
-// list reads the text of one file; its mistakes have places of their own.
-func (r *report) list(file string, data []byte) []netip.Prefix {
-	bad := func(line, col int, what string) { r.errs = append(r.errs, Error{file, line, col, what}) }
-	all, err := rules.ReadPrefixes(bytes.NewReader(data), bad)
-	if err != nil {
-		bad(1, 1, fmt.Sprintf("%v; allowed: a prefix a line", err))
-	}
-	return all
 }

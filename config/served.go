@@ -29,15 +29,8 @@ var notServed = []notYet{
 	{"outbound[].mptcp", filled, "false"},
 	{"outbound[].remote_dns", filled, "false"},
 	{"group[].resume", filled, "false, or to leave the key out"},
-	{"rule[].domain", filled, ruleKeys},
-	{"rule[].domain_suffix", filled, ruleKeys},
-	{"rule[].domain_keyword", filled, ruleKeys},
-	{"rule[].domain_regex", filled, ruleKeys},
-	{"rule[].domain_file", filled, ruleKeys},
 	{"control.metrics", filled, `""`},
 }
-
-const ruleKeys = "cidr, cidr_file, src, port, proto, cgroup, process, user, netns"
 
 // groupStandIns are the defaults of each [[group]] among the values that are not
 // served: what acts in their place, and what is said of it.

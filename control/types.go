@@ -171,7 +171,10 @@ type Counters struct {
 	RefusedTotal   uint64 `json:"refused_total"`
 	DeniedTotal    uint64 `json:"denied_total"`
 	GateDropsTotal uint64 `json:"gate_drops_total"`
-	HiddenTotal    Hidden `json:"hidden_total"`
+	// AcceptedFirstTotal counts clients that were accepted before their outbound
+	// was asked, because a rule hung on a name that only they could tell.
+	AcceptedFirstTotal uint64 `json:"accepted_first_total"`
+	HiddenTotal        Hidden `json:"hidden_total"`
 	// TurnedAwayTotal counts packets, flows and events that a check or a
 	// bound turned away, by its name.
 	TurnedAwayTotal Counts `json:"turned_away_total"`

@@ -186,7 +186,11 @@ func TestNames(t *testing.T) {
 		l.udp[asked] = answers(0, "300 A 192.0.2.7")
 		dst := netip.MustParseAddrPort("192.0.2.7:443")
 		name := func(src, attachment string) string {
-			return l.r.Name(&flow.Flow{Src: netip.MustParseAddrPort(src), Dst: dst, Attachment: attachment})
+			name, sure := l.r.Name(&flow.Flow{Src: netip.MustParseAddrPort(src), Dst: dst, Attachment: attachment})
+			if name != "" && !sure {
+				name += "?"
+			}
+			return name
 		}
 		l.ask(question("WWW.example", wire.TypeA))
 		for _, tt := range []struct{ src, attachment, want string }{
@@ -199,11 +203,11 @@ func TestNames(t *testing.T) {
 			}
 		}
 		l.ask(question("other.example", wire.TypeA))
-		if got := name("192.0.2.1:5", "home"); got != "other.example" {
+		if got := name("192.0.2.1:5", "home"); got != "other.example?" {
 			t.Errorf("after another answer: %q", got)
 		}
 		time.Sleep(nameFor + 299*time.Second)
-		if got := name("192.0.2.1:5", "home"); got != "other.example" {
+		if got := name("192.0.2.1:5", "home"); got != "other.example?" {
 			t.Errorf("before its time: %q", got)
 		}
 		time.Sleep(2 * time.Second)

@@ -245,6 +245,9 @@ func (q *query) parseAnswer(msg []byte, id uint16) (*answer, error) {
 	if err := m.Unpack(msg); err != nil {
 		return nil, err
 	}
+	if _, whole := records(msg); !whole {
+		return nil, errNotOurs // the library takes fewer records than are said to come
+	}
 	a := &answer{msg: slices.Clone(msg)}
 	if !a.cutOPT() {
 		// Records behind OPT may point over it: written anew.
@@ -254,6 +257,9 @@ func (q *query) parseAnswer(msg []byte, id uint16) (*answer, error) {
 		packed, err := plain.Pack()
 		if err != nil {
 			return nil, err
+		}
+		if err := new(wire.Msg).Unpack(packed); err != nil {
+			return nil, err // empty records are read, and written as others
 		}
 		a.msg = packed
 	}

@@ -41,6 +41,7 @@ type named struct {
 	addr  netip.Addr
 	name  string
 	by    netip.Addr // who asked
+	mixed bool       // another name had the address before, and its time is not over
 	until time.Time
 }
 
@@ -56,7 +57,7 @@ func (n *names) note(attachment string, src netip.Addr, name string, addrs []net
 	for _, key := range []clientKey{{attachment, src}, {attachment, netip.Addr{}}} {
 		c := n.client(key)
 		for _, a := range addrs {
-			c.note(named{addr: a.Unmap(), name: name, by: src, until: now.Add(ttl + nameFor)})
+			c.note(named{addr: a.Unmap(), name: name, by: src, until: now.Add(ttl + nameFor)}, now)
 		}
 	}
 }
@@ -74,9 +75,11 @@ func (n *names) client(key clientKey) *client {
 	return c
 }
 
-func (c *client) note(one named) {
+func (c *client) note(one named, now time.Time) {
 	if e := c.names[one.addr]; e != nil {
-		*e.Value.(*named) = one
+		before := e.Value.(*named)
+		one.mixed = now.Before(before.until) && (before.mixed || before.name != one.name)
+		*before = one
 		c.order.MoveToFront(e)
 		return
 	}
@@ -86,19 +89,20 @@ func (c *client) note(one named) {
 	c.names[one.addr] = c.order.PushFront(&one)
 }
 
-// find returns the name under which src has got dst last, "" if it has not.
-func (n *names) find(attachment string, src, dst netip.Addr, now time.Time) string {
+// find returns the name under which src has got dst last, "" if it has not, and
+// whether it has got it under no other one.
+func (n *names) find(attachment string, src, dst netip.Addr, now time.Time) (name string, sure bool) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	src, dst = src.Unmap(), dst.Unmap()
 	if one := n.look(clientKey{attachment, src}, dst, now); one != nil {
-		return one.name
+		return one.name, !one.mixed
 	}
 	one := n.look(clientKey{attachment, netip.Addr{}}, dst, now)
 	if one == nil || !(one.by.IsLoopback() || one.by.Is4() != src.Is4()) {
-		return "" // another client's
+		return "", false // another client's
 	}
-	return one.name
+	return one.name, !one.mixed
 }
 
 func (n *names) look(key clientKey, dst netip.Addr, now time.Time) *named {

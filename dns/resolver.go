@@ -193,8 +193,9 @@ func (r *Resolver) Counters() Counters {
 }
 
 // Name returns the name under which the client got the flow's destination last,
-// in lower case without the last dot; "" if it did not get it here.
-func (r *Resolver) Name(f *flow.Flow) string {
+// in lower case without the last dot; "" if it did not get it here. It is not
+// sure if the client has got the same address under another name lately.
+func (r *Resolver) Name(f *flow.Flow) (name string, sure bool) {
 	return r.names.find(f.Attachment, f.Src.Addr(), f.Dst.Addr(), time.Now())
 }
 

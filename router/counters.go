@@ -14,7 +14,7 @@ type counters struct {
 	flows, refused, panics               atomic.Uint64
 	denied                               denials
 	ownersUnknown, closedForgotten, lost atomic.Uint64
-	peersEvicted                         atomic.Uint64
+	peersEvicted, acceptedFirst          atomic.Uint64
 }
 
 // Counters count from the start of the Router, but FlowsLive.
@@ -30,6 +30,7 @@ type Counters struct {
 	PeersEvicted    uint64 // datagram flows that ended to make room for another
 	DialsEvicted    uint64 // dials that did
 	DialsLive       int    // in flight
+	AcceptedFirst   uint64 // clients that were accepted before their outbound was asked, for their name
 }
 
 // Counters returns a snapshot.
@@ -43,7 +44,7 @@ func (r *Router) Counters() Counters {
 		FlowsTotal: c.flows.Load(), FlowsLive: uint64(r.table.len()), RefusedTotal: c.refused.Load(), DeniedTotal: c.denied.total(),
 		PanicsTotal: c.panics.Load(), OwnersFailed: c.ownersUnknown.Load(),
 		ClosedForgotten: c.closedForgotten.Load(), EventsLost: c.lost.Load(),
-		PeersEvicted: c.peersEvicted.Load(),
+		PeersEvicted: c.peersEvicted.Load(), AcceptedFirst: c.acceptedFirst.Load(),
 	}
 }
 

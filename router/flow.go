@@ -78,8 +78,15 @@ func (e *entry) dialled(began time.Time, err error) flow.Reason {
 	return why
 }
 
-// target is what an outbound is asked for on behalf of a flow.
-func target(f *flow.Flow) dialer.Target { return dialer.Target{Flow: f, Addr: f.Dst} }
+// target is what an outbound is asked for on behalf of a flow: with the name that
+// the client looked up, never with one that it says in what it sends.
+func (r *Router) target(f *flow.Flow) dialer.Target {
+	t := dialer.Target{Flow: f, Addr: f.Dst}
+	if r.opts.Resolver != nil {
+		t.Name, _ = r.opts.Resolver.Name(f)
+	}
+	return t
+}
 
 // log writes the line of a flow that has ended, at debug.
 func (e *entry) log() {

@@ -189,7 +189,7 @@ func (s *source) forward(ctx context.Context, dgs []flow.Datagram) {
 			continue
 		}
 		if p == nil || p.addr != d.Peer {
-			p = s.peer(ctx, d.Peer, now)
+			p = s.peer(ctx, d, now)
 		}
 		p.e.up.Add(int64(len(d.Data)))
 		if p.out == run {
@@ -229,7 +229,8 @@ func (s *source) send(out *packetOut, dgs []flow.Datagram) {
 }
 
 // peer returns the flow with addr, a new one if there is none that still holds.
-func (s *source) peer(ctx context.Context, addr netip.AddrPort, now time.Time) *peer {
+func (s *source) peer(ctx context.Context, d *flow.Datagram, now time.Time) *peer {
+	addr := d.Peer
 	s.mu.Lock()
 	p := s.peers[addr]
 	s.mu.Unlock()
@@ -247,7 +248,7 @@ func (s *source) peer(ctx context.Context, addr netip.AddrPort, now time.Time) *
 		s.end(p, flow.Closed)
 	}
 	s.makeRoom()
-	p = s.newPeer(ctx, addr, now)
+	p = s.newPeer(ctx, d, now)
 	s.mu.Lock()
 	p.last = now
 	p.place = s.idle.PushBack(p)
@@ -286,7 +287,8 @@ func (s *source) passes(p *peer) bool {
 var errAddressGone = errors.New("this machine has lost the address of the socket")
 
 // newPeer makes a flow, asks the rules, and opens a socket where there is none.
-func (s *source) newPeer(ctx context.Context, addr netip.AddrPort, now time.Time) *peer {
+func (s *source) newPeer(ctx context.Context, d *flow.Datagram, now time.Time) *peer {
+	addr := d.Peer
 	src := s.client.Flow()
 	f := flow.New(src.Proto, src.Src, addr, src.Attachment)
 	s.r.livePeers.Add(1)
@@ -298,16 +300,22 @@ func (s *source) newPeer(ctx context.Context, addr netip.AddrPort, now time.Time
 			p.e.end(flow.Unknown)
 		}
 	}()
-	s.settle(ctx, p, f, now)
+	s.settle(ctx, p, f, d.Data, now)
 	settled = true
 	return p
 }
 
-// settle decides about a new peer.
-func (s *source) settle(ctx context.Context, p *peer, f *flow.Flow, now time.Time) {
+// settle decides about a new peer, to which the client has sent data.
+func (s *source) settle(ctx context.Context, p *peer, f *flow.Flow, data []byte, now time.Time) {
 	s.lookUpOwner(ctx, f, now)
-	verdict, outbound := s.r.match(f, s.owner)
-	p.e.decided(verdict, s.owner)
+	facts := s.r.facts(f, s.owner)
+	verdict, outbound, missing := s.r.match(facts)
+	from := ""
+	if missing != 0 {
+		from = nameIn(facts, data)
+		verdict, outbound, _ = s.r.match(facts)
+	}
+	p.e.decided(verdict, facts, from)
 	if outbound.Outbound == nil {
 		p.refuse(s.r, verdict, now)
 		return
@@ -386,7 +394,7 @@ func (s *source) open(ctx context.Context, outbound dialer.Outbound, f *flow.Flo
 		}
 	}
 	err := s.r.inFlight(ctx, f, func(ctx context.Context) (err error) {
-		conn, err = s.openAway(ctx, key, target(f), dial)
+		conn, err = s.openAway(ctx, key, s.r.target(f), dial)
 		return err
 	})
 	if err != nil {

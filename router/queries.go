@@ -9,6 +9,8 @@ import (
 
 	"cgtun/dialer"
 	"cgtun/flow"
+	"cgtun/rules"
+	"cgtun/sniff"
 )
 
 // Queries to port 53 are answered where their flows come out of the capture,
@@ -26,6 +28,10 @@ type Resolver interface {
 	// answer. No answer, nil, is one too.
 	Take(f *flow.Flow, msg []byte, way func(netip.AddrPort, flow.Proto) (dialer.Outbound, error)) (
 		answer []byte, wait func(ctx context.Context, reply func([]byte)), mine bool)
+	// Name returns the name under which the client got the flow's destination
+	// last, "" if it got it from nobody here, and whether it got it under that
+	// one alone.
+	Name(f *flow.Flow) (name string, sure bool)
 	// Serve does the same for the messages of a connection, until it ends or,
 	// with pass, the client has sent something that is to go on: read, and all
 	// that comes after it.
@@ -49,7 +55,8 @@ func (r *Router) way(f *flow.Flow, owner *flow.Owner, last *atomic.Pointer[passe
 	return func(to netip.AddrPort, proto flow.Proto) (dialer.Outbound, error) {
 		g := *f
 		g.Dst, g.Proto = to, proto
-		verdict, outbound := r.match(&g, owner)
+		// By name an upstream is not known: no rule by name is for it.
+		verdict, outbound, _ := r.match(&rules.Facts{Flow: &g, Owner: owner, Known: rules.FactOwner | rules.FactName})
 		if outbound.Outbound == nil {
 			_, why := r.refusal(verdict, flow.UDP)
 			return nil, &denied{why}
@@ -146,41 +153,15 @@ func (r *Router) queries(ctx context.Context, e *entry, s flow.Stream, ends *str
 	return r.passOn(ctx, e, ends, read)
 }
 
-// passOn connects a flow whose client is connected already, and has sent read.
+// passOn connects a flow whose client is connected already, and has sent read
+// that is for its server.
 func (r *Router) passOn(ctx context.Context, e *entry, ends *streamEnds, read []byte) bool {
-	if err := r.connectLate(ctx, e, ends, read); err != nil {
-		e.failed(err)
-		_ = ends.client.Reset()
-		e.end(flow.ReasonOf(err))
-		return false
+	verdict, outbound, missing, facts := r.decide(ctx, e.flow)
+	from := ""
+	if missing != 0 {
+		from = heard(facts, sniff.Stream, read)
+		verdict, outbound, _ = r.match(facts)
 	}
-	return true
-}
-
-func (r *Router) connectLate(ctx context.Context, e *entry, ends *streamEnds, read []byte) error {
-	verdict, outbound, owner := r.decide(ctx, e.flow)
-	e.decided(verdict, owner)
-	if outbound.Outbound == nil {
-		_, why := r.refusal(verdict, flow.TCP)
-		return &denied{why}
-	}
-	if err := r.judge(e, outbound.leaves); err != nil {
-		return err
-	}
-	began := time.Now()
-	server, err := r.dial(ctx, e.flow, outbound, ends)
-	e.dialled(began, err)
-	if err != nil {
-		return err
-	}
-	ends.server = server
-	if _, err := server.Write(read); err != nil {
-		return err
-	}
-	e.up.Add(int64(len(read)))
-	if k := flow.Socket(server.Conn); k != nil {
-		e.watchSocket(k)
-	}
-	e.path(server.Path)
-	return nil
+	e.decided(verdict, facts, from)
+	return r.connectLate(ctx, e, ends, late{verdict, outbound, read})
 }

@@ -39,8 +39,16 @@ func (r *Router) untilAnswer(ctx context.Context, e *entry, ends *streamEnds) bo
 		}
 	}
 	was := ends.server
-	res := replay.Begin(ctx, ends.client, was, o)
+	client := ends.client
+	if len(ends.read) > 0 {
+		client = &rereader{Conn: client, read: ends.read}
+		ends.read = nil
+	}
+	res := replay.Begin(ctx, client, was, o)
 	ends.server, ends.rest, ends.broken = res.Server, res.Client, res.Broken
+	if again, ok := res.Client.(*rereader); ok && len(again.read) == 0 {
+		ends.rest = ends.client // relay finds out what it can do
+	}
 	e.replayed(res.Replays)
 	if res.Server != was {
 		ends.since = time.Now()
@@ -58,6 +66,21 @@ func (r *Router) untilAnswer(ctx context.Context, e *entry, ends *streamEnds) bo
 	return !res.Over
 }
 
+// rereader is a client of which something was read already.
+type rereader struct {
+	flow.Conn
+	read []byte
+}
+
+func (r *rereader) Read(b []byte) (int, error) {
+	if len(r.read) == 0 {
+		return r.Conn.Read(b)
+	}
+	n := copy(b, r.read)
+	r.read = r.read[n:]
+	return n, nil
+}
+
 // redial connects a flow by a group once more, by none of avoid.
 func (r *Router) redial(ctx context.Context, f *flow.Flow, o dialer.Outbound, avoid []string) (c *dialer.Conn, err error) {
 	if err := r.takeSocket(); err != nil {
@@ -66,7 +89,7 @@ func (r *Router) redial(ctx context.Context, f *flow.Flow, o dialer.Outbound, av
 	ctx, cancel := context.WithTimeout(ctx, r.opts.Deadline)
 	defer cancel()
 	err = r.inFlight(ctx, f, func(ctx context.Context) (err error) {
-		t := target(f)
+		t := r.target(f)
 		t.Avoid = avoid
 		c, err = o.DialStream(ctx, t)
 		return err

@@ -245,18 +245,36 @@ func (r *Router) Reload(set *rules.Set, outbounds map[string]dialer.Outbound) {
 }
 
 // decide asks the rules about a flow, and about its owner first. There is no
-// Outbound for rules.Reject, rules.Drop and a name that nobody has.
-func (r *Router) decide(ctx context.Context, f *flow.Flow) (rules.Verdict, out, *flow.Owner) {
-	owner := r.owner(ctx, f)
-	v, o := r.match(f, owner)
-	return v, o, owner
+// Outbound for rules.Reject, rules.Drop and a name that nobody has. Missing is
+// rules.FactName if only what the client sends can tell.
+func (r *Router) decide(ctx context.Context, f *flow.Flow) (v rules.Verdict, o out, missing rules.Fact, facts *rules.Facts) {
+	facts = r.facts(f, r.owner(ctx, f))
+	v, o, missing = r.match(facts)
+	return v, o, missing, facts
 }
 
-// match is decide for a flow whose owner was looked up already.
-func (r *Router) match(f *flow.Flow, owner *flow.Owner) (rules.Verdict, out) {
+// facts are what is known of a flow whose owner was looked up. A name that is not
+// sure is there, and does not count as known.
+func (r *Router) facts(f *flow.Flow, owner *flow.Owner) *rules.Facts {
+	facts := &rules.Facts{Flow: f, Owner: owner, Known: rules.FactOwner}
+	if r.opts.Resolver == nil {
+		return facts
+	}
+	var sure bool
+	if facts.Name, sure = r.opts.Resolver.Name(f); sure {
+		facts.Known |= rules.FactName
+	}
+	return facts
+}
+
+// match asks the rules.
+func (r *Router) match(facts *rules.Facts) (rules.Verdict, out, rules.Fact) {
 	p := r.policy.Load()
-	v, _ := p.set.Match(&rules.Facts{Flow: f, Owner: owner, Known: rules.FactOwner})
-	return v, p.out(v, f.Dst)
+	v, missing := p.set.Match(facts)
+	if missing != 0 {
+		return v, out{}, missing
+	}
+	return v, p.out(v, facts.Flow.Dst), 0
 }
 
 // Explain says what the rules in force make of the facts, and which path a

@@ -43,6 +43,7 @@ type streamEnds struct {
 	place    bool            // taken for the server's socket
 	answered bool            // Accept or Reject was called
 	by       dialer.Outbound // that has made server
+	read     []byte          // of client, and not sent on yet
 	rest     flow.Conn       // the client's end for relay
 	broken   error           // a write to server has failed with it
 	watched  bool            // for silence
@@ -100,8 +101,11 @@ func (r *Router) connect(ctx context.Context, e *entry, s flow.Stream, ends *str
 
 // connectServer is connect for a flow to a server.
 func (r *Router) connectServer(ctx context.Context, e *entry, s flow.Stream, ends *streamEnds) bool {
-	verdict, outbound, owner := r.decide(ctx, e.flow)
-	e.decided(verdict, owner)
+	verdict, outbound, missing, facts := r.decide(ctx, e.flow)
+	if missing != 0 {
+		return r.acceptFirst(ctx, e, s, ends, facts)
+	}
+	e.decided(verdict, facts, "")
 	if outbound.Outbound == nil {
 		tell, why := r.refusal(verdict, flow.TCP)
 		ends.reject(s, tell, nil)
@@ -146,7 +150,7 @@ func (r *Router) dial(ctx context.Context, f *flow.Flow, o out, ends *streamEnds
 	ctx, cancel := context.WithDeadline(ctx, f.Start.Add(r.opts.Deadline))
 	defer cancel()
 	err = r.inFlight(ctx, f, func(ctx context.Context) (err error) {
-		c, err = o.DialStream(ctx, target(f))
+		c, err = o.DialStream(ctx, r.target(f))
 		return err
 	})
 	return c, err

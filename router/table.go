@@ -57,6 +57,8 @@ type entry struct {
 	reason flow.Reason
 	way    *way // nil: no outbound was asked
 	owner  *flow.Owner
+	name   string   // of the destination; "": not known
+	from   string   // where it was found
 	hops   []string // the path
 	ended  time.Time
 
@@ -79,11 +81,14 @@ func (r *Router) begin(f *flow.Flow) *entry {
 	return e
 }
 
-// decided notes what the rules said, and whose flow it is: nil for nobody
-// known.
-func (e *entry) decided(v rules.Verdict, o *flow.Owner) {
+// decided notes what the rules said, and of what: from is where the name was
+// found, if not in the DNS.
+func (e *entry) decided(v rules.Verdict, facts *rules.Facts, from string) {
 	e.mu.Lock()
-	e.use, e.rule, e.owner = v.Use, int32(v.Rule), o
+	e.use, e.rule, e.owner, e.name, e.from = v.Use, int32(v.Rule), facts.Owner, facts.Name, from
+	if from == "" {
+		e.from = fromDNS
+	}
 	e.way = e.r.ways.find(v.Use)
 	e.mu.Unlock()
 	e.r.table.watches.tell(flow.EventUpdate, e)
@@ -218,6 +223,9 @@ func (e *entry) info(now time.Time) flow.Info {
 	}
 	if i.Path == nil {
 		i.Path = []string{}
+	}
+	if name, from := e.name, e.from; name != "" {
+		i.Name, i.NameFrom = &name, &from
 	}
 	if use := e.use; use != "" {
 		i.Use = &use

@@ -1,9 +1,12 @@
 package rules
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"net/netip"
+	"regexp"
+	"strings"
 
 	"cgtun/flow"
 )
@@ -18,12 +21,13 @@ type Set struct {
 	port     *portIndex
 	proto    *keyIndex[flow.Proto]
 	netns    *keyIndex[string]
+	name     *nameIndex
 }
 
 // Compile compiles valid rules, in the order in which they are tried. It
-// reads no files: Listed has what those of CIDRFile held. The error names each
-// rule that has a condition which this version does not serve: to leave it
-// out would widen the rule.
+// reads no files: Listed and ListedNames have what those of CIDRFile and
+// DomainFile held, and are not needed after it. The error names each rule that
+// has a condition which cannot be compiled: to leave it out would widen the rule.
 func Compile(rules []Config) (*Set, error) {
 	s := &Set{words: len(newBitmap(len(rules)))}
 	var (
@@ -31,13 +35,16 @@ func Compile(rules []Config) (*Set, error) {
 		ports    = make([][]PortRange, len(rules))
 		protos   = make([][]flow.Proto, len(rules))
 		netns    = make([][]string, len(rules))
+		names    = make([]*Names, len(rules))
+		looks    = make([]*patterns, len(rules))
 		bad      []error
 	)
 	for n := range rules {
 		c := &rules[n]
 		owner, err := ownerOf(c)
 		protos[n], err = protosOf(c.Proto, err)
-		if err = errors.Join(err, unserved(c)); err != nil {
+		names[n], looks[n], err = namesOf(c, err)
+		if err != nil {
 			bad = append(bad, fmt.Errorf("compile rule %d: %w", n+1, err))
 			continue
 		}
@@ -52,6 +59,7 @@ func Compile(rules []Config) (*Set, error) {
 		return nil, errors.Join(bad...)
 	}
 	s.dst, s.src = newPrefixIndex(dst), newPrefixIndex(src)
+	s.name = newNameIndex(names, looks)
 	s.port, s.proto, s.netns = newPortIndex(ports), newKeyIndex(protos), newKeyIndex(netns)
 	return s, nil
 }
@@ -76,18 +84,37 @@ func protosOf(names []string, before error) ([]flow.Proto, error) {
 	return list, before
 }
 
-func unserved(c *Config) error {
-	var bad []error
-	for _, key := range []struct {
-		name   string
-		values []string
-	}{
-		{"domain", c.Domain}, {"domain_suffix", c.DomainSuffix}, {"domain_keyword", c.DomainKeyword},
-		{"domain_regex", c.DomainRegex}, {"domain_file", c.DomainFile},
-	} {
-		if len(key.values) > 0 {
-			bad = append(bad, fmt.Errorf("%s is not in this version", key.name))
+// namesOf returns what a rule wants of the name, nil if nothing; it passes on an
+// error from before.
+func namesOf(c *Config, before error) (list *Names, looks *patterns, err error) {
+	err = before
+	if len(c.Domain)+len(c.DomainSuffix)+len(c.DomainFile) > 0 {
+		list = &Names{text: bytes.Clone(c.ListedNames.text)}
+	}
+	for exact, texts := range map[bool][]string{true: c.Domain, false: c.DomainSuffix} {
+		for _, text := range texts {
+			name, bad := plainName(text)
+			if bad != nil {
+				err = errors.Join(err, fmt.Errorf("%q %w", text, bad))
+				continue
+			}
+			list.add(name, exact)
 		}
 	}
-	return errors.Join(bad...)
+	if len(c.DomainKeyword)+len(c.DomainRegex) == 0 {
+		return list, nil, err
+	}
+	looks = new(patterns)
+	for _, k := range c.DomainKeyword {
+		looks.keywords = append(looks.keywords, strings.ToLower(k))
+	}
+	for _, text := range c.DomainRegex {
+		r, bad := regexp.Compile("(?i)" + text)
+		if bad != nil {
+			err = errors.Join(err, bad)
+			continue
+		}
+		looks.regexes = append(looks.regexes, r)
+	}
+	return list, looks, err
 }

@@ -15,8 +15,8 @@ type Config struct {
 	Domain        []string       `toml:"domain"`         // names, exactly
 	DomainSuffix  []string       `toml:"domain_suffix"`  // a name and everything below it
 	DomainKeyword []string       `toml:"domain_keyword"` // text anywhere in the name
-	DomainRegex   []string       `toml:"domain_regex"`   // RE2 on the whole name
-	DomainFile    []string       `toml:"domain_file"`    // files with a suffix a line
+	DomainRegex   []string       `toml:"domain_regex"`   // RE2 anywhere in the name, in any case
+	DomainFile    []string       `toml:"domain_file"`    // files with a suffix a line, or hosts files
 	CIDR          []netip.Prefix `toml:"cidr"`           // destination; masked
 	CIDRFile      []string       `toml:"cidr_file"`      // files with a prefix a line; destination
 	Src           []netip.Prefix `toml:"src"`            // source; masked
@@ -30,8 +30,10 @@ type Config struct {
 
 	// Line is where the rule begins in its file, from 1; 0: not from a file.
 	Line int `toml:"-"`
-	// Listed are the prefixes that the files of CIDRFile held.
-	Listed []netip.Prefix `toml:"-"`
+	// Listed are the prefixes that the files of CIDRFile held, ListedNames the
+	// names of those of DomainFile.
+	Listed      []netip.Prefix `toml:"-"`
+	ListedNames Names          `toml:"-"`
 }
 
 // The reserved names of use, which neither an outbound nor a group can have.
@@ -112,6 +114,13 @@ func (c *Config) Validate(bad func(key, what string)) {
 	for i, expression := range c.DomainRegex {
 		if _, err := regexp.Compile(expression); err != nil {
 			bad(index("domain_regex", i), fmt.Sprintf("%q is no expression: %s; allowed: the syntax of RE2", expression, strings.TrimPrefix(err.Error(), "error parsing regexp: ")))
+		}
+	}
+	for key, list := range map[string][]string{"domain": c.Domain, "domain_suffix": c.DomainSuffix} {
+		for i, text := range list {
+			if _, err := plainName(text); err != nil && text != "" {
+				bad(index(key, i), fmt.Sprintf(`%.60q is not a name; allowed: a name such as "example.org"`, text))
+			}
 		}
 	}
 	for i, process := range c.Process {

@@ -1,6 +1,7 @@
 package rules
 
 import (
+	"encoding/binary"
 	"net/netip"
 	"slices"
 
@@ -37,18 +38,21 @@ func (b bitmap) or(o bitmap) {
 type interner map[string]bitmap
 
 func (in interner) intern(b bitmap) bitmap {
-	key := make([]byte, 0, len(b)*8)
-	for _, w := range b {
-		for range 8 {
-			key = append(key, byte(w))
-			w >>= 8
-		}
-	}
-	if known, ok := in[string(key)]; ok {
+	key := keyOf(b)
+	if known, ok := in[key]; ok {
 		return known
 	}
-	in[string(key)] = b
+	in[key] = b
 	return b
+}
+
+// keyOf is the same for equal bitmaps.
+func keyOf(b bitmap) string {
+	key := make([]byte, 0, len(b)*8)
+	for _, w := range b {
+		key = binary.LittleEndian.AppendUint64(key, w)
+	}
+	return string(key)
 }
 
 // prefixIndex leads from an address to the rules that let it pass.

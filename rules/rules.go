@@ -10,8 +10,9 @@
 // attachment) an index made by Compile leads from the flow's value to the
 // bitmap of the rules that this condition lets pass, those without it
 // included; the bitmaps are and-ed a word of 64 rules at a time. What is left
-// is asked about its owner, in order. So the cost hangs neither on the number
-// of prefixes nor, up to a few ns for each 64 of them, on the number of rules.
+// is asked about its owner, in order, and whether it looks for something in the
+// name that no index has. So the cost hangs neither on the number of prefixes and
+// names nor, up to a few ns for each 64 of them, on the number of rules.
 package rules
 
 import (
@@ -28,12 +29,17 @@ const (
 	FactOwner Fact = 1 << iota
 	// FactCgroup is its cgroup, where no more of Facts.Owner is known.
 	FactCgroup
+	// FactName is the name of the destination: Facts.Name.
+	FactName
 )
 
 // Facts is what is known of a flow.
 type Facts struct {
 	Flow  *flow.Flow
 	Owner *flow.Owner // nil with FactOwner in Known: nobody knows the process
+	// Name is in lower case, without a dot at the end; "" with FactName in
+	// Known: it has none.
+	Name string
 	// Known says which of the facts above are the last word on them. One that
 	// is not is ignored, and comes back as missing if a rule hangs on it.
 	Known Fact
@@ -51,25 +57,46 @@ type Verdict struct {
 // fact is missing and the verdict is void.
 func (s *Set) Match(f *Facts) (v Verdict, missing Fact) {
 	a, b, c, d, e := s.candidates(f.Flow)
+	named, maybe := s.byName(f)
 	for w := range s.words {
-		left := a[w] & b[w] & c[w] & d[w] & e[w]
+		left := a[w] & b[w] & c[w] & d[w] & e[w] & (named[w] | maybe[w])
 		for left != 0 {
 			bit := bits.TrailingZeros64(left)
 			left &^= 1 << bit
-			r := &s.rules[w*64+bit]
-			if r.owner == nil {
-				return r.verdict, 0
+			n := w*64 + bit
+			r := &s.rules[n]
+			if r.owner != nil {
+				yes, missing := r.owner.ask(f)
+				if missing != 0 {
+					return Verdict{}, missing
+				}
+				if !yes {
+					continue
+				}
 			}
-			yes, missing := r.owner.ask(f)
-			if missing != 0 {
-				return Verdict{}, missing
+			if named[w]&(1<<bit) == 0 {
+				if f.Known&FactName == 0 {
+					return Verdict{}, FactName
+				}
+				if !s.name.patterns[n].match(f.Name) {
+					continue
+				}
 			}
-			if yes {
-				return r.verdict, 0
-			}
+			return r.verdict, 0
 		}
 	}
 	return Verdict{Use: UseDirect}, 0
+}
+
+// byName returns the rules that the name passes, and those that it may.
+func (s *Set) byName(f *Facts) (named, maybe bitmap) {
+	switch {
+	case !s.name.hasConditional || f.Known&FactName != 0 && f.Name == "":
+		return s.name.none, s.name.none
+	case f.Known&FactName == 0:
+		return s.name.none, s.name.conditional
+	}
+	return s.name.find(f.Name), s.name.loose
 }
 
 // candidates looks the flow up in each index. Arrays of bitmaps would escape
@@ -78,6 +105,9 @@ func (s *Set) candidates(f *flow.Flow) (dst, src, port, proto, att bitmap) {
 	return s.dst.find(f.Dst.Addr()), s.src.find(f.Src.Addr()), s.port.find(f.Proto, f.Dst.Port()),
 		s.proto.find(f.Proto), s.netns.find(f.Attachment)
 }
+
+// NeedsName says whether any rule hangs on the name of the destination.
+func (s *Set) NeedsName() bool { return s.name.hasConditional }
 
 // NeedsOwner says whether any rule hangs on the process behind a flow.
 func (s *Set) NeedsOwner() bool { return s.needsOwner }

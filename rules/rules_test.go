@@ -318,16 +318,16 @@ func search(list []rules.Config, f *flow.Flow) rules.Verdict {
 	return rules.Verdict{Use: "direct"}
 }
 
-func TestCompileRefusesWhatItDoesNotServe(t *testing.T) {
+func TestCompileRefusesWhatItCannotServe(t *testing.T) {
 	_, err := rules.Compile([]rules.Config{
-		{Domain: []string{"a.example"}, DomainFile: []string{"f"}, Use: "direct"},
+		{Domain: []string{"a..example"}, DomainRegex: []string{"("}, Use: "direct"},
 		{Cgroup: []string{"docker"}, Use: "direct"},
 		{Proto: []string{"sctp"}, Use: "direct"},
 	})
 	if err == nil {
 		t.Fatal("want an error: a condition left out would widen the rule")
 	}
-	for _, want := range []string{"rule 1: ", "domain is not in this version", "domain_file is not in this version", `rule 2: cgroup "docker"`, `rule 3: proto "sctp"`} {
+	for _, want := range []string{`rule 1: "a..example" is not a name`, "missing closing )", `rule 2: cgroup "docker"`, `rule 3: proto "sctp"`} {
 		if !strings.Contains(err.Error(), want) {
 			t.Errorf("%q is not in: %v", want, err)
 		}

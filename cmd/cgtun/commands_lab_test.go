@@ -28,7 +28,7 @@ const (
 		"outbounds":[{"name":"s","type":"s","state":"s","score":"?n","connect_ms":"?n","mptcp":"b","dials_total":"n","failures_total":"n",
 			"hidden_total":"n","up_bytes":"n","down_bytes":"n"}],
 		"groups":[{"name":"s","type":"s","outbounds":["s"],"order":["s"]}],
-		"counters":{"flows_total":"n","flows_live":"n","refused_total":"n","denied_total":"n","gate_drops_total":"n",
+		"counters":{"flows_total":"n","flows_live":"n","refused_total":"n","denied_total":"n","gate_drops_total":"n","accepted_first_total":"n",
 			"hidden_total":{"dial":"n","reset":"n","close":"n","stall":"n","dns":"n","resume":"n"}},
 		"limits":{"nofile":"n","memory_bytes":"n"}}`
 	shapeFlow = `{"id":"n","proto":"s","src":"s","dst":"s","name":"?s","name_from":"?s","attachment":"s","cgroup":"?s","pid":"?n","process":"?s",

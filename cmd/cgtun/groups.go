@@ -130,5 +130,6 @@ func (in *instance) hiddenStatus() (h control.Hidden) {
 		h.Close += p.HiddenTotal[dialer.HiddenClose]
 		h.Stall += p.HiddenTotal[dialer.HiddenStall]
 	}
+	h.DNS = in.resolver.Counters().Hidden
 	return h
 }

@@ -1,6 +1,7 @@
 package main_test
 
 import (
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -115,4 +116,80 @@ func (w *world) loopbackIsAnswered(dig func(string) string) {
 			w.t.Errorf("%s: %v %s", program, err, out)
 		}
 	}
+}
+
+// byName has rules that hang on names.
+const byName = `
+[[outbound]]
+name = "second"
+type = "direct"
+interface = "eth1"
+
+[[rule]]
+domain_suffix = ["blocked.example"]
+domain_keyword = ["forbidden"]
+use = "reject"
+
+[[rule]]
+domain_file = "names.txt"
+use = "drop"
+
+[[rule]]
+use = "second"
+`
+
+// Rules hang on the name that a client looked up, else on the one that it says in
+// what it sends first; and flows show it.
+func TestRulesByName(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, "curl", "dnsmasq", "nc")
+	w.zone(w.server, far4, "203.0.113.10", "--address=/blocked.example/203.0.113.20", "--address=/listed.example/203.0.113.21")
+	w.zone(w.server, far6, "203.0.113.10")
+	w.listening(53)
+	w.server.Serve("0.0.0.0:80", func(c *net.TCPConn) error {
+		_, _ = c.Read(make([]byte, 1000))
+		_, err := c.Write([]byte("HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\nhello"))
+		return err
+	})
+	w.server.Run("ip", "addr", "add", "203.0.113.12/32", "dev", "lo") // of which no name is known
+	w.resolvers("nameserver " + far4 + "\n")
+	w.server.Serve("203.0.113.12:25", func(c *net.TCPConn) error { _, err := c.Write([]byte("220 hello\r\n")); return err })
+	if err := os.WriteFile(filepath.Join(w.dir, "names.txt"), []byte("listed.example\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(w.dir, "resolv.conf"), []byte("nameserver "+far4+"\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	w.start(w.config(byName))
+	for _, tt := range []struct{ do, want, name string }{
+		{"curl -sS -m 5 http://name.example/", "hello", "name.example dns"},
+		{"curl -sS -m 5 http://www.blocked.example/", "curl: (7)", "www.blocked.example dns"}, // the connection is refused
+		{"curl -sS -m 1 http://www.listed.example/", "curl: (28)", "www.listed.example dns"},
+		{"curl -sS -m 5 --resolve host.other:80:203.0.113.12 http://host.other/", "hello", "host.other host"},
+		{"curl -sS -m 5 --resolve www.blocked.test:80:203.0.113.12 http://forbidden.blocked.test/ -H 'Host: x.forbidden.test' --connect-to ::203.0.113.12:80", "curl: (56)", "x.forbidden.test host"},
+		{"curl -sSk -m 5 --resolve a.blocked.example:443:203.0.113.12 https://a.blocked.example/", "curl: (35)", "a.blocked.example sni"},
+		{"nc -w 2 203.0.113.12 25 </dev/null", "220 hello", ""},
+	} {
+		script := "mount --bind " + filepath.Join(w.dir, "resolv.conf") + " /etc/resolv.conf && " + tt.do + " 2>&1 || true"
+		if strings.Contains(tt.do, "--resolve") || strings.HasPrefix(tt.do, "nc") {
+			script = tt.do + " 2>&1 || true"
+		}
+		out := w.run(inside, "unshare", "-m", "env", "-u", "http_proxy", "-u", "https_proxy", "sh", "-c", script)
+		if !strings.Contains(out, tt.want) {
+			t.Errorf("%s: %q, want %q", tt.do, out, tt.want)
+		}
+		got := ""
+		for _, f := range w.flows() {
+			if f.Proto == "tcp" && f.Name != nil {
+				got = *f.Name + " " + *f.NameFrom
+			}
+		}
+		if tt.name != "" && got != tt.name {
+			t.Errorf("%s: the flow's name is %q, want %q", tt.do, got, tt.name)
+		}
+	}
+	if n := w.status().Counters.AcceptedFirstTotal; n != 4 {
+		t.Errorf("%d clients were accepted first, want 4", n)
+	}
+	w.noLeak("rules by name")
 }

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -36,7 +37,7 @@ func (in *instance) Status() control.Status {
 		State: in.state.Load().(control.State), Since: control.Time{Time: in.since},
 		Counters: control.Counters{
 			FlowsTotal: counters.FlowsTotal, FlowsLive: counters.FlowsLive,
-			RefusedTotal: counters.RefusedTotal, DeniedTotal: counters.DeniedTotal, HiddenTotal: in.hiddenStatus(),
+			RefusedTotal: counters.RefusedTotal, DeniedTotal: counters.DeniedTotal, AcceptedFirstTotal: counters.AcceptedFirst, HiddenTotal: in.hiddenStatus(),
 		},
 		Limits: in.limits,
 	}
@@ -114,6 +115,8 @@ func (in *instance) turnedAway(states []attach.State, flows router.Counters, sel
 			c["policy"] += n
 		}
 	}
+	queries := in.resolver.Counters()
+	c["queries"], c["answers"] = queries.Dropped, queries.Strange
 	in.stacks.addTo(c)
 	for _, a := range states {
 		c["guard"] += a.Dropped.Guard
@@ -236,10 +239,16 @@ func (in *instance) explainRule(e *control.Explain, f *flow.Flow) {
 	if f.Proto == flow.ICMP {
 		facts.Owner, facts.Known = nil, rules.FactOwner // nobody knows whose a ping is
 	}
+	if _, err := netip.ParseAddr(e.Host); err != nil {
+		facts.Name, facts.Known = strings.ToLower(strings.TrimSuffix(e.Host, ".")), facts.Known|rules.FactName
+	}
 	verdict, missing, path, err := in.router.Explain(facts)
-	if missing != 0 {
-		owner := control.Text("owner")
-		e.Needs = owner
+	switch {
+	case missing == rules.FactName:
+		e.Needs = "name"
+		return
+	case missing != 0:
+		e.Needs = "owner"
 		return
 	}
 	switch {
@@ -251,7 +260,7 @@ func (in *instance) explainRule(e *control.Explain, f *flow.Flow) {
 	if from := *f; err == nil && from.Attachment == attach.Home {
 		// What home's own processes may, those of containers may not.
 		from.Attachment = ""
-		if _, _, _, err := in.router.Explain(&rules.Facts{Flow: &from, Owner: facts.Owner, Known: facts.Known}); err != nil {
+		if _, _, _, err := in.router.Explain(&rules.Facts{Flow: &from, Owner: facts.Owner, Name: facts.Name, Known: facts.Known}); err != nil {
 			e.Why += fmt.Sprintf("; refused from other namespaces than home: %v", err)
 		}
 	}
