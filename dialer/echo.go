@@ -68,7 +68,7 @@ func echoSocket(w way, v6 bool, kind int, id uint16) (kernelSocket, error) {
 			return nil, err
 		}
 	}
-	if err := w.apply(fd); err != nil {
+	if err := errors.Join(w.apply(fd), askTTLs(fd, v6)); err != nil {
 		return nil, err
 	}
 	var local unix.Sockaddr

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"net"
 	"net/netip"
+	"os"
 	"syscall"
 	"unsafe"
 
@@ -51,6 +52,26 @@ func extendedError(level, kind int32, data []byte) (errno unix.Errno, said *flow
 		}
 	}
 	return errno, said
+}
+
+// passedTTL reads a control message if it is the TTL of what came (IP_RECVTTL of
+// ip(7)), and returns what is left of it behind us. 0: it is none.
+func passedTTL(level, kind int32, data []byte) uint8 {
+	v4 := level == unix.SOL_IP && kind == unix.IP_TTL
+	if !v4 && (level != unix.SOL_IPV6 || kind != unix.IPV6_HOPLIMIT) || len(data) < 4 {
+		return 0
+	}
+	// The last router of all still has to hand it over.
+	return uint8(min(max(int32(binary.NativeEndian.Uint32(data))-1, 1), 255))
+}
+
+// askTTLs has a socket tell the TTL of all that it receives.
+func askTTLs(fd int, v6 bool) error {
+	level, option := unix.SOL_IP, unix.IP_RECVTTL
+	if v6 {
+		level, option = unix.SOL_IPV6, unix.IPV6_RECVHOPLIMIT
+	}
+	return os.NewSyscallError("setsockopt", unix.SetsockoptInt(fd, level, option, 1))
 }
 
 // peerError turns such a message into an error of peer. Nil: it is none, or is

@@ -97,6 +97,9 @@ func (r *receiver) datagram(i int) flow.Datagram {
 				d.Segment = size
 			}
 		}
+		if ttl := passedTTL(level, kind, data); ttl != 0 {
+			d.TTL = ttl
+		}
 	})
 	return d
 }

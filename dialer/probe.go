@@ -12,8 +12,8 @@ import (
 	"cgtun/flow"
 )
 
-// probeTTL is below every default of SYNs: who sends one that may pass fewer
-// routers looks for them (traceroute -T).
+// probeTTL is below every default of TTLs: who sends what may pass fewer routers
+// looks for them (traceroute).
 const probeTTL = 30
 
 // isProbe says whether a connection is to get its client's TTL. It costs a

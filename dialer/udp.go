@@ -196,14 +196,23 @@ func (s *udpSocket) fetchErrors(fd uintptr) {
 		}
 		peer := s.in.names[0].addrPort()
 		quote := s.in.data[0][:min(s.in.msgs[0].n, maxQuote)]
+		var e *flow.PeerError
+		var ttl uint8
 		s.in.eachControl(0, func(level, kind int32, data []byte) {
-			if e := peerError(peer, level, kind, data); e != nil {
-				if e.ICMP != nil {
-					e.ICMP.Quote = append([]byte(nil), quote...)
-				}
-				s.errs = append(s.errs, e)
+			if came := peerError(peer, level, kind, data); came != nil {
+				e = came
+			}
+			if came := passedTTL(level, kind, data); came != 0 {
+				ttl = came
 			}
 		})
+		if e == nil {
+			continue
+		}
+		if e.ICMP != nil {
+			e.ICMP.TTL, e.ICMP.Quote = ttl, append([]byte(nil), quote...)
+		}
+		s.errs = append(s.errs, e)
 	}
 }
 

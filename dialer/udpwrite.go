@@ -37,6 +37,7 @@ type udpWrites struct {
 	ttl, wantTTL uint8 // kernelTTL: as the kernel would
 	whole        int   // as of setOptions
 	wantWhole    int
+	asked        bool                 // for the TTLs of what comes
 	mtu          func(netip.Addr) int // the path's
 }
 
@@ -144,6 +145,11 @@ func (s *udpSocket) setOptions(fd int) unix.Errno {
 			return errnoOf(err)
 		}
 		s.ttl = s.wantTTL
+		if s.ttl != kernelTTL && s.ttl < probeTTL && !s.asked {
+			// Who counts routers counts them on the way back too.
+			_ = askTTLs(fd, s.v6)
+			s.asked = true
+		}
 	}
 	if s.whole != s.wantWhole {
 		value := no

@@ -103,7 +103,7 @@ type Datagram struct {
 	// udp(7)).
 	Segment int
 	// TTL is how many routers it may still pass, the IPv4 TTL or IPv6 hop limit
-	// to send it with. 0: the default of who sends it.
+	// to send it with, in either direction. 0: the default of who sends it.
 	TTL uint8
 	// DontFragment says that nobody may cut it up: where it is too large for the
 	// path, its sender is told (DF of RFC 791; of IPv6, that it came whole).

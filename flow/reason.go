@@ -101,6 +101,7 @@ func (e *PeerError) FlowReason() Reason { return e.Reason }
 type ICMPError struct {
 	From       netip.Addr // who said it; zero: the kernel here, for its own part
 	Type, Code uint8      // of the family of what was sent
+	TTL        uint8      // as a Datagram's: of the error itself
 	Info       uint32     // the MTU of "too big", the pointer of "parameter problem", else 0
 	// Quote is the beginning of what could not be sent on, as the outbound sent
 	// it: of UDP the payload, of ICMP the message, of TCP nothing.

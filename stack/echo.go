@@ -72,7 +72,7 @@ func (s *session) writeEcho(d flow.Datagram) error {
 		return unix.EINVAL
 	}
 	pkt := make([]byte, header.IPv6MinimumSize+len(d.Data))
-	n := putIP(pkt, icmpOf(client), peer, client, len(d.Data))
+	n := putIP(pkt, icmpOf(client), d.TTL, peer, client, len(d.Data))
 	putEcho(pkt[n:], d.Data, peer, client, s.src.Port())
 	return s.u.cfg.Write(tun.Offload{}, [][]byte{pkt[:n+len(d.Data)]})
 }
@@ -88,7 +88,7 @@ func (s *session) offendingEcho(peer netip.Addr, msg []byte) []byte {
 		binary.BigEndian.PutUint16(msg[6:], uint16(s.echoSeq.Load()))
 	}
 	pkt := make([]byte, header.IPv6MinimumSize+len(msg))
-	n := putIP(pkt, icmpOf(client), client, peer, len(msg))
+	n := putIP(pkt, icmpOf(client), 0, client, peer, len(msg))
 	putEcho(pkt[n:], msg, client, peer, s.src.Port())
 	return pkt[:n+len(msg)]
 }

@@ -24,6 +24,7 @@ const (
 type icmpMessage struct {
 	kind, code uint8
 	word       uint32 // the last four bytes of the header: MTU or pointer
+	ttl        uint8  // of the error; 0: the default
 }
 
 // icmpError builds the ICMP error that tells the sender of orig why it failed: a
@@ -72,6 +73,7 @@ func icmpSaid(e *flow.ICMPError, own ownAddresses, orig []byte) ([]byte, bool) {
 	if m == timeExceeded(h.src.Is4()) {
 		expire(orig, h)
 	}
+	m.ttl = e.TTL
 	from := e.From
 	if !from.IsValid() || from.Is4() != h.src.Is4() || !oneHost(from) {
 		from = own.of(h)
@@ -259,7 +261,7 @@ func buildICMP(m icmpMessage, from netip.Addr, h ipHeader, orig []byte) []byte {
 		quote = quote[:h.end] // no padding
 	}
 	pkt := make([]byte, ipSize+icmpHeaderSize+len(quote))
-	putIP(pkt, proto, from, h.src, icmpHeaderSize+len(quote))
+	putIP(pkt, proto, m.ttl, from, h.src, icmpHeaderSize+len(quote))
 
 	body := pkt[ipSize:]
 	body[0], body[1] = m.kind, m.code

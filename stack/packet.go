@@ -181,14 +181,21 @@ func gvAddr(a netip.Addr) tcpip.Address {
 	return tcpip.AddrFrom16(a.As16())
 }
 
+// defaultTTL is that of packets of our own, and of those whose TTL nobody knows.
+const defaultTTL = 64
+
 // putIP writes an IPv4 or IPv6 header without options in front of length bytes
-// of proto and returns its size. b must have room for 40 bytes.
-func putIP(b []byte, proto uint8, src, dst netip.Addr, length int) int {
+// of proto and returns its size. b must have room for 40 bytes. A ttl of 0 is the
+// default.
+func putIP(b []byte, proto, ttl uint8, src, dst netip.Addr, length int) int {
+	if ttl == 0 {
+		ttl = defaultTTL
+	}
 	if src.Is4() {
 		ip := header.IPv4(b[:header.IPv4MinimumSize])
 		ip.Encode(&header.IPv4Fields{
 			TotalLength: uint16(header.IPv4MinimumSize + length),
-			TTL:         64,
+			TTL:         ttl,
 			Protocol:    proto,
 			SrcAddr:     gvAddr(src),
 			DstAddr:     gvAddr(dst),
@@ -199,7 +206,7 @@ func putIP(b []byte, proto uint8, src, dst netip.Addr, length int) int {
 	header.IPv6(b[:header.IPv6MinimumSize]).Encode(&header.IPv6Fields{
 		PayloadLength:     uint16(length),
 		TransportProtocol: tcpip.TransportProtocolNumber(proto),
-		HopLimit:          64,
+		HopLimit:          ttl,
 		SrcAddr:           gvAddr(src),
 		DstAddr:           gvAddr(dst),
 	})

@@ -20,7 +20,7 @@ var (
 // ipPacket puts an IP header in front of body.
 func ipPacket(proto uint8, src, dst netip.Addr, body []byte) []byte {
 	b := make([]byte, 40, 40+len(body))
-	n := putIP(b, proto, src, dst, len(body))
+	n := putIP(b, proto, 0, src, dst, len(body))
 	return append(b[:n], body...)
 }
 

@@ -118,7 +118,7 @@ func (s *session) offending(peer netip.AddrPort, quote []byte) []byte {
 	}
 	length := header.UDPMinimumSize + len(quote)
 	b := make([]byte, header.IPv6MinimumSize+length)
-	n := putIP(b, protoUDP, s.src.Addr(), peer.Addr(), length)
+	n := putIP(b, protoUDP, 0, s.src.Addr(), peer.Addr(), length)
 	header.UDP(b[n:]).Encode(&header.UDPFields{SrcPort: s.src.Port(), DstPort: peer.Port(), Length: uint16(length)})
 	copy(b[n+header.UDPMinimumSize:], quote)
 	return b[:n+length]

@@ -63,7 +63,7 @@ func (s *session) WriteBatch(dgs []flow.Datagram) (int, error) {
 }
 
 // joinable counts the datagrams at the front that can share a packet: to one
-// peer, all as long as the first but for the last, which may be shorter.
+// peer, with one TTL, all as long as the first but for the last, which may be shorter.
 func joinable(dgs []flow.Datagram, limit int) int {
 	first := &dgs[0]
 	size := len(first.Data)
@@ -75,7 +75,7 @@ func joinable(dgs []flow.Datagram, limit int) int {
 		next := &dgs[n]
 		length := len(next.Data)
 		total += length
-		if next.Segment != 0 || next.Peer != first.Peer || length == 0 || length > size || total > limit {
+		if next.Segment != 0 || next.Peer != first.Peer || next.TTL != first.TTL || length == 0 || length > size || total > limit {
 			return n
 		}
 		if length < size {
@@ -110,7 +110,7 @@ func (s *session) writeJoined(w *udpWriter, dgs []flow.Datagram, limit int) erro
 	for _, d := range dgs {
 		for rest := d.Data; len(rest) > 0; {
 			n := min(segment, len(rest))
-			one := [1]flow.Datagram{{Peer: d.Peer, Data: rest[:n]}}
+			one := [1]flow.Datagram{{Peer: d.Peer, Data: rest[:n], TTL: d.TTL}}
 			if err := s.writePacket(w, one[:], 0, limit); err != nil {
 				failed = err
 			}
@@ -136,7 +136,7 @@ func (s *session) writePacket(w *udpWriter, dgs []flow.Datagram, segment, limit 
 	if length-header.UDPMinimumSize > limit || peer.Addr().Is4() != client.Addr().Is4() {
 		return unix.EMSGSIZE
 	}
-	n := putIP(w.header[:], protoUDP, peer.Addr(), client.Addr(), length)
+	n := putIP(w.header[:], protoUDP, dgs[0].TTL, peer.Addr(), client.Addr(), length)
 	header.UDP(w.header[n:]).Encode(&header.UDPFields{
 		SrcPort:  peer.Port(),
 		DstPort:  client.Port(),

@@ -10,7 +10,7 @@ import (
 // of them, and the host at its end.
 func TestRoutersOnThePathAreSeen(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, "traceroute", "tracepath", "mtr")
+	w := newWorld(t, "ping", "traceroute", "tracepath", "mtr")
 	w.router.Sysctl("net.ipv4.icmp_ratelimit", "0")
 	w.router.Sysctl("net.ipv6.icmp.ratelimit", "0")
 	w.server.Sysctl("net.ipv4.icmp_ratelimit", "0")
@@ -31,11 +31,19 @@ func TestRoutersOnThePathAreSeen(t *testing.T) {
 				t.Errorf("by %s: traceroute -I %s: %v: want %v\n%s", by, far, err, hops, out)
 			}
 		}
+		// The server is as far away on the way back.
+		out, err := w.try(inside, "tracepath", "-n", "-m", "5", far)
+		if err != nil || !seesHops(out, hops) || !strings.Contains(out, "hops 3 back 3") || strings.Contains(out, "asymm") {
+			t.Errorf("tracepath %s: %v: want %v, 3 hops and 3 back\n%s", far, err, hops, out)
+		}
+		out, err = w.try(inside, "ping", "-n", "-c", "1", "-W", "3", far)
+		if err != nil || !strings.Contains(out, " ttl=62 ") {
+			t.Errorf("ping %s: %v: want a TTL of 62, as of two routers\n%s", far, err, out)
+		}
 		for _, command := range []string{
 			"traceroute -n -q 1 -w 3",
 			"traceroute -n -q 1 -w 3 -U -p 7001",
 			"traceroute -n -q 1 -w 3 -T -p 7000",
-			"tracepath -n -m 5",
 			"mtr -n -r -w -c 1 -i 0.3 -G 0.3 -m 5",
 			"mtr -n -r -w -c 1 -i 0.3 -G 0.3 -m 5 -u",
 			"mtr -n -r -w -c 1 -i 0.3 -G 0.3 -m 5 -T -P 7000",
