@@ -3,8 +3,10 @@ package stack_test
 import (
 	"context"
 	"encoding/binary"
+	"math/rand/v2"
 	"net/netip"
 	"os"
+	"runtime"
 	"sync"
 	"testing"
 	"time"
@@ -117,7 +119,7 @@ func (accepting) ServeStream(ctx context.Context, s flow.Stream) {
 
 func (accepting) ServePackets(ctx context.Context, c flow.PacketConn) {
 	defer c.Close()
-	buf := []flow.Datagram{{Data: make([]byte, 65535)}}
+	buf := []flow.Datagram{{Data: make([]byte, 2048)}}
 	for {
 		if _, err := c.ReadBatch(buf); err != nil {
 			return
@@ -265,16 +267,100 @@ func TestFloodOfSYNs(t *testing.T) {
 	}
 }
 
-// Whatever comes in, a client is served after it.
-func FuzzPackets(f *testing.F) {
-	for _, seed := range [][]byte{
+// oddPackets are what FuzzPackets begins with, and TestMutatedPackets changes.
+func oddPackets() [][]byte {
+	return [][]byte{
 		segment(4000, 80, header.TCPFlagSyn, 1, []byte{2, 4, 5, 180}),
 		segment(4000, 80, header.TCPFlagAck|header.TCPFlagPsh, 2, nil),
 		{0x45, 0, 0, 28, 0, 0, 0x20, 0, 64, 17, 0, 0, 10, 9, 0, 1, 10, 7, 0, 2, 0, 1, 0, 2, 0, 8, 0, 0},
 		{0x45, 0, 0, 28, 0, 0, 0, 0, 64, 1, 0, 0, 10, 9, 0, 1, 10, 7, 0, 2, 8, 0, 0, 0, 0, 1, 0, 1},
 		append([]byte{0x60, 0, 0, 0, 0, 16, 44, 64, 0xfd, 9, 15: 0, 23: 1, 24: 0xfd, 7, 39: 2}, 6, 0, 0, 1, 0, 0, 0, 1, 0, 1, 0, 2, 0, 0, 0, 0),
 		{0x46, 0, 0, 24, 0, 0, 0, 0, 64, 6, 0, 0, 10, 9, 0, 1, 10, 7, 0, 2, 131, 4, 4, 0},
-	} {
+	}
+}
+
+// resumIP makes the sum of a v4 header right, if it is one: what is mutated is to
+// get past it.
+func resumIP(pkt []byte) {
+	if len(pkt) < 20 || pkt[0]>>4 != 4 {
+		return
+	}
+	if n := int(pkt[0]&15) * 4; n >= 20 && n <= len(pkt) {
+		ip := header.IPv4(pkt)
+		ip.SetChecksum(0)
+		ip.SetChecksum(^ip.CalculateChecksum())
+	}
+}
+
+// A flood of packets with mutated lengths, options, extension headers and ICMP
+// inside ICMP ends nothing, fills nothing, and clients are served beside it.
+func TestMutatedPackets(t *testing.T) {
+	n := 50_000
+	if labtest.Soak() {
+		n = 1_000_000
+	}
+	w, s := startWire(t, stack.Options{TCP: stack.TCPOptions{Pending: 256}})
+	seeds := oddPackets()
+	// An ICMP error about a segment, one about that, and extension headers in a row.
+	inner := seeds[0]
+	for _, kind := range []byte{3, 11} {
+		b := append([]byte{0x45, 0, 0, byte(28 + len(inner)), 0, 0, 0, 0, 64, 1, 0, 0, 10, 9, 0, 1, 10, 7, 0, 2, kind, 1, 0, 0, 0, 0, 0, 0}, inner...)
+		seeds, inner = append(seeds, b), b
+	}
+	six := append([]byte{0x60, 0, 0, 0, 0, 56, 0, 64, 0xfd, 9, 15: 0, 23: 1, 24: 0xfd, 7, 39: 2},
+		60, 0, 1, 4, 0, 0, 0, 0, 43, 0, 1, 4, 0, 0, 0, 0, 60, 0, 4, 0, 0, 0, 0, 0, 44, 0, 1, 4, 0, 0, 0, 0, 17, 0, 0, 0, 0, 0, 0, 9,
+		0x12, 0x34, 0, 7, 0, 16, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8)
+	seeds = append(seeds, six)
+	rng := rand.New(rand.NewChaCha8([32]byte{4}))
+	var start runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&start)
+	for i := range n {
+		pkt := append([]byte(nil), seeds[rng.IntN(len(seeds))]...)
+		for range 1 + rng.IntN(6) {
+			switch at := rng.IntN(len(pkt)); rng.IntN(4) {
+			case 0:
+				pkt[at] = byte(rng.Uint32())
+			case 1:
+				pkt[at] ^= 1 << rng.IntN(8)
+			case 2:
+				pkt = pkt[:max(1, at)]
+			case 3:
+				pkt = append(pkt, make([]byte, rng.IntN(64))...)
+			}
+		}
+		if rng.IntN(8) > 0 {
+			resumIP(pkt)
+		}
+		off := tun.Offload{NeedsCsum: rng.IntN(2) == 0}
+		if rng.IntN(4) == 0 {
+			off.GSOType, off.GSOSize = uint8(rng.IntN(8)), uint16(rng.IntN(3000))
+		}
+		w.send(off, pkt)
+		if i%(n/20) != 0 {
+			continue
+		}
+		for len(w.out) > 0 {
+			<-w.out
+		}
+		port := uint16(50_000 + i/(n/20))
+		w.send(tun.Offload{}, segment(port, 81, header.TCPFlagSyn, uint32(i), nil))
+		if got := w.answers(port); got != synAck {
+			t.Errorf("after %d packets a client got %v", i, got)
+		}
+	}
+	var end runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&end)
+	t.Logf("heap %d MiB at first, %d MiB after %d packets; %+v", start.HeapInuse>>20, end.HeapInuse>>20, n, s.Stats())
+	if grown := int64(end.HeapInuse) - int64(start.HeapInuse); grown > 96<<20 {
+		t.Errorf("%d MiB more after the flood", grown>>20)
+	}
+}
+
+// Whatever comes in, a client is served after it.
+func FuzzPackets(f *testing.F) {
+	for _, seed := range oddPackets() {
 		f.Add(seed, uint8(0), uint16(0), true)
 		f.Add(seed, uint8(1), uint16(1400), false)
 	}
@@ -282,12 +368,8 @@ func FuzzPackets(f *testing.F) {
 	port, seq := uint16(10000), uint32(0)
 	f.Fuzz(func(t *testing.T, pkt []byte, kind uint8, size uint16, fixSum bool) {
 		pkt = append([]byte(nil), pkt[:min(len(pkt), 65535)]...)
-		if fixSum && len(pkt) >= 20 && pkt[0]>>4 == 4 {
-			if n := int(pkt[0]&15) * 4; n >= 20 && n <= len(pkt) {
-				ip := header.IPv4(pkt)
-				ip.SetChecksum(0)
-				ip.SetChecksum(^ip.CalculateChecksum())
-			}
+		if fixSum {
+			resumIP(pkt)
 		}
 		w.send(tun.Offload{GSOType: kind, GSOSize: size, NeedsCsum: fixSum}, pkt)
 		for len(w.out) > 0 {

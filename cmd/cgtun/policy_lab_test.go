@@ -49,7 +49,7 @@ func reach(q probe) error {
 //	neighbour   │ br-0123456789ab 172.18.0.1
 //	172.18.0.2 ─┤ fd18::1
 func TestContainerReachesNoMoreThanBefore(t *testing.T) {
-	w := newWorld(t)
+	w := newWorld(t, "microsocks")
 	box, neighbour := w.lab.Host("box"), w.lab.Host("neighbour")
 	for i, b := range []struct {
 		bridge string
@@ -131,14 +131,23 @@ interface = "eth1"
 name = "marked"
 type = "direct"
 mark = 3
+[[outbound]]
+name = "relay"
+type = "socks5"
+server = "127.0.0.1:1080"
 `), "[select]", fmt.Sprintf("[select]\nnetns = [%q]", box.Name), 1)
-	for _, use := range []string{"direct", "second", "marked"} {
+	// A proxy of the machine's own would dial what it is told to.
+	w.machine.Start("microsocks", "-i", "127.0.0.1", "-p", "1080")
+	for _, use := range []string{"direct", "second", "marked", "relay"} {
 		t.Run(use, func(t *testing.T) {
 			w.t = t
 			d := w.start(text + fmt.Sprintf("[[rule]]\nuse = %q\n", use))
 			defer d.stop()
 			forms.Reset()
 			for line, got := range tryAll(targets) {
+				if use == "relay" && strings.HasPrefix(line, "udp") && got.Heard == "" {
+					continue // this proxy has no datagrams
+				}
 				reached := strings.Contains(line, far4) || strings.Contains(line, far6)
 				want := before[strings.TrimSuffix(line, " tun0")].Heard
 				if !reached && strings.HasSuffix(line, " tun0") {
@@ -160,7 +169,7 @@ mark = 3
 				t.Errorf("counters %+v", c)
 			}
 			for _, o := range w.status().Outbounds {
-				if o.FailuresTotal != 0 && use != "second" {
+				if o.FailuresTotal != 0 && use != "second" && use != "relay" {
 					t.Errorf("denials count as failures: %+v", o)
 				}
 			}
