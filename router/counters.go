@@ -14,7 +14,7 @@ type counters struct {
 	flows, refused, panics               atomic.Uint64
 	denied                               denials
 	ownersUnknown, closedForgotten, lost atomic.Uint64
-	peersEvicted, acceptedFirst          atomic.Uint64
+	peersEvicted, shed, acceptedFirst    atomic.Uint64
 }
 
 // Counters count from the start of the Router, but FlowsLive.
@@ -28,6 +28,7 @@ type Counters struct {
 	ClosedForgotten uint64 // closed flows that went out of the table early, for want of room
 	EventsLost      uint64 // events that a slow watcher did not get
 	PeersEvicted    uint64 // datagram flows that ended to make room for another
+	StreamsShed     uint64 // idle connections that did
 	DialsEvicted    uint64 // dials that did
 	DialsLive       int    // in flight
 	AcceptedFirst   uint64 // clients that were accepted before their outbound was asked, for their name
@@ -40,7 +41,7 @@ func (r *Router) Counters() Counters {
 	live, evicted := r.dials.total, r.dials.evicted
 	r.dials.mu.Unlock()
 	return Counters{
-		DialsEvicted: evicted, DialsLive: live,
+		StreamsShed: c.shed.Load(), DialsEvicted: evicted, DialsLive: live,
 		FlowsTotal: c.flows.Load(), FlowsLive: uint64(r.table.len()), RefusedTotal: c.refused.Load(), DeniedTotal: c.denied.total(),
 		PanicsTotal: c.panics.Load(), OwnersFailed: c.ownersUnknown.Load(),
 		ClosedForgotten: c.closedForgotten.Load(), EventsLost: c.lost.Load(),

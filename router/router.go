@@ -223,7 +223,9 @@ func (r *Router) Run(ctx context.Context) error {
 			live, _ := r.table.entries(now)
 			for _, e := range live {
 				e.lookAfter()
+				e.moves(now)
 			}
+			r.shed(live, now)
 		}
 	}
 }

@@ -28,6 +28,9 @@ func (r *Router) ServeStream(ctx context.Context, s flow.Stream) {
 	if !r.untilAnswer(ctx, e, &ends) {
 		return
 	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	e.stoppedBy(cancel)
 	result := relay.Streams(ctx, ends.rest, ends.server.Conn, relay.Options{Up: &e.up, Down: &e.down, Half: e.closing, Broken: ends.broken})
 	ends.outcome = dialer.Outcome{
 		Reason: result.Reason, ByServer: result.By == relay.Server,

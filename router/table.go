@@ -1,6 +1,7 @@
 package router
 
 import (
+	"context"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -62,8 +63,12 @@ type entry struct {
 	hops   []string // the path
 	ended  time.Time
 
-	kernel   *net.TCPConn // the server's end, if it is a kernel socket
+	cancel   context.CancelFunc // ends the flow; nil: its ends are not connected
+	kernel   *net.TCPConn       // the server's end, if it is a kernel socket
 	patience dialer.Patience
+
+	moved   int64 // bytes, and 1, as of movedAt; Run's
+	movedAt time.Time
 }
 
 // begin puts a flow into the table. Whoever calls it calls end once.
@@ -139,7 +144,7 @@ func (e *entry) end(why flow.Reason) {
 		return
 	}
 	e.state, e.reason, e.ended = flow.StateClosed, why, time.Now()
-	e.kernel = nil
+	e.kernel, e.cancel = nil, nil
 	way := e.way
 	e.mu.Unlock()
 	e.r.table.retire(e, way)
