@@ -44,12 +44,20 @@ func (s *socks5) associate(_ context.Context, c flow.Conn, v6 bool) (socksAddr, 
 // client is to be told at once.
 const withoutFor = time.Minute
 
-// OpenPackets implements Outbound: an association for peers of the family of t.
-func (p *Proxy) OpenPackets(ctx context.Context, t Target) (_ *PacketConn, err error) {
-	unsupported := fmt.Errorf("outbound %q: carry datagrams: %w", p.name, errors.ErrUnsupported)
+// CarriesPackets says whether the proxy can carry datagrams, and what leads to it:
+// not, where it has said so lately.
+func (p *Proxy) CarriesPackets() bool {
 	_, ok := p.protocol.(associator)
 	if since := p.without.Load(); !ok || since != nil && time.Since(*since) < withoutFor {
-		return nil, unsupported
+		return false
+	}
+	return CanOpenPackets(p.next) == nil
+}
+
+// OpenPackets implements Outbound: an association for peers of the family of t.
+func (p *Proxy) OpenPackets(ctx context.Context, t Target) (_ *PacketConn, err error) {
+	if err := CanOpenPackets(p); err != nil {
+		return nil, err
 	}
 	pass, err := p.account.enter()
 	if err != nil {
@@ -68,7 +76,7 @@ func (p *Proxy) OpenPackets(ctx context.Context, t Target) (_ *PacketConn, err e
 	if errors.Is(err, errors.ErrUnsupported) {
 		now := time.Now()
 		p.without.Store(&now)
-		return nil, unsupported
+		return nil, CanOpenPackets(p)
 	}
 	return nil, err
 }

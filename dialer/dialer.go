@@ -61,6 +61,15 @@ func CanEcho(o Outbound) error {
 	return nil
 }
 
+// CanOpenPackets says that o cannot carry datagrams, with ErrUnsupported, or nil:
+// as far as that is known beforehand.
+func CanOpenPackets(o Outbound) error {
+	if p, ok := o.(interface{ CarriesPackets() bool }); ok && !p.CarriesPackets() {
+		return fmt.Errorf("outbound %q: carry datagrams: %w", o.Name(), errors.ErrUnsupported)
+	}
+	return nil
+}
+
 // Leave is how sockets leave this machine, as far as an outbound says so; the zero
 // Leave is how every socket does.
 type Leave struct {

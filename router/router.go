@@ -281,7 +281,7 @@ func (r *Router) match(facts *rules.Facts) (rules.Verdict, out, rules.Fact) {
 
 // Explain says what the rules in force make of the facts, and which path a
 // flow would take: nil where none would be dialled. An error is the guard's, or
-// ErrUnsupported for pings that the outbound cannot carry.
+// ErrUnsupported for pings and datagrams that the outbound cannot carry.
 func (r *Router) Explain(f *rules.Facts) (v rules.Verdict, missing rules.Fact, path []string, err error) {
 	p := r.policy.Load()
 	if v, missing = p.set.Match(f); missing != 0 {
@@ -294,10 +294,14 @@ func (r *Router) Explain(f *rules.Facts) (v rules.Verdict, missing rules.Fact, p
 	if err := r.opts.Guard.Judge(f.Flow, o.leaves); err != nil {
 		return v, 0, nil, err
 	}
-	if f.Flow.Proto == flow.ICMP {
-		if err := dialer.CanEcho(o.Outbound); err != nil {
-			return v, 0, nil, err
-		}
+	switch {
+	case f.Flow.Proto == flow.ICMP:
+		err = dialer.CanEcho(o.Outbound)
+	case f.Flow.Proto == flow.UDP && !r.takes(f.Flow.Proto, f.Flow.Dst):
+		err = dialer.CanOpenPackets(o.Outbound)
+	}
+	if err != nil {
+		return v, 0, nil, err
 	}
 	return v, 0, dialer.PathOf(o.Outbound), nil
 }

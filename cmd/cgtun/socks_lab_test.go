@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"cgtun/control"
 	"cgtun/internal/labtest"
 )
 
@@ -172,6 +173,11 @@ func (w *world) socksTellsTheTruth(d *daemon) {
 	if out, err := w.try(inside, "ping", "-c1", "-W3", far4); err == nil || !strings.Contains(out, "Packet filtered") {
 		w.t.Errorf("ping through a proxy: %v, %s", err, out)
 	}
+	for _, to := range []string{far4 + ":8102", far4 + ":8152"} {
+		if e := ask[control.Explain](w, "explain", "-proto", "udp", to); len(e.Path) != 0 || !strings.Contains(string(e.Why), "carry datagrams") {
+			w.t.Errorf("explain says of datagrams to %s: path %q, %s", to, e.Path, e.Why)
+		}
+	}
 	if text := d.Output(); strings.Contains(text, "wrong") && strings.Contains(text, "password=") {
 		w.t.Error("the log has a password")
 	}
@@ -210,9 +216,8 @@ func (w *world) reachesProxiesThemselves() {
 	if found != 3 {
 		w.t.Errorf("%d flows, want 3", found)
 	}
-	out, _, _ := w.cgtun("explain", "203.0.113.10:1085")
-	if !strings.Contains(out, "direct") {
-		w.t.Errorf("explain says %s", out)
+	if e := ask[control.Explain](w, "explain", "203.0.113.10:1085"); !slices.Equal(e.Path, []string{"direct"}) {
+		w.t.Errorf("explain says of a proxy: path %q", e.Path)
 	}
 }
 
