@@ -27,7 +27,6 @@ type notYet struct {
 var notServed = []notYet{
 	{"route.via", ownProgram, `"tun", {gateway, gateway6, dev}, {dev}, {tproxy}`},
 	{"outbound[].mptcp", filled, "false"},
-	{"outbound[].remote_dns", filled, "false"},
 	{"group[].resume", filled, "false, or to leave the key out"},
 	{"control.metrics", filled, `""`},
 }

@@ -96,7 +96,7 @@ func (s *secured) Close() error {
 // resets as resets.
 func TestEndingsThroughProxies(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t)
+	w := newWorld(t, "dig", "dnsmasq")
 	file := w.certificate(middle4)
 	certificate, err := tls.LoadX509KeyPair(file, file)
 	if err != nil {
@@ -131,7 +131,8 @@ via = "https"
 		text += fmt.Sprintf("[[rule]]\nport = \"%d-%d\"\nuse = %q\n", 7000+10*i, 7009+10*i, kind)
 		servers = append(servers, w.serveOrders(fmt.Sprint(":", 7000+10*i)), w.server.ServeExchange(fmt.Sprint(":", 7001+10*i)))
 	}
-	d := w.start(text)
+	more, asked := w.namedProxy()
+	d := w.start(text + more)
 	n, size, seed := 100, 16<<20, rand.Int64()
 	if labtest.Soak() {
 		n, size = 2000, 1<<30
@@ -156,12 +157,53 @@ via = "https"
 			t.Errorf("seed %d: server: %v", seed, err)
 		}
 	}
+	w.asksForNames(asked)
 	w.noLeak("through proxies")
 	labtest.Eventually(t, 10*time.Second, func() bool { return w.status().Counters.FlowsLive == 0 }, "all flows have ended")
 	labtest.Eventually(t, 10*time.Second, func() bool { return openSockets(t, d.Pid) < 20 }, "cgtun's sockets are closed")
 	for i, kind := range kinds {
 		if a := w.probe(inside, probe{Do: "dial", Network: "tcp", To: port(far4, 7005+10*i)}); a.Errno != "ECONNREFUSED" {
 			t.Errorf("nobody listens, by %s: %+v", kind, a)
+		}
+	}
+}
+
+// namedProxy is a proxy that is to be asked for names, with the rules that lead to
+// it, and to the servers of names. asked gets what it is asked for.
+func (w *world) namedProxy() (config string, asked chan string) {
+	w.t.Helper()
+	asked = make(chan string, 10)
+	w.router.Serve(middle4+":3130", func(c *net.TCPConn) error {
+		q, err := http.ReadRequest(bufio.NewReaderSize(c, 16))
+		if err != nil {
+			return err
+		}
+		asked <- q.Host
+		_, err = io.WriteString(c, "HTTP/1.1 200 OK\r\n\r\n")
+		return err
+	})
+	config = "[[outbound]]\nname = \"second\"\ntype = \"direct\"\ninterface = \"eth1\"\n[[rule]]\nport = 53\nuse = \"second\"\n"
+	config += fmt.Sprintf("[[outbound]]\nname = \"named\"\ntype = \"http\"\nserver = \"%s:3130\"\nremote_dns = true\n[[rule]]\nport = 7090\nuse = \"named\"\n", middle4)
+	w.zone(w.server, far4, far4)
+	w.zone(w.server, far6, far4)
+	w.listening(53)
+	return config, asked
+}
+
+// asksForNames looks up a name and connects to what it stands for, and to an
+// address of which no name is known.
+func (w *world) asksForNames(asked <-chan string) {
+	w.t.Helper()
+	w.run(inside, "dig", "+short", "+tries=1", "+time=6", "name.example", "@"+far4)
+	for far, want := range map[string]string{far4: "name.example:7090", far6: port(far6, 7090)} {
+		w.probe(inside, probe{Do: "dial", Network: "tcp", To: port(far, 7090)})
+		select {
+		case got := <-asked:
+			if got != want {
+				w.t.Errorf("the proxy was asked for %q, want %q", got, want)
+			}
+		case <-time.After(5 * time.Second):
+			w.t.Errorf("the proxy was not asked for %q", want)
 		}
 	}
 }
