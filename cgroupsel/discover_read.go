@@ -91,9 +91,8 @@ func (d *spaces) take(r record) {
 	if d.see(r) {
 		d.tellRun()
 	}
-	// Held after the decision was made: nobody else would let it go.
-	if r.Held == 1 && d.decided(r.Cookie) {
-		d.letGo(r.PID)
+	if r.Held == 1 {
+		d.noteStop(r)
 	}
 }
 

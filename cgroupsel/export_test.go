@@ -150,3 +150,13 @@ func FeatureRows() (rows []string) {
 	slices.Sort(rows)
 	return rows
 }
+
+// BeginHold does what the kernel's side does before it stops a process, and
+// Told what the reader does with the record that follows.
+func (s *Selector) BeginHold(pid int, cookie uint64) error {
+	return s.spaces.m.held.Put(uint32(pid), stopped{Cookie: cookie, Since: now()})
+}
+
+func (s *Selector) Told(pid int, cookie, cgroup uint64) {
+	s.spaces.take(record{Cookie: cookie, Cgroup: cgroup, PID: uint32(pid), TID: uint32(pid), Held: 1})
+}

@@ -19,6 +19,10 @@ import (
 // do so only while the reader gives signs of life, and write who it is into the
 // map held first. An entry goes when the process is let go, or ends.
 //
+// The entry is there a little before the signal is: who were let go in between
+// would be stopped after it, for good. So nobody is let go before his record has
+// been read, which comes after the signal (told).
+//
 // Whoever takes an entry out lets the process go (SIGCONT):
 //
 //	Admit, Deny   those in that namespace
@@ -271,11 +275,35 @@ func (d *spaces) held() map[uint32]stopped {
 	return all
 }
 
+// letGoIn lets those go who are held in a namespace. Whose record has not been
+// read yet is let go by who reads it. It wants d.mu.
 func (d *spaces) letGoIn(cookie uint64) {
-	for tgid, s := range d.held() {
-		if s.Cookie == cookie {
+	held := d.held()
+	for tgid, s := range held {
+		if s.Cookie == cookie && d.told[tgid] == s.Since {
 			d.letGo(tgid)
 		}
+	}
+	for tgid, since := range d.told {
+		if held[tgid].Since != since {
+			delete(d.told, tgid) // it has ended, or gone on
+		}
+	}
+}
+
+// noteStop notes that a process is stopped now, or lets it go where its namespace
+// was decided about meanwhile.
+func (d *spaces) noteStop(r record) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var s stopped
+	err := d.m.held.Lookup(r.PID, &s)
+	switch {
+	case !d.decided(r.Cookie) && err == nil:
+		d.told[r.PID] = s.Since
+	case !d.letGo(r.PID):
+		// Somebody took it out before the signal came.
+		d.goOn(r.PID)
 	}
 }
 
@@ -285,16 +313,34 @@ func (d *spaces) letGoAll() {
 	}
 }
 
-// letGo continues a process that is held. The entry goes with a process that
+// letGo continues a process that is held, and says whether it was. The entry goes with a process that
 // ends, before another can have its number: so if it is still there after the
 // pidfd was opened, the pidfd is that of the process which was stopped. And it
 // is taken out before the signal: the process can be held again right after.
-func (d *spaces) letGo(tgid uint32) {
+func (d *spaces) letGo(tgid uint32) bool {
 	fd, err := unix.PidfdOpen(int(tgid), 0)
 	if err == nil {
 		defer unix.Close(fd)
 	}
-	if d.m.held.Delete(tgid) != nil || errors.Is(err, unix.ESRCH) {
+	if d.m.held.Delete(tgid) != nil {
+		return false
+	}
+	d.signal(tgid, fd, err)
+	return true
+}
+
+// goOn continues a process that is in held no more.
+func (d *spaces) goOn(tgid uint32) {
+	fd, err := unix.PidfdOpen(int(tgid), 0)
+	if err == nil {
+		defer unix.Close(fd)
+	}
+	d.signal(tgid, fd, err)
+}
+
+// signal continues a process by its pidfd; err says why there is none.
+func (d *spaces) signal(tgid uint32, fd int, err error) {
+	if errors.Is(err, unix.ESRCH) {
 		return
 	}
 	if err != nil {

@@ -251,3 +251,35 @@ func TestOthersAreLeftAlone(t *testing.T) {
 		t.Errorf("counters %+v, namespaces %+v", n, s.Snapshot().Namespaces)
 	}
 }
+
+// A decision that falls between the kernel's note of a hold and its signal lets
+// nobody go who is stopped only then: who reads of it does.
+func TestDecisionBeforeTheSignalLeavesNobodyStopped(t *testing.T) {
+	m := undecided()
+	lab, sel, s := armed(t, m)
+	space, _ := newSpace(lab, "s")
+	p := stopFirst(t, lab, space, sel, false)
+	labtest.Eventually(t, 10*time.Second, func() bool { _, ok := m.find(space); return ok })
+	ns, _ := m.find(space)
+	other := lab.StartCommand(sel.Command(exec.Command("sleep", "60")))
+	for _, first := range []string{"the decision", "the end of patience"} {
+		if err := s.BeginHold(other.Pid, ns.Ref.Cookie()); err != nil {
+			t.Fatal(err)
+		}
+		if first == "the decision" {
+			if err := s.Admit(ns.Ref, cgroupsel.Admission{}); err != nil {
+				t.Fatal(err)
+			}
+		} else {
+			labtest.Eventually(t, 10*time.Second, func() bool { _, _, held := s.Entries(); return held == 0 })
+		}
+		other.Signal(syscall.SIGSTOP)
+		labtest.Eventually(t, 10*time.Second, func() bool { return state(other.Pid) == 'T' })
+		s.Told(other.Pid, ns.Ref.Cookie(), sel.ID)
+		labtest.Eventually(t, 10*time.Second, func() bool { return state(other.Pid) != 'T' }, "it goes on after "+first)
+	}
+	says(t, p, "sent")
+	if _, _, held := s.Entries(); held != 0 {
+		t.Errorf("%d are held", held)
+	}
+}
