@@ -143,7 +143,7 @@ func (d *Direct) fail(op string, dst netip.AddrPort, err error) error {
 	if said != nil {
 		err = fmt.Errorf("%w: %w", err, said)
 	}
-	return &Error{Hop: d.name, Op: op, Addr: dst, Reason: flow.ReasonOf(err), Err: err}
+	return &Error{Hop: d.name, Op: op, Addr: dst, Reason: saidReason(flow.ReasonOf(err), said, dst.Addr().Is4()), Err: err}
 }
 
 // configure sets what a connected socket needs. Urgent bytes come in line

@@ -81,29 +81,35 @@ func peerError(peer netip.AddrPort, level, kind int32, data []byte) *flow.PeerEr
 	if errno == 0 || said == nil && errno == unix.EMSGSIZE {
 		return nil
 	}
-	return &flow.PeerError{Peer: peer, Reason: saidReason(errno, said, peer.Addr().Is4()), ICMP: said, Err: errno}
+	return &flow.PeerError{Peer: peer, Reason: saidReason(flow.ReasonOf(errno), said, peer.Addr().Is4()), ICMP: said, Err: errno}
 }
 
-// saidReason is the reason of an error that somebody on the way reports.
-func saidReason(errno unix.Errno, said *flow.ICMPError, v4 bool) flow.Reason {
-	if said != nil && v4 && said.Type == icmpDstUnreachable {
-		// The kernel says EHOSTUNREACH for these too.
+// saidReason is the reason of an error that somebody on the way reports, if why is
+// that of its errno: the kernel says EHOSTUNREACH for several.
+func saidReason(why flow.Reason, said *flow.ICMPError, v4 bool) flow.Reason {
+	switch {
+	case said == nil:
+	case v4 && said.Type == icmpTimeExceeded, !v4 && said.Type == icmp6TimeExceeded:
+		return flow.Expired
+	case v4 && said.Type == icmpDstUnreachable:
 		switch said.Code {
 		case icmpNetProhibited, icmpHostProhibited, icmpAdminProhibited:
 			return flow.Prohibited
 		}
 	}
-	return flow.ReasonOf(errno)
+	return why
 }
 
-// ICMP types and codes (RFC 1812 §5.2.7.1, RFC 4443 §3.2).
+// ICMP types and codes (RFC 1812 §5.2.7.1, RFC 4443 §3).
 const (
 	icmpDstUnreachable  = 3
 	icmpFragNeeded      = 4
 	icmpNetProhibited   = 9
 	icmpHostProhibited  = 10
 	icmpAdminProhibited = 13
+	icmpTimeExceeded    = 11
 	icmp6TooBig         = 2
+	icmp6TimeExceeded   = 3
 )
 
 // tooBig is what a router here would say of a datagram that does not fit.

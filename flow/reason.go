@@ -24,6 +24,7 @@ const (
 	Reset                         // RST
 	Dropped                       // silence, as a rule wanted
 	TooBig                        // a datagram larger than the path carries
+	Expired                       // ICMP time exceeded: it wanted to pass no more routers than it did
 	Closed                        // both sides ended in order
 	Canceled                      // the client gave up, or we stop
 )
@@ -31,7 +32,7 @@ const (
 var reasonText = [...]string{
 	Unknown: "unknown", Refused: "refused", HostUnreachable: "host unreachable",
 	NetUnreachable: "network unreachable", Prohibited: "prohibited", TimedOut: "timed out",
-	Reset: "reset", Dropped: "dropped", TooBig: "too big", Closed: "closed", Canceled: "canceled",
+	Reset: "reset", Dropped: "dropped", TooBig: "too big", Expired: "hop limit exceeded", Closed: "closed", Canceled: "canceled",
 }
 
 // String returns the reason in words, as in logs and JSON.

@@ -35,6 +35,7 @@ const never = 1000 * time.Hour
 var (
 	errRefused     = os("connect", unix.ECONNREFUSED)
 	errUnreachable = os("connect", unix.EHOSTUNREACH)
+	errExpired     = &dialer.Error{Hop: "fake", Op: "connect", Reason: flow.Expired, Err: &flow.ICMPError{Type: 11}}
 	errAccount     = &dialer.Error{Hop: "fake", Op: "ask", Reason: flow.Prohibited, Err: dialer.ErrAccount}
 )
 

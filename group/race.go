@@ -206,7 +206,7 @@ func (r *race[T]) took(res *result[T]) {
 // a path.
 func isAnswer(err error) bool {
 	why := flow.ReasonOf(err)
-	return (why == flow.Refused || why == flow.Prohibited) && !absent(err)
+	return (why == flow.Refused || why == flow.Prohibited || why == flow.Expired) && !absent(err)
 }
 
 // absent tells the errors of a member that nobody was asked by.

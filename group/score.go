@@ -321,6 +321,9 @@ func (s *Scores) connected(p *path, dst netip.AddrPort, took time.Duration, now 
 func (s *Scores) lost(p *path, dst netip.AddrPort, why flow.Reason, answered bool, now time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if why == flow.Expired {
+		return // as the client wanted it
+	}
 	p.failures++
 	if answered {
 		s.hide(p, dialer.HiddenDial, now)

@@ -122,6 +122,26 @@ func TestDestinationRefusesEverywhere(t *testing.T) {
 	})
 }
 
+// TestProbeBlamesNobody: a client that counts routers hears of the one that he
+// has reached, and no path is worse for it.
+func TestProbeBlamesNobody(t *testing.T) {
+	withPair(t, "race", func(p *pair) {
+		p.a.set(says(ms, errExpired))
+		p.b.set(says(ms, errExpired))
+		for i := range 20 {
+			_, took, err := dial(t, p.g, dst(i))
+			if said := flow.Said(err); reasonOf(err) != flow.Expired || took > 10*ms || said == nil || said.Type != 11 {
+				t.Fatalf("after %v: %v", took, err)
+			}
+		}
+		for _, name := range []string{"a", "b"} {
+			if s := p.score(name); s.Score != 1 || s.Ejected {
+				t.Errorf("%s: %+v", name, s)
+			}
+		}
+	})
+}
+
 // TestRefusalOfOnePath: who refuses what the other connects is leaving the race,
 // as soon as it is not one destination alone.
 func TestRefusalOfOnePath(t *testing.T) {

@@ -164,7 +164,7 @@ func (w *way) failed(err error, why flow.Reason, log *slog.Logger) {
 		return
 	}
 	w.dials.Add(1)
-	if why == flow.Canceled {
+	if why == flow.Canceled || why == flow.Expired { // as the client wanted it
 		return
 	}
 	w.failures.Add(1)

@@ -191,6 +191,8 @@ func icmpFor(reason flow.Reason, h ipHeader) (icmpMessage, bool) {
 		return unreachable(v4, header.ICMPv4AdminProhibited, header.ICMPv6Prohibited), true
 	case flow.TooBig:
 		return tooBig(leastMTU, h), true
+	case flow.Expired:
+		return timeExceeded(v4), true
 	}
 	return icmpMessage{}, false
 }

@@ -69,6 +69,8 @@ func TestICMPErrorSaysTheReason(t *testing.T) {
 		{flow.Prohibited, "udp6", message{1, 1, 0}},
 		{flow.TooBig, "udp4", message{3, 4, 1280}},
 		{flow.TooBig, "udp6", message{2, 0, 1280}},
+		{flow.Expired, "tcp4", message{11, 0, 0}},
+		{flow.Expired, "udp6", message{3, 0, 0}},
 		{flow.Reset, "tcp4", message{}},
 		{flow.Dropped, "udp4", message{}},
 		{flow.Closed, "udp4", message{}},
