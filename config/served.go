@@ -28,7 +28,6 @@ var notServed = []notYet{
 	{"route.via", ownProgram, `"tun", {gateway, gateway6, dev}, {dev}, {tproxy}`},
 	{"outbound[].mptcp", filled, "false"},
 	{"group[].resume", filled, "false, or to leave the key out"},
-	{"control.metrics", filled, `""`},
 }
 
 // groupStandIns are the defaults of each [[group]] among the values that are not

@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"time"
 
 	"cgtun/flow"
 )
@@ -88,6 +89,13 @@ func Leaves(o Outbound) []Leave {
 		return l.Leaves()
 	}
 	return []Leave{{}}
+}
+
+// Meter is told of dials. Safe for concurrent use; it does not block.
+type Meter interface {
+	// Dialled is called for a stream that outbound was asked for, when that took
+	// so long. why is flow.Closed if it connected.
+	Dialled(outbound string, took time.Duration, why flow.Reason)
 }
 
 // Conn is a connected outbound stream.

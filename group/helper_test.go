@@ -125,7 +125,7 @@ func settings(kind string) group.Config {
 
 // board makes Scores that log into the test.
 func board(t *testing.T) *group.Scores {
-	return group.NewScores(slog.New(slog.NewTextHandler(t.Output(), nil)))
+	return group.NewScores(slog.New(slog.NewTextHandler(t.Output(), nil)), nil)
 }
 
 func newGroup(t *testing.T, c group.Config, s *group.Scores, members ...dialer.Outbound) *group.Group {

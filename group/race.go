@@ -190,6 +190,9 @@ func (r *race[T]) took(res *result[T]) {
 	t.cancel(nil)
 	r.inFlight--
 	r.g.scores.end(t)
+	if r.scored && r.g.scores.meter != nil {
+		r.g.scores.meter.Dialled(t.path.name, now.Sub(t.began), flow.ReasonOf(res.err))
+	}
 	if res.err == nil {
 		if r.scored {
 			r.g.scores.connected(t.path, r.target.Addr, now.Sub(t.began), now)

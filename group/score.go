@@ -66,7 +66,8 @@ const (
 // Scores is what is known of all paths, shared by the groups that use them. Safe
 // for concurrent use. Run probes, and tells of spells.
 type Scores struct {
-	log *slog.Logger
+	log   *slog.Logger
+	meter dialer.Meter // nil: nobody
 
 	mu    sync.Mutex
 	paths map[string]*path
@@ -75,9 +76,10 @@ type Scores struct {
 	good  recent
 }
 
-// NewScores returns Scores that know nothing.
-func NewScores(log *slog.Logger) *Scores {
-	return &Scores{log: log, paths: make(map[string]*path), dests: make(map[netip.AddrPort]*dest)}
+// NewScores returns Scores that know nothing. meter is told of each attempt of a
+// race, but for those that another one has ended; nil: nobody is.
+func NewScores(log *slog.Logger, meter dialer.Meter) *Scores {
+	return &Scores{log: log, meter: meter, paths: make(map[string]*path), dests: make(map[netip.AddrPort]*dest)}
 }
 
 // path is what is known of one outbound or group. Under Scores.mu.

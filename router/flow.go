@@ -67,6 +67,9 @@ func (e *entry) dialled(began time.Time, err error) flow.Reason {
 		e.r.counts.refused.Add(1)
 		return why // no failure of the outbound
 	}
+	if way != nil && e.flow.Proto == flow.TCP {
+		e.r.opts.Meter.Dialled(way.name, time.Since(began), why)
+	}
 	if err == nil {
 		way.connected(time.Since(began), e.r.log)
 		return why

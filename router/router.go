@@ -55,12 +55,28 @@ func (noGuard) Judge(*flow.Flow, []dialer.Leave) error { return nil }
 func (noGuard) Version() uint64                        { return 0 }
 func (noGuard) Has(netip.Addr) bool                    { return true }
 
+// Meter is told of dials, and of flows. Safe for concurrent use; it does not
+// block.
+type Meter interface {
+	dialer.Meter
+	// Ended is called once for each flow. outbound is its last one, or what the
+	// rules had for it; "" if it ended before that was known.
+	Ended(proto flow.Proto, outbound string, why flow.Reason)
+}
+
+// noMeter counts nothing.
+type noMeter struct{}
+
+func (noMeter) Dialled(string, time.Duration, flow.Reason) {}
+func (noMeter) Ended(flow.Proto, string, flow.Reason)      {}
+
 // Options are what a Router needs and its bounds; zero values mean the
 // defaults.
 type Options struct {
 	Logger *slog.Logger // default: none
 	Owners Owners       // default: every owner is unknown
 	Guard  Guard        // default: every destination is open
+	Meter  Meter        // default: nobody is told
 	// Resolver answers what is sent to port 53. Default: that is a flow as any
 	// other.
 	Resolver Resolver
@@ -105,6 +121,9 @@ func (o Options) withDefaults() Options {
 	}
 	if o.Guard == nil {
 		o.Guard = noGuard{}
+	}
+	if o.Meter == nil {
+		o.Meter = noMeter{}
 	}
 	set := func(d *time.Duration, def time.Duration) {
 		if *d == 0 {

@@ -145,9 +145,13 @@ func (e *entry) end(why flow.Reason) {
 	}
 	e.state, e.reason, e.ended = flow.StateClosed, why, time.Now()
 	e.kernel, e.cancel = nil, nil
-	way := e.way
+	way, outbound := e.way, e.use
 	e.mu.Unlock()
+	if way != nil {
+		outbound = way.name
+	}
 	e.r.table.retire(e, way)
+	e.r.opts.Meter.Ended(e.flow.Proto, outbound, why)
 	e.r.table.watches.tell(flow.EventClose, e)
 	e.log()
 }

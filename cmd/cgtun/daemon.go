@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/netip"
 	"os"
 	"os/signal"
@@ -27,6 +28,7 @@ import (
 	"cgtun/docker"
 	"cgtun/group"
 	"cgtun/internal/netns"
+	"cgtun/metrics"
 	"cgtun/policy"
 	"cgtun/router"
 	"cgtun/rules"
@@ -55,6 +57,7 @@ type instance struct {
 	buffers   *stack.Buffers // of all stacks
 	stacks    stacks
 	state     atomic.Value // control.State
+	metrics   *metrics.Metrics
 	limits    control.Limits
 	hangup    chan os.Signal // SIGHUP
 	server    *control.Server
@@ -80,6 +83,14 @@ func runDaemon(ctx context.Context, file *config.File, log *slog.Logger) (err er
 	defer func() { err = errors.Join(err, server.Close()) }()
 	in.server = server
 
+	in.metrics = metrics.New(in.measure, in.isGroup)
+	var scraped net.Listener // nil: nobody asks
+	if at := file.Control.Metrics; at != "" {
+		if scraped, err = metrics.Listen(at); err != nil {
+			return err
+		}
+		defer scraped.Close()
+	}
 	if err := in.setLimits(); err != nil {
 		return err
 	}
@@ -116,7 +127,7 @@ func runDaemon(ctx context.Context, file *config.File, log *slog.Logger) (err er
 		defer in.loopback.Close()
 	}
 	in.setManager(routes)
-	return in.run(ctx, server)
+	return in.run(ctx, server, scraped)
 }
 
 // removeDead takes away what dead instances left outside of home, but for what
@@ -133,7 +144,7 @@ func (in *instance) removeDead() error {
 
 // run runs the parts that have goroutines until ctx ends or one of them fails.
 // The control socket goes last: it tells "stopping" until the end.
-func (in *instance) run(ctx context.Context, server *control.Server) error {
+func (in *instance) run(ctx context.Context, server *control.Server, scraped net.Listener) error {
 	serving, stopServing := context.WithCancel(context.WithoutCancel(ctx))
 	served := make(chan error, 1)
 	go func() { served <- server.Run(serving) }()
@@ -159,6 +170,9 @@ func (in *instance) run(ctx context.Context, server *control.Server) error {
 	}
 	if in.loopback != nil {
 		work.Go(func() error { return in.loopback.Run(ctx, in.router.Way) })
+	}
+	if scraped != nil {
+		work.Go(func() error { return in.metrics.Serve(ctx, scraped) })
 	}
 	work.Go(func() error { return in.manager.Run(ctx, in.ready) })
 	work.Go(func() error {
@@ -268,7 +282,7 @@ func (in *instance) setRouter() error {
 	}
 	in.resolver = dns.New(dns.Options{Logger: in.log})
 	in.resolver.Reload(in.file.DNS, byName)
-	in.router = router.New(router.Options{Logger: in.log, Owners: owners{in}, Guard: in.policy, Resolver: in.resolver, MaxSockets: in.maxSockets(),
+	in.router = router.New(router.Options{Logger: in.log, Meter: in.metrics, Owners: owners{in}, Guard: in.policy, Resolver: in.resolver, MaxSockets: in.maxSockets(),
 		MaxMemory: int64(in.file.Limits.Memory), MemoryUsed: in.buffers.Fit})
 	in.router.Reload(set, byName)
 	return nil

@@ -12,7 +12,7 @@ import (
 // setGroups makes the groups of the file, after their members, and puts them
 // beside the outbounds. That they have no circles was checked with the file.
 func (in *instance) setGroups(ways map[string]dialer.Outbound) error {
-	in.scores = group.NewScores(in.log)
+	in.scores = group.NewScores(in.log, in.metrics)
 	configs := map[string]group.Config{}
 	for _, c := range in.file.Groups {
 		configs[c.Name] = c

@@ -45,6 +45,7 @@ var imports = map[string][]string{
 	"router":         {"flow", "rules", "sniff", "dialer", "relay", "replay"},
 	"attach":         {"cgroupsel", "steer", "tun", "flow", "internal/netns"},
 	"control":        {"flow", "doctor"},
+	"metrics":        {"flow"},
 	// The packages that a table of the configuration belongs to.
 	"config":           {"attach", "cgroupsel", "control", "dialer", "dns", "flow", "group", "policy", "router", "rules", "stack", "steer", "tun"},
 	"cmd/cgtun":        {"*"},
@@ -57,18 +58,19 @@ var imports = map[string][]string{
 // owners says which packages may import a library: the ones that hide it from
 // the others. A prefix of an import path stands for all below it.
 var owners = map[string][]string{
-	"gvisor.dev/gvisor":                {"stack"},
-	"github.com/google/nftables":       {"steer"},
-	"github.com/mdlayher/netlink":      {"steer"},
-	"github.com/songgao/water":         {"tun"},
-	"github.com/cilium/ebpf":           {"cgroupsel"},
-	"github.com/vishvananda/netlink":   {"steer", "attach", "tun", "dialer", "policy"},
-	"github.com/vishvananda/netns":     {"steer", "attach", "tun", "dialer", "internal/netns"},
-	"github.com/BurntSushi/toml":       {"config"},
-	"github.com/gaissmai/bart":         {"rules", "policy"},
-	"github.com/miekg/dns":             {"dns"},
-	"github.com/coreos/go-systemd/v22": {"cmd/cgtun", "cgroupsel"},
-	"go.uber.org/goleak":               {"internal/labtest"},
+	"gvisor.dev/gvisor":                   {"stack"},
+	"github.com/google/nftables":          {"steer"},
+	"github.com/mdlayher/netlink":         {"steer"},
+	"github.com/songgao/water":            {"tun"},
+	"github.com/cilium/ebpf":              {"cgroupsel"},
+	"github.com/vishvananda/netlink":      {"steer", "attach", "tun", "dialer", "policy"},
+	"github.com/vishvananda/netns":        {"steer", "attach", "tun", "dialer", "internal/netns"},
+	"github.com/BurntSushi/toml":          {"config"},
+	"github.com/gaissmai/bart":            {"rules", "policy"},
+	"github.com/miekg/dns":                {"dns"},
+	"github.com/prometheus/client_golang": {"metrics"},
+	"github.com/coreos/go-systemd/v22":    {"cmd/cgtun", "cgroupsel"},
+	"go.uber.org/goleak":                  {"internal/labtest"},
 }
 
 // A file of more than maxFile lines says why in a comment above its package
