@@ -38,7 +38,8 @@
 //
 // Selected tasks live in other network namespaces, too. How those are found, and
 // why no packet leaves one of them before it is attached, is told in gate.go
-// and hold.go: first, hold, gate.
+// and hold.go: first, hold, gate. What processes hand to a device themselves goes
+// around all of that: see frames.go.
 //
 // Cgroups and parents that were made here carry the xattr user.cgtun with the
 // instance, which is how they are known again: in Close, and by Find and Remove
