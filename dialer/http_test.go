@@ -62,7 +62,7 @@ func TestConnectRequest(t *testing.T) {
 				_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\n\r\n")
 			})
 			tt.config.Type = TypeHTTP
-			mustDial(t, f.outbound(t, tt.config), Target{Addr: addr, Name: tt.known, Flow: &flow.Flow{Attachment: flow.Home}})
+			mustDial(t, f.outbound(t, tt.config), Target{Addr: addr, Name: tt.known, Flow: &flow.Flow{Attachment: flow.Home, Src: netip.MustParseAddrPort("127.0.0.1:9")}})
 			if got := <-asked; got != tt.want {
 				t.Errorf("asked\n%q, want\n%q", got, tt.want)
 			}

@@ -171,11 +171,16 @@ func (p *Proxy) DialStream(ctx context.Context, t Target) (_ *Conn, err error) {
 // address that it asked for.
 func (p *Proxy) named(t Target, server netip.Addr) Target {
 	t.Addr = netip.AddrPortFrom(t.Addr.Addr().Unmap(), t.Addr.Port())
-	away := t.Flow == nil || t.Flow.Attachment != flow.Home
-	if !p.names || !hostName(t.Name) || away && homeAddress(server) {
+	if !p.names || !hostName(t.Name) || !ofHome(t.Flow) && homeAddress(server) {
 		t.Name = ""
 	}
 	return t
+}
+
+// ofHome says whether a flow is of a process in home: not of a container, and not of
+// a machine behind an interface of home's.
+func ofHome(f *flow.Flow) bool {
+	return f != nil && f.Attachment == flow.Home && homeAddress(f.Src.Addr().Unmap())
 }
 
 // maxName is the longest host name (RFC 1035 §2.3.4).

@@ -60,7 +60,7 @@ func TestSOCKS5Requests(t *testing.T) {
 	const v4Request = "\x05\x01\x00\x01\xc0\x00\x02\x07\x01\xbb"
 	const v6Request = "\x05\x01\x00\x04\x20\x01\x0d\xb8\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x07\x01\xbb"
 	const nameRequest = "\x05\x01\x00\x03\x0bexample.org\x01\xbb"
-	home := &flow.Flow{Attachment: flow.Home}
+	home := &flow.Flow{Attachment: flow.Home, Src: netip.MustParseAddrPort("127.0.0.1:9")}
 	with := Config{Username: "u", Password: NewSecret("secret")}
 	names := Config{RemoteDNS: true}
 	tests := []struct {
@@ -83,6 +83,7 @@ func TestSOCKS5Requests(t *testing.T) {
 		{"name that is an address", names, Target{Addr: v4, Name: "127.0.0.1", Flow: home}, []string{hello, noAuth, v4Request, success}},
 		{"name that is half an address", names, Target{Addr: v4, Name: "127.0x1", Flow: home}, []string{hello, noAuth, v4Request, success}},
 		{"name from elsewhere to a proxy at home", names, Target{Addr: v4, Name: "example.org", Flow: &flow.Flow{Attachment: "lab1"}}, []string{hello, noAuth, v4Request, success}},
+		{"name from behind home to a proxy at home", names, Target{Addr: v4, Name: "example.org", Flow: &flow.Flow{Attachment: flow.Home, Src: v4}}, []string{hello, noAuth, v4Request, success}},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {

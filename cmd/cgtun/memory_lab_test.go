@@ -19,7 +19,10 @@ import (
 	"cgtun/internal/labtest"
 )
 
-func init() { probes["stall"] = stall }
+func init() {
+	probes["stall"] = stall
+	probes["hoard"] = hoard
+}
 
 // swapped is what each side of a stalled connection sends: more than all
 // buffers on the way hold together.
@@ -167,4 +170,70 @@ func TestStalledFlowsStayWithinTheMemory(t *testing.T) {
 		t.Errorf("%d MiB at most, want %d at the start and %d more", peak>>20, start>>20, limit>>20)
 	}
 	w.noLeak("stalled flows")
+}
+
+// hoard opens connections until one is refused, N at most, and only then sends on
+// all of them; it never reads.
+func hoard(q probe) error {
+	d := probeDialer(q)
+	var kept []net.Conn
+	for len(kept) < q.N {
+		c, err := d.Dial("tcp", q.To)
+		if err != nil {
+			break
+		}
+		kept = append(kept, c)
+	}
+	fmt.Println("opened", len(kept))
+	for _, c := range kept {
+		go func() { _, _ = c.Write(swapped()) }()
+	}
+	fmt.Println("ready")
+	time.Sleep(10 * time.Minute)
+	return nil
+}
+
+// As many connections as are let in, which all stall afterwards, stay within [limits]
+// memory: it is kept free for what they may yet fill.
+func TestEveryFlowThatIsLetInHasItsRoom(t *testing.T) {
+	t.Parallel()
+	limit, flows := 64<<20, 2500
+	if labtest.Soak() {
+		limit, flows = 256<<20, 15000
+	}
+	if raceEnabled {
+		flows = 50
+	}
+	w := newWorld(t)
+	for _, h := range []*labtest.Host{w.machine, w.server} {
+		h.Sysctl("net.ipv4.tcp_rmem", "4096 32768 65536")
+		h.Sysctl("net.ipv4.tcp_wmem", "4096 32768 65536")
+	}
+	end := make(chan struct{})
+	var once sync.Once
+	stop := func() { once.Do(func() { close(end) }) }
+	defer stop()
+	w.server.Serve(":7100", func(c *net.TCPConn) error {
+		go func() { _, _ = c.Write(swapped()) }()
+		<-end
+		return nil
+	})
+	text := strings.Replace(w.config(second), `"debug"`, `"warn"`, 1) + fmt.Sprintf("[limits]\nmemory = \"%dMiB\"\n", limit>>20)
+	d := w.start(text)
+	start := memoryOf(t, d.Pid, "VmRSS")
+	p := w.startProbe(inside, probe{Do: "hoard", To: port(far4, 7100), N: flows, Wait: 2 * time.Second})
+	peak := 0
+	labtest.Eventually(t, time.Minute, func() bool {
+		was := peak
+		time.Sleep(time.Second) // that nothing grows is known by the time alone
+		peak = memoryOf(t, d.Pid, "VmHWM")
+		return peak == was
+	}, "memory is full")
+	t.Logf("%s: %d MiB at the start, %d MiB at most", strings.TrimSpace(strings.SplitN(p.Output(), "\n", 2)[0]), start>>20, peak>>20)
+	if peak > start+limit && !raceEnabled {
+		t.Errorf("%d MiB at most, want %d at the start and %d more", peak>>20, start>>20, limit>>20)
+	}
+	p.Signal(syscall.SIGKILL)
+	_ = p.Wait()
+	stop()
 }
