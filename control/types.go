@@ -145,6 +145,7 @@ type Outbound struct {
 	Name          string   `json:"name"`
 	Type          string   `json:"type"`
 	State         string   `json:"state"` // up, ejected, down
+	Error         Text     `json:"error"` // why it is not up, where that is known
 	Score         *float64 `json:"score"`
 	ConnectMS     *float64 `json:"connect_ms"`
 	MPTCP         bool     `json:"mptcp"`

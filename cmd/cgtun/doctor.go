@@ -200,8 +200,9 @@ func (p *patient) daemon(context.Context) []doctor.Result {
 		}
 	}
 	for _, o := range s.Outbounds {
-		if o.State == "down" {
-			results = append(results, one("outbound "+o.Name, doctor.Warn, "it is down", "see cgtun status, and the device and routes that it names")...)
+		if o.State == "down" || o.Error != "" {
+			results = append(results, one("outbound "+o.Name, doctor.Warn, strings.TrimSuffix(fmt.Sprintf("it is %s: %s", o.State, o.Error), ": "),
+				"see its lines in the configuration: the device and routes, or the account, that they name")...)
 		}
 	}
 	return results

@@ -87,25 +87,16 @@ func (in *instance) groupStatus() (list control.List[control.Group]) {
 func (in *instance) outboundStatus() (list control.List[control.Outbound]) {
 	stats, paths := in.router.Outbounds(), in.scores.Stats()
 	for _, o := range in.outbounds {
-		state := "up"
-		if ok, _ := o.State(); !ok {
-			state = "down"
-		}
 		n, p := stats[o.Name()], paths[o.Name()]
 		s := control.Outbound{
-			Name: o.Name(), Type: o.Type(), State: state, ConnectMS: n.ConnectMS,
+			Name: o.Name(), Type: o.Type(), ConnectMS: n.ConnectMS,
 			DialsTotal: n.DialsTotal + p.DialsTotal, FailuresTotal: n.FailuresTotal + p.FailuresTotal,
 			HiddenTotal: hiddenSum(p.HiddenTotal[:]), UpBytes: n.UpBytes, DownBytes: n.DownBytes,
 		}
 		if _, member := paths[o.Name()]; member {
 			s.Score = &p.Score
-			if p.Ejected && state == "up" {
-				s.State = "ejected"
-			}
 		}
-		if proxy, ok := o.(*dialer.Proxy); ok && proxy.Refused() != "" && state == "up" {
-			s.State = "ejected"
-		}
+		s.State, s.Error = outboundState(o, p.Ejected)
 		if p.Connect > 0 {
 			ms := p.Connect.Seconds() * 1000
 			s.ConnectMS = &ms
@@ -113,6 +104,22 @@ func (in *instance) outboundStatus() (list control.List[control.Outbound]) {
 		list = append(list, s)
 	}
 	return list
+}
+
+// outboundState says whether an outbound is up, and why it is not.
+func outboundState(o dialer.Hop, ejected bool) (state string, why control.Text) {
+	if ok, why := o.State(); !ok {
+		return "down", control.Text(why)
+	}
+	if p, ok := o.(*dialer.Proxy); ok {
+		if why := p.Refused(); why != "" {
+			return "ejected", control.Text(why)
+		}
+	}
+	if ejected {
+		return "ejected", "" // the log says why
+	}
+	return "up", ""
 }
 
 func hiddenSum(kinds []uint64) (n uint64) {

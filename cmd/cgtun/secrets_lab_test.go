@@ -128,7 +128,7 @@ func TestPasswordsAreFoundNowhere(t *testing.T) {
 		t.Errorf("arguments %q, want %q", got, want)
 	}
 	s := ask[control.Status](w, "status")
-	if i := slices.IndexFunc(s.Outbounds, func(o control.Outbound) bool { return o.Name == "denied" }); i < 0 || s.Outbounds[i].State != "ejected" || s.PID != d.Pid {
+	if i := slices.IndexFunc(s.Outbounds, func(o control.Outbound) bool { return o.Name == "denied" }); i < 0 || s.Outbounds[i].State != "ejected" || !strings.Contains(string(s.Outbounds[i].Error), "407") || s.PID != d.Pid {
 		t.Errorf("status of pid %d: %+v", d.Pid, s)
 	}
 	if n := strings.Count(said["log"], "does not take its account"); n != 1 {

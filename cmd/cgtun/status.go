@@ -98,10 +98,10 @@ func printStatus(w io.Writer, s *control.Status) {
 		t.row(plain(a.ID), plain(a.Route), a.Capture, orDash(string(a.Device)), orDash(strings.Join(a.Address, " ")), a.State,
 			families(a.V4, a.V6), a.Flows, size(a.UpBytes), size(a.DownBytes), orDash(string(a.Error)))
 	}
-	t.head("OUTBOUND", "TYPE", "STATE", "SCORE", "CONNECT", "DIALS", "FAILED", "HIDDEN", "UP", "DOWN")
+	t.head("OUTBOUND", "TYPE", "STATE", "SCORE", "CONNECT", "DIALS", "FAILED", "HIDDEN", "UP", "DOWN", "ERROR")
 	for _, o := range s.Outbounds {
 		t.row(plain(o.Name), o.Type, o.State, decimal(o.Score, ""), decimal(o.ConnectMS, " ms"), o.DialsTotal, o.FailuresTotal,
-			o.HiddenTotal, size(o.UpBytes), size(o.DownBytes))
+			o.HiddenTotal, size(o.UpBytes), size(o.DownBytes), orDash(string(o.Error)))
 	}
 	if len(s.Groups) > 0 {
 		t.head("GROUP", "TYPE", "OUTBOUNDS", "ORDER NOW", "NOTE")
