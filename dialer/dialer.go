@@ -22,7 +22,7 @@ import (
 type Target struct {
 	Flow  *flow.Flow // nil: for cgtun itself, such as a probe, or a connection to the server of a proxy
 	Addr  netip.AddrPort
-	Name  string   // a name known for Addr; it classifies and grants nothing
+	Name  string   // as which the client itself looked Addr up; a proxy may be asked for it
 	Avoid []string // outbounds that failed this flow already: groups leave them out
 }
 

@@ -61,3 +61,34 @@ func TestServerOfAnOutboundGoesDirect(t *testing.T) {
 		t.Errorf("dialled %v, want direct alone", asked)
 	}
 }
+
+// answers is a resolver that knows one name.
+type answers struct {
+	router.Resolver
+	sure bool
+}
+
+func (answers) Takes(netip.AddrPort) bool                { return false }
+func (a answers) Name(*flow.Flow) (name string, ok bool) { return "name.example", a.sure }
+
+// An outbound is given the name that the client looked up, if it was the only one
+// for that address: a proxy would connect to the other one.
+func TestOutboundsGetTheNameThatIsSure(t *testing.T) {
+	for _, sure := range []bool{true, false} {
+		var got string
+		out := &outbound{"up", func(_ context.Context, target dialer.Target) (flow.Conn, error) {
+			got = target.Name
+			return nil, context.DeadlineExceeded
+		}}
+		r := router.New(router.Options{Resolver: answers{sure: sure}})
+		set, err := rules.Compile([]rules.Config{{Use: "up"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Reload(set, map[string]dialer.Outbound{"up": out})
+		wait(t, "end of the flow", serve(t, r, newClient("198.51.100.1:443")))
+		if (got == "name.example") != sure || !sure && got != "" {
+			t.Errorf("sure %v: the outbound was given %q", sure, got)
+		}
+	}
+}
