@@ -15,13 +15,18 @@ cd "$(dirname "$0")/../.."
 ulimit -n "$(ulimit -Hn)"
 export CGTUN_TEST_ALL=1 CGTUN_SOAK="${CGTUN_SOAK:-}"
 status=0
-echo "== with the race detector, short"
+packages=$(go list ./... | grep -v -e '/cmd/cgtun$')
+limit="-timeout ${TIMEOUT:-10m}"
 kernel='Closed|Killed[WT]|OwnExit|Doctor|StalledFlows|Moves|StartedInside|Flushed|NoPacket|SocketBound|ResetAtOnce'
-kernel="$kernel|KilledClient|Forged|ConnectedPrefixes|HostWithout|OlderSocket|Iperf|RealPrograms|MadeAgain|MadeByHand|OddSockets|OpenIsOpen"
-races="CGO_ENABLED=1 go test -race -short -count=1 -p 2 -timeout ${TIMEOUT:-10m}"
-env $races $(go list ./... | grep -v -e '/steer$' -e '/cgroupsel$' -e '/cmd/cgtun$') || status=1
-env $races -parallel 4 -skip "$kernel" ./cmd/cgtun || status=1
-env $races -run 'Taken|Instance|Apply|Close|Follow|Held|Snapshot|Lost|Idle|Join|Bounded|Selector|Watch' ./steer ./cgroupsel || status=1
+kernel="$kernel|KilledClient|Forged|ConnectedPrefixes|HostWithout|OlderSocket|Iperf|MadeAgain|MadeByHand|OddSockets|OpenIsOpen"
+kernel="$kernel|EveryMTU|RealPrograms|Survival|Frames|RoutersOnThePath"
+
+echo "== with the race detector, short"
+races="env CGO_ENABLED=1 go test -race -short -count=1 $limit"
+$races -p 2 $(echo "$packages" | grep -v -e '/steer$' -e '/cgroupsel$') || status=1
+$races -parallel 4 -skip "$kernel" ./cmd/cgtun || status=1
+$races -run 'Taken|Instance|Apply|Close|Follow|Held|Snapshot|Lost|Idle|Join|Bounded|Selector|Watch' ./steer ./cgroupsel || status=1
 echo "== without, whole"
-go test -count=1 -p 1 -parallel 4 -timeout "${TIMEOUT:-10m}" ./... || status=1
+go test -count=1 $limit -p 2 $packages || status=1
+go test -count=1 $limit -parallel 4 ./cmd/cgtun || status=1
 exit $status
