@@ -212,7 +212,11 @@ func TestFloodsOfOneLeaveTheOthersAlone(t *testing.T) {
 				t.Fatalf("%s: %v %s", tt.name, err, p.Output())
 			}
 			t.Logf("%s: %d others, p50 %v, p99 %v, at most %v, %d failed", tt.name, found.N, found.P50, found.P99, found.Max, found.Failed)
-			if found.Failed > 0 || labtest.Soak() && found.P99 > time.Second {
+			lost := 0
+			if p == names {
+				lost = 1 + found.N/50 // a datagram may be lost on a machine that is busy
+			}
+			if found.Failed > lost || labtest.Soak() && found.P99 > time.Second {
 				t.Errorf("%s: another source: %+v", tt.name, found)
 			}
 		}
