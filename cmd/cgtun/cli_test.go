@@ -150,8 +150,8 @@ func TestRecipesAreGood(t *testing.T) {
 		t.Fatal(err)
 	}
 	blocks := strings.Split(string(data), "```toml\n")[1:]
-	if len(blocks) != 3 {
-		t.Errorf("%d recipes, want 3", len(blocks))
+	if len(blocks) != 4 {
+		t.Errorf("%d recipes, want 4", len(blocks))
 	}
 	for _, b := range blocks {
 		recipe, _, _ := strings.Cut(b, "```")
