@@ -8,6 +8,8 @@ import (
 	"net/netip"
 	"os"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -24,50 +26,94 @@ import (
 // ping(8) tells them by their contents.
 
 // maxRawEchoes bounds the raw sockets that are open at a time: the kernel shows
-// each reply and each error to all of them.
+// each reply and each error to all of them. One more, and the longest idle is
+// closed: its source gets another one with its next request.
 const maxRawEchoes = 256
 
 const echoHeaderSize = 8
 
 // echoIDs are the identifiers of the raw sockets.
-var echoIDs = idPool{taken: make(map[uint16]bool)}
+var echoIDs = idPool{taken: make(map[uint16]*echoID)}
 
 // idPool hands out identifiers that nobody else of this process has.
 type idPool struct {
 	mu    sync.Mutex
-	taken map[uint16]bool
+	taken map[uint16]*echoID
 }
 
-var errManyEchoes = fmt.Errorf("%d raw sockets for pings are open: %w", maxRawEchoes, unix.EMFILE)
+// echoID is an identifier that is in use.
+type echoID struct {
+	value uint16
+	used  atomic.Int64 // when, in nanoseconds since 1970
 
-func (p *idPool) take() (uint16, error) {
+	// Guarded by idPool.mu.
+	close func() error // of its socket; nil: it is not open yet
+	gone  bool         // it made room
+}
+
+// take returns an identifier, which may have been another one's. It is given
+// back by give.
+func (p *idPool) take() *echoID {
+	id := new(echoID)
+	id.used.Store(time.Now().UnixNano())
 	p.mu.Lock()
-	defer p.mu.Unlock()
+	var end func() error
 	if len(p.taken) >= maxRawEchoes {
-		return 0, errManyEchoes
+		end = p.evictLocked()
 	}
 	for {
-		if id := uint16(rand.Uint32()); !p.taken[id] {
-			p.taken[id] = true
-			return id, nil
+		id.value = uint16(rand.Uint32())
+		if p.taken[id.value] == nil {
+			break
 		}
+	}
+	p.taken[id.value] = id
+	p.mu.Unlock()
+	if end != nil {
+		_ = end()
+	}
+	return id
+}
+
+// evictLocked takes the longest idle identifier away, and returns what closes its
+// socket.
+func (p *idPool) evictLocked() func() error {
+	var oldest *echoID
+	for _, id := range p.taken {
+		if oldest == nil || id.used.Load() < oldest.used.Load() {
+			oldest = id
+		}
+	}
+	oldest.gone = true
+	delete(p.taken, oldest.value)
+	return oldest.close
+}
+
+// opened says how the socket of an identifier is closed.
+func (p *idPool) opened(id *echoID, end func() error) {
+	p.mu.Lock()
+	id.close = end
+	gone := id.gone
+	p.mu.Unlock()
+	if gone {
+		_ = end()
 	}
 }
 
-func (p *idPool) give(id uint16) {
+func (p *idPool) give(id *echoID) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	delete(p.taken, id)
+	if !id.gone {
+		delete(p.taken, id.value)
+		id.gone = true
+	}
 }
 
 // openRawEcho is OpenEcho by a raw socket.
 func (d *Direct) openRawEcho(w way, dst netip.AddrPort) (*PacketConn, error) {
-	id, err := echoIDs.take()
-	if err != nil {
-		return nil, d.fail("open", dst, err)
-	}
+	id := echoIDs.take()
 	v6 := dst.Addr().Is6()
-	conn, err := echoSocket(w, v6, unix.SOCK_RAW, id)
+	conn, err := echoSocket(w, v6, unix.SOCK_RAW, id.value)
 	if err != nil {
 		echoIDs.give(id)
 		if errors.Is(err, unix.EPERM) {
@@ -80,9 +126,8 @@ func (d *Direct) openRawEcho(w way, dst netip.AddrPort) (*PacketConn, error) {
 		echoIDs.give(id)
 		return nil, err
 	}
-	raw := &rawEcho{lendingPackets: packets, id: id, v6: v6}
-	raw.closed = sync.OnceFunc(func() { echoIDs.give(id) })
-	return &PacketConn{Packets: raw, Path: d.path}, nil
+	echoIDs.opened(id, packets.Close)
+	return &PacketConn{Packets: &rawEcho{lendingPackets: packets, id: id, v6: v6}, Path: d.path}, nil
 }
 
 // onlyReplies has a raw socket receive nothing but echo replies with an
@@ -116,27 +161,26 @@ func onlyReplies(fd int, v6 bool, id uint16) error {
 // rawEcho makes a raw socket look like a ping socket.
 type rawEcho struct {
 	lendingPackets
-	id     uint16
-	v6     bool
-	out    []byte // of WriteBatch
-	closed func()
+	id  *echoID
+	v6  bool
+	out []byte // of WriteBatch
 }
 
 // Close is as Packets says.
 func (e *rawEcho) Close() error {
-	err := e.lendingPackets.Close()
-	e.closed()
-	return err
+	echoIDs.give(e.id)
+	return e.lendingPackets.Close()
 }
 
 // WriteBatch is as Packets says: one by one, each with the socket's identifier.
 func (e *rawEcho) WriteBatch(dgs []flow.Datagram) (int, error) {
+	e.id.used.Store(time.Now().UnixNano())
 	for i, d := range dgs {
 		if len(d.Data) < echoHeaderSize {
 			return i, &flow.PeerError{Peer: d.Peer, Err: unix.EINVAL}
 		}
 		e.out = append(e.out[:0], d.Data...)
-		setEchoID(e.out, e.id)
+		setEchoID(e.out, e.id.value)
 		d.Data = e.out
 		if _, err := e.lendingPackets.WriteBatch([]flow.Datagram{d}); err != nil {
 			return i, err
@@ -200,5 +244,5 @@ func first(b []byte) byte {
 
 // own says whether a message has the identifier.
 func (e *rawEcho) own(msg []byte) bool {
-	return len(msg) >= echoHeaderSize && binary.BigEndian.Uint16(msg[4:]) == e.id
+	return len(msg) >= echoHeaderSize && binary.BigEndian.Uint16(msg[4:]) == e.id.value
 }

@@ -2,32 +2,45 @@ package dialer
 
 import (
 	"encoding/binary"
-	"errors"
 	"math/rand/v2"
 	"testing"
-
-	"golang.org/x/sys/unix"
 )
 
-func TestEchoIDsAreBoundedAndGivenBack(t *testing.T) {
-	p := idPool{taken: make(map[uint16]bool)}
-	var last uint16
-	for range maxRawEchoes {
-		id, err := p.take()
-		if err != nil {
-			t.Fatal(err)
-		}
-		last = id
+// One identifier too many takes the place of the longest idle one.
+func TestEchoIDsAreBounded(t *testing.T) {
+	p := idPool{taken: make(map[uint16]*echoID)}
+	closed := make(map[*echoID]bool)
+	var all []*echoID
+	for i := range maxRawEchoes {
+		id := p.take()
+		id.used.Store(int64(i + 10))
+		p.opened(id, func() error { closed[id] = true; return nil })
+		all = append(all, id)
 	}
-	if len(p.taken) != maxRawEchoes {
-		t.Errorf("%d different ones of %d", len(p.taken), maxRawEchoes)
+	all[0].used.Store(1_000) // in use
+	if len(p.taken) != maxRawEchoes || len(closed) != 0 {
+		t.Errorf("%d different ones of %d, %d closed", len(p.taken), maxRawEchoes, len(closed))
 	}
-	if _, err := p.take(); !errors.Is(err, unix.EMFILE) {
-		t.Errorf("one more: %v", err)
+	late := p.take()
+	if len(p.taken) != maxRawEchoes || len(closed) != 1 || !closed[all[1]] {
+		t.Errorf("%d with one more, %d closed, the longest idle: %v", len(p.taken), len(closed), closed[all[1]])
 	}
-	p.give(last)
-	if _, err := p.take(); err != nil {
-		t.Errorf("after one was given back: %v", err)
+	// What made room gives nothing back that is another one's by now.
+	all[1].value = late.value
+	p.give(all[1])
+	if p.taken[late.value] != late {
+		t.Error("an identifier was given back by who had lost it")
+	}
+	// Whose socket opens after it made room is closed.
+	late.used.Store(1)
+	p.take()
+	p.opened(late, func() error { closed[late] = true; return nil })
+	if !closed[late] {
+		t.Error("the socket of who made room is open")
+	}
+	p.give(all[0])
+	if len(p.taken) != maxRawEchoes-1 {
+		t.Errorf("%d after one was given back", len(p.taken))
 	}
 }
 

@@ -3,6 +3,7 @@ package stack
 import (
 	"encoding/binary"
 	"net/netip"
+	"time"
 
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
@@ -21,6 +22,9 @@ import (
 
 const (
 	echoHeaderSize = 8
+	// echoIdle ends a session (RFC 5508 REQ-2: 60 s at least): each ping(8) is
+	// one, and has a socket.
+	echoIdle = time.Minute
 	// maxEcho4 is the largest ICMPv4 message, and the smaller of the two.
 	maxEcho4 = 65535 - header.IPv4MinimumSize
 )

@@ -504,6 +504,10 @@ func natEcho(t *testing.T, n *natLab, far, other string) {
 	if one == two {
 		t.Errorf("two identifiers have become one: %d", one)
 	}
+	for i := range 300 { // more than there are raw sockets
+		ask(uint16(8000+i), far, byte(i))
+	}
+	ask(8000, other, 9)
 }
 
 // The client's own tun is a router, and the machine is none.
