@@ -23,7 +23,9 @@ const unanswered = 2
 // Ask begins to ask.
 func (p *Pulse) Ask(c *net.TCPConn) error {
 	p.asking = true
-	return setKeepAlive(c, time.Second, time.Second)
+	// As many probes as seconds: where the user timeout is lifted (Patience) their
+	// number would end the socket.
+	return setKeepAlive(c, net.KeepAliveConfig{Idle: time.Second, Interval: time.Second, Count: int(userTimeout.Seconds())})
 }
 
 // Dead says whether nothing comes back: of probes, or of data that was sent again
@@ -49,11 +51,11 @@ func (p *Pulse) Dead(c *net.TCPConn) bool {
 func (p *Pulse) Rest(c *net.TCPConn) {
 	if p.asking {
 		p.asking = false
-		_ = setKeepAlive(c, keepAlive.Idle, keepAlive.Interval)
+		_ = setKeepAlive(c, keepAlive)
 	}
 }
 
-func setKeepAlive(c *net.TCPConn, idle, interval time.Duration) error {
+func setKeepAlive(c *net.TCPConn, k net.KeepAliveConfig) error {
 	raw, err := c.SyscallConn()
 	if err != nil {
 		return err
@@ -61,8 +63,9 @@ func setKeepAlive(c *net.TCPConn, idle, interval time.Duration) error {
 	var failed error
 	err = raw.Control(func(fd uintptr) {
 		failed = errors.Join(
-			unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, int(interval.Seconds())),
-			unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, int(idle.Seconds())))
+			unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_KEEPCNT, k.Count),
+			unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, int(k.Interval.Seconds())),
+			unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, int(k.Idle.Seconds())))
 	})
 	return errors.Join(err, failed)
 }

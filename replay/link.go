@@ -61,14 +61,15 @@ func (k *kept) give() {
 	k.cond.Broadcast()
 }
 
-// after waits for something behind the first n bytes: more of them, the end, or
-// the order to stop.
-func (k *kept) after(n int) (part []byte, ended, given bool) {
+// after waits for something behind the first n bytes: more of them, which writing
+// tells, the end, or the order to stop.
+func (k *kept) after(n int, writing *atomic.Bool) (part []byte, ended, given bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	for !k.given && !k.ended && len(k.b) == n {
 		k.cond.Wait()
 	}
+	writing.Store(!k.given && len(k.b) > n)
 	return k.b[n:], k.ended, k.given
 }
 
@@ -85,6 +86,9 @@ type link struct {
 	sent     int                   // bytes; of pump until that has ended
 	writeErr atomic.Pointer[error] // why that has ended; nil: it was told to
 
+	writing atomic.Bool // pump is in a Write, or about to be
+	waiting atomic.Bool // await has not ended
+
 	first   []byte // what it said first, if that could not be left in its socket
 	readErr error  // how it has ended; both of await until that has ended
 }
@@ -100,16 +104,22 @@ func (r *run) add(c *dialer.Conn) *link {
 	r.links = append(r.links, l)
 	r.avoid = append(r.avoid, l.name())
 	r.work.Go(func() { r.pump(l) })
+	l.waiting.Store(true)
 	r.work.Go(func() { r.await(l) })
 	return l
 }
 
+const readSize = 4 << 10
+
+var readBuffers = sync.Pool{New: func() any { return new([readSize]byte) }}
+
 // readClient reads until the client has ended, somebody sets a deadline, or
 // nobody takes it any more.
 func (r *run) readClient() {
-	buf := make([]byte, 4<<10)
+	buf := readBuffers.Get().(*[readSize]byte)
+	defer readBuffers.Put(buf)
 	for {
-		n, err := r.client.Read(buf)
+		n, err := r.client.Read(buf[:])
 		if n > 0 && !r.send(event{chunk: append([]byte(nil), buf[:n]...)}) {
 			r.kept.add(buf[:n]) // for who goes on
 			return
@@ -126,7 +136,7 @@ func (r *run) readClient() {
 // pump writes what is kept to one server until it is closed or stopped.
 func (r *run) pump(l *link) {
 	for {
-		part, ended, given := r.kept.after(l.sent)
+		part, ended, given := r.kept.after(l.sent, &l.writing)
 		switch {
 		case given:
 			return
@@ -135,6 +145,7 @@ func (r *run) pump(l *link) {
 			return
 		}
 		n, err := l.Write(part)
+		l.writing.Store(false)
 		l.sent += n
 		if err != nil {
 			if !isDeadline(err) {
@@ -160,6 +171,7 @@ func (r *run) await(l *link) {
 	if isDeadline(err) {
 		return
 	}
+	l.waiting.Store(false)
 	if !r.send(event{link: l, err: err}) {
 		l.readErr = err // for who goes on
 	}
@@ -307,15 +319,24 @@ func (r *run) halt(ctx context.Context, l *link) {
 	}
 	r.kept.give()
 	_ = r.client.SetReadDeadline(past)
-	_ = l.SetReadDeadline(past)
-	cut := context.AfterFunc(ctx, func() { _ = l.Reset() })
-	defer cut()
-	if l.socket != nil {
-		_ = l.SetWriteDeadline(past) // TLS would not survive that: it is waited for
+	// After the order to stop no Write begins: one that is seen here may have
+	// ended, one that is not has.
+	waiting, writing := l.waiting.Load(), l.writing.Load()
+	if waiting {
+		_ = l.SetReadDeadline(past)
+	}
+	if writing {
+		if l.socket != nil {
+			_ = l.SetWriteDeadline(past) // TLS would not survive that: it is waited for
+		}
+		cut := context.AfterFunc(ctx, func() { _ = l.Reset() })
+		defer cut()
 	}
 	r.work.Wait()
 	_ = r.client.SetReadDeadline(time.Time{})
-	_ = l.SetDeadline(time.Time{})
+	if waiting || writing {
+		_ = l.SetDeadline(time.Time{})
+	}
 }
 
 // end is the end of the flow: of ctx, or of the last server, which is told to the
