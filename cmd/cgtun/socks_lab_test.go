@@ -53,7 +53,7 @@ func TestProgramsThroughSOCKS5(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, "curl", "wget", "git", "dig", "dnsmasq", "iperf3", "nginx", "microsocks", "danted", "tinyproxy", "unshare")
 	certificate := w.certificate(far4, far6)
-	w.serveSOCKS()
+	restart := w.serveSOCKS()
 	text := w.config("")
 	var ports []int
 	for _, way := range socksWays {
@@ -103,6 +103,7 @@ func TestProgramsThroughSOCKS5(t *testing.T) {
 			forwarded.Reset()
 		}
 	}
+	w.outlivesAProxy(restart)
 	w.socksTellsTheTruth(d)
 	w.noLeak("by SOCKS5")
 	w.reachesProxiesThemselves()
@@ -223,7 +224,8 @@ func (w *world) reachesProxiesThemselves() {
 
 // serveSOCKS starts microsocks and dante where socksWays has them. dante knows
 // users of the system alone: in its own mount namespace there is one more.
-func (w *world) serveSOCKS() {
+// The one of "dante" is started again by what it returns.
+func (w *world) serveSOCKS() (restart func()) {
 	w.t.Helper()
 	w.router.Start("microsocks", "-i", "10.2.0.1", "-p", "1080")
 	w.router.Start("microsocks", "-i", "fd02::1", "-p", "1081", "-u", "joe", "-P", "password")
@@ -239,7 +241,7 @@ func (w *world) serveSOCKS() {
 	// "password", by "openssl passwd -6".
 	shadow := write("shadow", "joe:$6$labsalt$MwEdCDqw0exCZQAeg0DIsrBwGgTG1RELp4N7Veg4R1brdETw/O/P1APSE719vzQuWJQOZFJhF5mldomOfvbDf.:19000::::::\n")
 	passwd := write("passwd", "root:x:0:0::/:/bin/sh\njoe:x:60001:60001::/:/bin/false\n")
-	dante := func(h *labtest.Host, port int, listen, leave, method string) {
+	dante := func(h *labtest.Host, port int, listen, leave, method string) *labtest.Proc {
 		conf := write(fmt.Sprintf("dante-%d", port), fmt.Sprintf(`
 logoutput: stderr
 internal: %s port = %d
@@ -253,9 +255,9 @@ socks pass { from: 0/0 to: 0/0 command: bind connect udpassociate }
 socks pass { from: 0/0 to: 0/0 command: bindreply udpreply }
 `, listen, port, leave, method))
 		script := `mount --bind "$1" /etc/shadow && mount --bind "$2" /etc/passwd && exec danted -f "$3" -p "$3.pid"`
-		h.Start("unshare", "-m", "sh", "-c", script, "sh", shadow, passwd, conf)
+		return h.Start("unshare", "-m", "sh", "-c", script, "sh", shadow, passwd, conf)
 	}
-	dante(w.router, 1082, "fd02::1", "eth2", "none")
+	running := dante(w.router, 1082, "fd02::1", "eth2", "none")
 	dante(w.router, 1083, "10.2.0.1", "eth2", "username")
 	dante(w.server, 1084, "10.9.0.2", "lo", "none")
 	w.router.Start("tinyproxy", "-d", "-c", write("tiny", "Port 8888\nTimeout 60\nLogLevel Warning\nMaxClients 100\n"))
@@ -268,4 +270,25 @@ socks pass { from: 0/0 to: 0/0 command: bindreply udpreply }
 			return err == nil
 		}, "a proxy at %s", p)
 	}
+	return func() {
+		_, _ = running.Stop()
+		running = dante(w.router, 1082, "fd02::1", "eth2", "none")
+	}
+}
+
+// outlivesAProxy has a client send on and on from one socket, while the proxy is
+// started again: its associations are gone, and made again.
+func (w *world) outlivesAProxy(restart func()) {
+	w.t.Helper()
+	echo := w.server.ServeUDPEcho(port(far4, 8129))
+	mutter := w.startProbe(inside, probe{Do: "mutter", To: port(far4, 8129)})
+	more := func(what string) {
+		w.t.Helper()
+		n := len(echo.Clients())
+		labtest.Eventually(w.t, 10*time.Second, func() bool { return len(echo.Clients()) > n }, "datagrams %s", what)
+	}
+	more("through dante")
+	restart()
+	more("through dante when it is back")
+	_, _ = mutter.Stop()
 }
