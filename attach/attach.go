@@ -118,11 +118,12 @@ type Options struct {
 
 // Manager attaches. Safe for concurrent use.
 type Manager struct {
-	opts   Options
-	again  chan struct{} // holds one token: the picture is new
-	picked atomic.Pointer[cgroupsel.Snapshot]
-	from   netns.Ref // where the devices of other namespaces are made
-	deaf   error     // why events tell of home alone; set before there are other sites
+	opts    Options
+	again   chan struct{} // holds one token: the picture is new
+	picked  atomic.Pointer[cgroupsel.Snapshot]
+	changes atomic.Pointer[[]Change] // what is in force of each route
+	from    netns.Ref                // where the devices of other namespaces are made
+	deaf    error                    // why events tell of home alone; set before there are other sites
 
 	mu      sync.Mutex
 	own     []netip.Prefix                 // home's addresses
@@ -145,7 +146,51 @@ func New(o Options) *Manager {
 	}
 	m := &Manager{opts: o, again: make(chan struct{}, 1), sites: map[uint64]*site{}, numbers: map[int]*site{}, left: map[uint64]*cgroupsel.Snapshot{}}
 	m.picked.Store(&cgroupsel.Snapshot{})
+	changes := make([]Change, len(o.Routes))
+	for i, r := range o.Routes {
+		changes[i] = Change{r.Plan.Bypass, r.Plan.Resolver}
+	}
+	m.changes.Store(&changes)
 	return m
+}
+
+// Change is what of a route's plan can change while it is in force.
+type Change struct {
+	Bypass   []netip.Prefix
+	Resolver uint16
+}
+
+// Change puts other values in force, one for each route, and waits until they
+// are in every namespace that is attached. The error is that of ctx.
+func (m *Manager) Change(ctx context.Context, changes []Change) error {
+	m.changes.Store(&changes)
+	m.lookAgain()
+	const look = 5 * time.Millisecond
+	tick := time.NewTicker(look)
+	defer tick.Stop()
+	for !m.inForce(&changes) {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-tick.C:
+		}
+	}
+	return nil
+}
+
+// inForce says whether all attachments have the changes, but for those that fail.
+func (m *Manager) inForce(changes *[]Change) bool {
+	m.mu.Lock()
+	sites := slices.Collect(maps.Values(m.sites))
+	if m.home != nil {
+		sites = append(sites, m.home)
+	}
+	m.mu.Unlock()
+	return !slices.ContainsFunc(sites, func(s *site) bool {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return slices.ContainsFunc(s.attached, func(a *Attachment) bool { return a.err == nil && a.changes != changes })
+	})
 }
 
 // Reconcile takes the newest picture of what is selected. It returns at once;

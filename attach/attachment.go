@@ -30,9 +30,10 @@ type Attachment struct {
 	asker     *asker // nil in another namespace than home, which it would keep alive
 
 	// Under the lock of the site.
-	plan steer.Plan // in force
-	err  error      // why what is wanted is not; nil: it is
-	lost bool       // its device is not there, and is closed; written by the site's goroutine alone
+	plan    steer.Plan // in force
+	changes *[]Change  // that it is of, or older ones that say the same
+	err     error      // why what is wanted is not; nil: it is
+	lost    bool       // its device is not there, and is closed; written by the site's goroutine alone
 }
 
 // Local says whether an address is one of the namespace's own, or routed to one

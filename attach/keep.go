@@ -288,9 +288,13 @@ func (s *site) applyOne(a *Attachment) error {
 	} else if !s.named() && !around.default4 && !around.default6 {
 		return errOffline
 	}
+	changes := s.m.changes.Load()
 	plan := s.wanted(a, around)
 	s.mu.Lock()
 	same := reflect.DeepEqual(plan, a.plan)
+	if same {
+		a.changes = changes
+	}
 	s.mu.Unlock()
 	if same {
 		return nil
@@ -300,7 +304,7 @@ func (s *site) applyOne(a *Attachment) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	a.plan = plan
+	a.plan, a.changes = plan, changes
 	return nil
 }
 
@@ -330,6 +334,8 @@ func (a *Attachment) deviceName() string {
 // wanted is the plan for what is around and what is selected now.
 func (s *site) wanted(a *Attachment, around *surroundings) steer.Plan {
 	plan := a.route.Plan
+	changed := (*s.m.changes.Load())[a.selection]
+	plan.Bypass, plan.Resolver = changed.Bypass, changed.Resolver
 	plan.Device, plan.Interfaces = a.deviceName(), a.interfaces(s)
 	plan.Bypass = slices.Concat(plan.Bypass, around.connected)
 	if !s.home() {

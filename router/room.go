@@ -73,6 +73,9 @@ type memory struct {
 	took      time.Duration // the last time
 }
 
+// SetMaxMemory changes Options.MaxMemory, in bytes, of a Router that has one.
+func (r *Router) SetMaxMemory(most int64) { r.maxMemory.Store(most) }
+
 // watchMemory refuses new flows when more than seven eighths of MaxMemory are in
 // use, above what there was at the start, until less than three quarters are, and
 // tells MemoryUsed.
@@ -80,7 +83,7 @@ func (r *Router) watchMemory(ctx context.Context) {
 	if r.opts.MaxMemory <= 0 {
 		return
 	}
-	m := memory{limit: uint64(r.opts.MaxMemory)}
+	var m memory
 	tick := time.NewTicker(memoryEvery)
 	defer tick.Stop()
 	every := memoryEvery
@@ -106,6 +109,7 @@ func (r *Router) watchMemory(ctx context.Context) {
 // all be garbage; and before somebody is refused for it, that is looked at more
 // often.
 func (r *Router) lookAtMemory(m *memory) {
+	m.limit = uint64(r.maxMemory.Load())
 	used := r.memoryAboveStart()
 	since := time.Since(m.collected)
 	if used > m.live+m.limit/8 && (since > m.pause || r.tight(m, used) && since > collectHurried*m.took) {

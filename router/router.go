@@ -172,6 +172,7 @@ type Router struct {
 	streams   atomic.Int64 // connections, answered and not ended
 	full      atomic.Bool  // that there was none is said, once a spell
 
+	maxMemory   atomic.Int64
 	startMemory uint64      // bytes
 	scarce      atomic.Bool // too little of MaxMemory is left
 
@@ -216,6 +217,7 @@ func New(o Options) *Router {
 	r := &Router{opts: o.withDefaults(), startMemory: usedMemory()}
 	r.lookups.init()
 	r.log = r.opts.Logger
+	r.maxMemory.Store(r.opts.MaxMemory)
 	r.table.init(r.opts)
 	r.budget = replay.NewBudget(r.table.len)
 	r.dials.most, r.dials.mostPerSource = r.opts.MaxDials, r.opts.MaxDialsPerSource

@@ -75,7 +75,7 @@ func init() {
 			long:  "Without -c it is " + config.DefaultPath + "."},
 		{name: "reload", usage: []string{"reload"}, run: runReload,
 			short: "have the daemon read its configuration again",
-			long:  "Not in this version."},
+			long:  reloadLong},
 		{name: "status", usage: []string{"status [--json] [PID]"}, flags: []string{"json"}, most: 1, run: runStatus,
 			short: "state, attachments, outbounds; with PID: is that process captured",
 			long:  "With PID, an id in the daemon's pid namespace, it says whether that process is captured, and why (not)."},

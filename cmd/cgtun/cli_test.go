@@ -90,7 +90,8 @@ func TestReadyIsLoggedAtEveryLevel(t *testing.T) {
 	for _, level := range []string{"debug", "info", "warn", "error"} {
 		for _, format := range []string{config.FormatText, config.FormatJSON} {
 			var b bytes.Buffer
-			log := newLogger(config.Log{Level: level, Format: format}, &b).With("a", 1)
+			log, _ := newLogger(config.Log{Level: level, Format: format}, &b)
+			log = log.With("a", 1)
 			log.Info("noise")
 			log.Info(readyMessage, "pid", 1)
 			if got := b.String(); strings.Count(got, "ready") != 1 || !strings.Contains(got, "pid") {

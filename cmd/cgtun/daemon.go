@@ -6,12 +6,12 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"net/netip"
 	"os"
 	"os/signal"
 	"runtime"
 	"runtime/debug"
 	"strconv"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -23,15 +23,11 @@ import (
 	"cgtun/cgroupsel"
 	"cgtun/config"
 	"cgtun/control"
-	"cgtun/dialer"
 	"cgtun/dns"
 	"cgtun/docker"
-	"cgtun/group"
 	"cgtun/internal/netns"
 	"cgtun/metrics"
-	"cgtun/policy"
 	"cgtun/router"
-	"cgtun/rules"
 	"cgtun/stack"
 	"cgtun/steer"
 )
@@ -48,12 +44,16 @@ type instance struct {
 	docker    *docker.Finder // nil: nothing of docker is selected
 	manager   *attach.Manager
 	router    *router.Router
-	policy    *policy.Judge
+	guard     guard
 	resolver  *dns.Resolver
 	loopback  *dns.Listener // nil: there is none
-	outbounds []dialer.Hop
-	groups    []*group.Group
-	scores    *group.Scores
+	load      func() (*config.File, error)
+	level     *slog.LevelVar // of log
+	now       atomic.Pointer[ways]
+	fresh     chan *ways // to be run in place of those before
+	reloading sync.Mutex
+	reloads   reloads
+	plain     uint64         // bytes at the start
 	buffers   *stack.Buffers // of all stacks
 	stacks    stacks
 	state     atomic.Value // control.State
@@ -63,13 +63,23 @@ type instance struct {
 	server    *control.Server
 }
 
+// source is the configuration, as it is and as it may be next.
+type source struct {
+	file *config.File
+	load func() (*config.File, error) // reads it again
+}
+
 // runDaemon captures what the file selects until ctx ends, and leaves the
 // system as it was.
-func runDaemon(ctx context.Context, file *config.File, log *slog.Logger) (err error) {
+func runDaemon(ctx context.Context, from source, log *slog.Logger, level *slog.LevelVar) (err error) {
 	if os.Geteuid() != 0 {
 		return errors.New("to capture needs root: start it with sudo")
 	}
-	in := &instance{file: file, routes: file.Routes(), log: log, since: time.Now(), hangup: make(chan os.Signal, 1), buffers: stack.NewBuffers()}
+	file := from.file
+	in := &instance{
+		file: file, routes: file.Routes(), log: log, since: time.Now(), hangup: make(chan os.Signal, 1), buffers: stack.NewBuffers(),
+		load: from.load, level: level, fresh: make(chan *ways, 1),
+	}
 	signal.Notify(in.hangup, unix.SIGHUP)
 	defer signal.Stop(in.hangup)
 	in.state.Store(control.Starting)
@@ -157,17 +167,8 @@ func (in *instance) run(ctx context.Context, server *control.Server, scraped net
 	work.Go(func() error { return in.onHangup(ctx) })
 	work.Go(func() error { return in.watchdog(ctx) })
 	work.Go(func() error { return in.router.Run(ctx) })
-	work.Go(func() error { return in.policy.Run(ctx) })
 	work.Go(func() error { return in.resolver.Run(ctx) })
-	for _, o := range in.outbounds {
-		if p, ok := o.(*dialer.Proxy); ok {
-			work.Go(func() error { return p.Run(ctx) })
-		}
-	}
-	if len(in.groups) > 0 {
-		work.Go(func() error { return in.scores.Run(ctx) })
-		work.Go(func() error { return dialer.FollowChanges(ctx, in.scores.Recheck) })
-	}
+	work.Go(func() error { return in.runWays(ctx) })
 	if in.loopback != nil {
 		work.Go(func() error { return in.loopback.Run(ctx, in.router.Way) })
 	}
@@ -194,7 +195,9 @@ func (in *instance) onHangup(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-in.hangup:
-			in.log.Warn("SIGHUP changed nothing", "err", in.Reload(ctx))
+			if err := in.Reload(ctx); err != nil {
+				in.log.Warn("SIGHUP changed nothing", "err", err)
+			}
 		}
 	}
 }
@@ -239,7 +242,8 @@ func (in *instance) setLimits() error {
 	// the collector has to work without end.
 	var start runtime.MemStats
 	runtime.ReadMemStats(&start)
-	debug.SetMemoryLimit(int64(start.Sys-start.HeapReleased) + int64(in.file.Limits.Memory))
+	in.plain = start.Sys - start.HeapReleased
+	debug.SetMemoryLimit(int64(in.plain) + int64(in.file.Limits.Memory))
 	return nil
 }
 
@@ -255,70 +259,20 @@ func (in *instance) maxSockets() int {
 }
 
 func (in *instance) setRouter() error {
-	set, err := rules.Compile(in.file.Rules)
+	w, err := in.newWays(in.file, nil)
 	if err != nil {
 		return err
 	}
-	var capture []dialer.Mark
-	for _, r := range in.routes {
-		capture = append(capture, dialer.Mark{Value: r.Mark, Mask: r.Mask})
-	}
-	configs := append([]dialer.Config{{Name: rules.UseDirect, Type: dialer.TypeDirect}}, in.file.Outbounds...)
-	if in.outbounds, err = dialer.New(configs, in.log, capture...); err != nil {
-		return err
-	}
-	byName := map[string]dialer.Outbound{}
-	for _, o := range in.outbounds {
-		byName[o.Name()] = o
-	}
-	if err := in.setGroups(byName); err != nil {
-		return err
-	}
-	if err := dialer.Link(in.outbounds, byName); err != nil {
-		return err
-	}
-	if err := in.setPolicy(); err != nil {
-		return err
-	}
 	in.resolver = dns.New(dns.Options{Logger: in.log})
-	in.resolver.Reload(in.file.DNS, byName)
-	in.router = router.New(router.Options{Logger: in.log, Meter: in.metrics, Owners: owners{in}, Guard: in.policy, Resolver: in.resolver, MaxSockets: in.maxSockets(),
+	in.router = router.New(router.Options{Logger: in.log, Meter: in.metrics, Owners: owners{in}, Guard: &in.guard, Resolver: in.resolver, MaxSockets: in.maxSockets(),
 		MaxMemory: int64(in.file.Limits.Memory), MemoryUsed: in.buffers.Fit})
-	in.router.Reload(set, byName)
+	in.use(w)
 	return nil
-}
-
-// setPolicy makes the judge of destinations. It is asked when the manager is
-// there, but for its first look at home.
-func (in *instance) setPolicy() (err error) {
-	o := policy.Options{Allow: in.file.Policy.Allow, Home: attach.Home, Logger: in.log}
-	for _, c := range in.file.Outbounds {
-		if c.Interface != "" {
-			o.Interfaces = append(o.Interfaces, c.Interface)
-		}
-	}
-	o.Attached = func() map[int]bool { return in.manager.Numbers() }
-	o.Devices = func() (all []netip.Addr) {
-		if in.manager == nil {
-			return nil
-		}
-		for _, a := range in.manager.States() {
-			for _, p := range a.Addresses {
-				all = append(all, p.Addr())
-			}
-		}
-		return all
-	}
-	in.policy, err = policy.New(o)
-	return err
 }
 
 // listenLoopback opens the sockets for what is asked of resolvers on home's
 // loopback. Without them those are asked as if there were no cgtun.
 func (in *instance) listenLoopback() {
-	if in.file.DNS.Mode != dns.ModeForward {
-		return
-	}
 	l, err := in.resolver.Listen(attach.Home)
 	if err != nil {
 		in.log.Warn("resolvers on loopback are asked the ordinary way", "err", err)
@@ -328,10 +282,8 @@ func (in *instance) listenLoopback() {
 }
 
 func (in *instance) setManager(routes []attach.Route) {
-	for i := range routes {
-		if in.loopback != nil && !routes[i].Kernel {
-			routes[i].Plan.Resolver = in.loopback.Port()
-		}
+	for i, c := range in.changes(in.file) {
+		routes[i].Plan.Resolver = c.Resolver
 	}
 	if self, ok := in.selector.Self(); ok {
 		for i := range routes {
@@ -339,7 +291,7 @@ func (in *instance) setManager(routes []attach.Route) {
 		}
 	}
 	in.manager = attach.New(attach.Options{
-		Routes: routes, Serve: in.serve, Gate: in.selector, CgroupPath: in.selector.PathByID, Process: in.selector.PID, HomeChanged: in.policy.LookAgain, Logger: in.log,
+		Routes: routes, Serve: in.serve, Gate: in.selector, CgroupPath: in.selector.PathByID, Process: in.selector.PID, HomeChanged: in.guard.LookAgain, Logger: in.log,
 	})
 	in.manager.Reconcile(in.selector.Snapshot())
 }
@@ -347,7 +299,7 @@ func (in *instance) setManager(routes []attach.Route) {
 // serve is the netstack of an attachment.
 func (in *instance) serve(ctx context.Context, a *attach.Attachment) error {
 	defer in.router.ForgetAttachment(a.ID)
-	in.policy.LookAgain() // the device has addresses
+	in.guard.LookAgain() // the device has addresses
 	defer in.resolver.Forget(a.ID)
 	return in.stacks.serve(ctx, a, in.router, stack.Options{Logger: in.log, TCP: stack.TCPOptions{Buffers: in.buffers}})
 }

@@ -2,39 +2,46 @@ package main
 
 import (
 	"fmt"
+	"log/slog"
 
 	"cgtun/control"
 	"cgtun/dialer"
 	"cgtun/flow"
 	"cgtun/group"
+	"cgtun/metrics"
 )
 
 // setGroups makes the groups of the file, after their members, and puts them
 // beside the outbounds. That they have no circles was checked with the file.
-func (in *instance) setGroups(ways map[string]dialer.Outbound) error {
-	in.scores = group.NewScores(in.log, in.metrics)
+func (w *ways) setGroups(log *slog.Logger, m *metrics.Metrics) error {
+	w.scores = group.NewScores(log, m)
 	configs := map[string]group.Config{}
-	for _, c := range in.file.Groups {
+	for _, c := range w.file.Groups {
 		configs[c.Name] = c
 	}
-	for _, c := range in.file.Groups {
-		if _, err := in.setGroup(c, configs, ways); err != nil {
+	for _, c := range w.file.Groups {
+		if _, err := w.setGroup(c, configs); err != nil {
 			return err
+		}
+	}
+	for _, g := range w.groups {
+		if len(g.Outbounds()) == 1 {
+			log.Warn("a group with one path has nothing to fail over to", "group", g.Name(), "outbound", g.Outbounds()[0])
 		}
 	}
 	return nil
 }
 
-func (in *instance) setGroup(c group.Config, configs map[string]group.Config, ways map[string]dialer.Outbound) (dialer.Outbound, error) {
-	if o, ok := ways[c.Name]; ok {
+func (w *ways) setGroup(c group.Config, configs map[string]group.Config) (dialer.Outbound, error) {
+	if o, ok := w.byName[c.Name]; ok {
 		return o, nil
 	}
 	var members []dialer.Outbound
 	for _, name := range c.Outbounds {
-		o, ok := ways[name]
+		o, ok := w.byName[name]
 		if inner, nested := configs[name]; !ok && nested {
 			var err error
-			if o, err = in.setGroup(inner, configs, ways); err != nil {
+			if o, err = w.setGroup(inner, configs); err != nil {
 				return nil, err
 			}
 			ok = true
@@ -44,21 +51,36 @@ func (in *instance) setGroup(c group.Config, configs map[string]group.Config, wa
 		}
 		members = append(members, o)
 	}
-	g, err := group.New(c, members, in.scores)
+	g, err := group.New(c, members, w.scores)
 	if err != nil {
 		return nil, err
 	}
-	ways[c.Name] = g
-	in.groups = append(in.groups, g)
-	if len(g.Outbounds()) == 1 {
-		in.log.Warn("a group with one path has nothing to fail over to", "group", c.Name, "outbound", g.Outbounds()[0])
-	}
+	w.byName[c.Name] = g
+	w.groups = append(w.groups, g)
 	return g, nil
+}
+
+// stats are those of the scores; counts go on from those of before.
+func (w *ways) stats() map[string]group.Stats {
+	all := w.scores.Stats()
+	for name, old := range w.before {
+		s, ok := all[name]
+		if !ok {
+			s.Score = old.Score
+		}
+		s.DialsTotal += old.DialsTotal
+		s.FailuresTotal += old.FailuresTotal
+		for i, n := range old.HiddenTotal {
+			s.HiddenTotal[i] += n
+		}
+		all[name] = s
+	}
+	return all
 }
 
 // explainGroup says which member a group would give the flow to.
 func (in *instance) explainGroup(e *control.Explain, f *flow.Flow) {
-	for _, g := range in.groups {
+	for _, g := range in.now.Load().groups {
 		if g.Name() != string(e.Use) {
 			continue
 		}
@@ -71,7 +93,7 @@ func (in *instance) explainGroup(e *control.Explain, f *flow.Flow) {
 }
 
 func (in *instance) groupStatus() (list control.List[control.Group]) {
-	for _, g := range in.groups {
+	for _, g := range in.now.Load().groups {
 		c := g.Config()
 		s := control.Group{Name: c.Name, Type: c.Type, Outbounds: control.List[string](c.Outbounds), Order: g.Order()}
 		if len(g.Outbounds()) == 1 {
@@ -85,15 +107,16 @@ func (in *instance) groupStatus() (list control.List[control.Group]) {
 // outboundStatus joins what the router counts of flows that use an outbound by
 // its name, and what the groups count of attempts.
 func (in *instance) outboundStatus() (list control.List[control.Outbound]) {
-	stats, paths := in.router.Outbounds(), in.scores.Stats()
-	for _, o := range in.outbounds {
+	now := in.now.Load()
+	stats, paths, members := in.router.Outbounds(), now.stats(), now.scores.Stats()
+	for _, o := range now.outbounds {
 		n, p := stats[o.Name()], paths[o.Name()]
 		s := control.Outbound{
 			Name: o.Name(), Type: o.Type(), ConnectMS: n.ConnectMS,
 			DialsTotal: n.DialsTotal + p.DialsTotal, FailuresTotal: n.FailuresTotal + p.FailuresTotal,
 			HiddenTotal: hiddenSum(p.HiddenTotal[:]), UpBytes: n.UpBytes, DownBytes: n.DownBytes,
 		}
-		if _, member := paths[o.Name()]; member {
+		if _, member := members[o.Name()]; member {
 			s.Score = &p.Score
 		}
 		s.State, s.Error = outboundState(o, p.Ejected)
@@ -131,7 +154,7 @@ func hiddenSum(kinds []uint64) (n uint64) {
 
 // hiddenStatus sums up what the groups hid from clients, by kind.
 func (in *instance) hiddenStatus() (h control.Hidden) {
-	for _, p := range in.scores.Stats() {
+	for _, p := range in.now.Load().stats() {
 		h.Dial += p.HiddenTotal[dialer.HiddenDial]
 		h.Reset += p.HiddenTotal[dialer.HiddenReset]
 		h.Close += p.HiddenTotal[dialer.HiddenClose]

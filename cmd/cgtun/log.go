@@ -11,14 +11,16 @@ import (
 // readyMessage is the message of the record that scripts wait for.
 const readyMessage = "ready"
 
-// newLogger makes the daemon's log as [log] says.
-func newLogger(l config.Log, w io.Writer) *slog.Logger {
-	opts := &slog.HandlerOptions{Level: l.SlogLevel()}
+// newLogger makes the daemon's log as [log] says. Its level can be changed.
+func newLogger(l config.Log, w io.Writer) (*slog.Logger, *slog.LevelVar) {
+	level := new(slog.LevelVar)
+	level.Set(l.SlogLevel())
+	opts := &slog.HandlerOptions{Level: level}
 	var h slog.Handler = slog.NewTextHandler(w, opts)
 	if l.Format == config.FormatJSON {
 		h = slog.NewJSONHandler(w, opts)
 	}
-	return slog.New(readyHandler{h})
+	return slog.New(readyHandler{h}), level
 }
 
 // readyHandler lets the record "ready" through at every level.

@@ -71,17 +71,21 @@ func (c *call) daemon() error {
 	if err != nil {
 		return err
 	}
-	file, err := config.Load(c.config, env.lookup)
+	load := func() (*config.File, error) {
+		file, err := config.Load(c.config, env.lookup)
+		if err == nil && c.socket != "" {
+			file.Control.Socket = c.socket
+		}
+		return file, err
+	}
+	file, err := load()
 	if err != nil {
 		return err
 	}
 	if err := env.handOn(file); err != nil {
 		return err
 	}
-	if c.socket != "" {
-		file.Control.Socket = c.socket
-	}
-	log := newLogger(file.Log, c.stderr)
+	log, level := newLogger(file.Log, c.stderr)
 	if what, fix := exposed(file); what != "" {
 		log.Warn(what, "fix", fix)
 	}
@@ -90,7 +94,7 @@ func (c *call) daemon() error {
 	signal.Ignore(unix.SIGPIPE)
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
 	defer stop()
-	if err := runDaemon(ctx, file, log); err != nil {
+	if err := runDaemon(ctx, source{file, load}, log, level); err != nil {
 		log.Error("stopped", "err", err)
 		return loggedError{err}
 	}

@@ -169,7 +169,7 @@ func (painted) Explain(_ context.Context, q control.ExplainRequest) (control.Exp
 	return e, nil
 }
 
-func (painted) Reload(context.Context) error { return errors.New("reload: not in this version") }
+func (painted) Reload(context.Context) error { return errors.New("reload: nothing is changed") }
 
 // Join moves nobody: what run does afterwards is what is looked at here.
 func (painted) Join(_ *control.Peer, cgroup string, _ bool) error {

@@ -20,7 +20,7 @@ func (in *instance) measure() (s metrics.Snapshot) {
 		FlowsLive: counters.FlowsLive, DeniedTotal: in.router.Denials(),
 		GateDropsTotal: in.selector.Counters().GateDrops, Attachments: map[string]int{},
 	}
-	paths := in.scores.Stats()
+	paths := in.now.Load().stats()
 	for _, o := range in.outboundStatus() {
 		one := metrics.Outbound{
 			Name: string(o.Name), Up: o.State == "up", UpBytesTotal: o.UpBytes, DownBytesTotal: o.DownBytes, HiddenTotal: map[string]uint64{},
@@ -38,9 +38,10 @@ func (in *instance) measure() (s metrics.Snapshot) {
 		"cached": q.Cached, "stale": q.Stale, "answered": q.Answered, "failed": q.Failed,
 		"refused": q.Refused, "dropped": q.Dropped, "passed": q.Passed,
 	}
+	s.ReloadsTotal = map[string]uint64{"ok": in.reloads.ok.Load(), "bad": in.reloads.bad.Load(), "refused": in.reloads.refused.Load()}
 	return s
 }
 
 func (in *instance) isGroup(name string) bool {
-	return slices.ContainsFunc(in.groups, func(g *group.Group) bool { return g.Name() == name })
+	return slices.ContainsFunc(in.now.Load().groups, func(g *group.Group) bool { return g.Name() == name })
 }

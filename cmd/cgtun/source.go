@@ -137,11 +137,6 @@ func (in *instance) Watch(ctx context.Context, f func(flow.Event)) error {
 	return nil
 }
 
-// Reload implements control.Source.
-func (in *instance) Reload(context.Context) error {
-	return &control.Error{Exit: 1, Text: "reload: not in this version; restart cgtun to apply a changed file"}
-}
-
 // errNotUp is the answer before everything is in force and after it.
 var errNotUp = &control.Error{Exit: 1, Text: "cgtun is starting or stopping; try again when it is ready"}
 

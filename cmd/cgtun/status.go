@@ -37,6 +37,11 @@ func runStatus(ctx context.Context, c *call) error {
 }
 
 // runReload waits until the new configuration is in force, or refused.
+const reloadLong = `It waits until the file is in force. Everything is checked first: a bad file
+changes nothing, and its mistakes are printed (exit code 2). Flows that live go on as
+they are. [route], [tun], [select] but for bypass, [control] and log.format
+cannot change while cgtun runs: then nothing is changed (exit code 1).`
+
 func runReload(ctx context.Context, c *call) error {
 	client, err := c.client()
 	if err != nil {

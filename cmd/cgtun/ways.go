@@ -1,0 +1,164 @@
+package main
+
+import (
+	"context"
+	"net/netip"
+	"reflect"
+	"sync/atomic"
+
+	"golang.org/x/sync/errgroup"
+
+	"cgtun/attach"
+	"cgtun/config"
+	"cgtun/dialer"
+	"cgtun/flow"
+	"cgtun/group"
+	"cgtun/policy"
+	"cgtun/rules"
+)
+
+// ways are what one reading of the file makes of it that a reload replaces as a
+// whole: rules, outbounds, groups, and who guards them. A flow keeps those that
+// it began with.
+type ways struct {
+	file      *config.File
+	set       *rules.Set
+	outbounds []dialer.Hop
+	groups    []*group.Group
+	scores    *group.Scores
+	byName    map[string]dialer.Outbound // outbounds and groups
+	judge     *policy.Judge
+	before    map[string]group.Stats // what scores of earlier ones have counted
+}
+
+// newWays makes ways of a file, and puts nothing in force. Outbounds and groups
+// of before that are the same stay, with all that is known of them.
+func (in *instance) newWays(file *config.File, before *ways) (*ways, error) {
+	w := &ways{file: file, byName: map[string]dialer.Outbound{}}
+	var err error
+	if w.set, err = rules.Compile(file.Rules); err != nil {
+		return nil, err
+	}
+	for i := range file.Rules { // millions of lines
+		file.Rules[i].Listed, file.Rules[i].ListedNames = nil, rules.Names{}
+	}
+	if before != nil && reflect.DeepEqual(file.Outbounds, before.file.Outbounds) && reflect.DeepEqual(file.Groups, before.file.Groups) {
+		w.outbounds, w.groups, w.scores, w.byName, w.before = before.outbounds, before.groups, before.scores, before.byName, before.before
+	} else if err := in.setOutbounds(w, before); err != nil {
+		return nil, err
+	}
+	w.judge, err = in.newJudge(file)
+	return w, err
+}
+
+// setOutbounds makes new outbounds and groups.
+func (in *instance) setOutbounds(w, before *ways) (err error) {
+	var capture []dialer.Mark
+	for _, r := range in.routes {
+		capture = append(capture, dialer.Mark{Value: r.Mark, Mask: r.Mask})
+	}
+	configs := append([]dialer.Config{{Name: rules.UseDirect, Type: dialer.TypeDirect}}, w.file.Outbounds...)
+	if w.outbounds, err = dialer.New(configs, in.log, capture...); err != nil {
+		return err
+	}
+	for _, o := range w.outbounds {
+		w.byName[o.Name()] = o
+	}
+	if err := w.setGroups(in.log, in.metrics); err != nil {
+		return err
+	}
+	if before != nil {
+		w.before = before.stats()
+	}
+	return dialer.Link(w.outbounds, w.byName)
+}
+
+// newJudge makes the judge of destinations. It is asked when the manager is
+// there, but for its first look at home.
+func (in *instance) newJudge(file *config.File) (*policy.Judge, error) {
+	o := policy.Options{Allow: file.Policy.Allow, Home: attach.Home, Logger: in.log}
+	for _, c := range file.Outbounds {
+		if c.Interface != "" {
+			o.Interfaces = append(o.Interfaces, c.Interface)
+		}
+	}
+	o.Attached = func() map[int]bool { return in.manager.Numbers() }
+	o.Devices = func() (all []netip.Addr) {
+		if in.manager == nil {
+			return nil
+		}
+		for _, a := range in.manager.States() {
+			for _, p := range a.Addresses {
+				all = append(all, p.Addr())
+			}
+		}
+		return all
+	}
+	return policy.New(o)
+}
+
+// use puts ways in force, all at once for each flow that begins from now on.
+func (in *instance) use(w *ways) {
+	in.now.Store(w)
+	in.guard.set(w.judge)
+	in.resolver.Reload(w.file.DNS, w.byName)
+	in.router.Reload(w.set, w.byName)
+	in.fresh <- w // there is room, or runWays makes it
+}
+
+// runWays runs what has goroutines of the ways in force, until ctx ends. Those
+// before go when their successors run.
+func (in *instance) runWays(ctx context.Context) error {
+	work, ctx := errgroup.WithContext(ctx)
+	stop := func() {}
+	for {
+		select {
+		case <-ctx.Done():
+			stop()
+			return work.Wait()
+		case w := <-in.fresh:
+			each, cancel := context.WithCancel(ctx)
+			w.run(each, work)
+			stop()
+			stop = cancel
+		}
+	}
+}
+
+func (w *ways) run(ctx context.Context, work *errgroup.Group) {
+	work.Go(func() error { return w.judge.Run(ctx) })
+	for _, o := range w.outbounds {
+		if p, ok := o.(*dialer.Proxy); ok {
+			work.Go(func() error { return p.Run(ctx) })
+		}
+	}
+	if len(w.groups) > 0 {
+		work.Go(func() error { return w.scores.Run(ctx) })
+		work.Go(func() error { return dialer.FollowChanges(ctx, w.scores.Recheck) })
+	}
+}
+
+// guard is the router.Guard: the judge that is in force.
+type guard struct {
+	judge atomic.Pointer[policy.Judge]
+	sets  atomic.Uint64
+}
+
+// generation keeps the versions of two judges apart.
+const generation = 1 << 32
+
+func (g *guard) set(j *policy.Judge) {
+	g.judge.Store(j)
+	g.sets.Add(generation)
+}
+
+func (g *guard) Judge(f *flow.Flow, leaves []dialer.Leave) error {
+	return g.judge.Load().Judge(f, leaves)
+}
+
+func (g *guard) Has(a netip.Addr) bool { return g.judge.Load().Has(a) }
+
+func (g *guard) Version() uint64 { return g.sets.Load() + g.judge.Load().Version() }
+
+// LookAgain says that home may have changed.
+func (g *guard) LookAgain() { g.judge.Load().LookAgain() }
