@@ -28,12 +28,12 @@ type icmpMessage struct {
 }
 
 // icmpError builds the ICMP error that tells the sender of orig why it failed: a
-// whole IP packet, as if from orig's destination. orig begins with an IP header
+// whole IP packet, from us, for nobody else has said it. orig begins with an IP header
 // and may be cut off behind its transport header. False: none may be sent
 // (RFC 1122 §3.2.2, RFC 4443 §2.4 (e): about ICMP errors, later fragments, and
 // what was sent to or from more than one host), or the reason asks for silence
 // or for a RST. The caller limits the rate.
-func icmpError(reason flow.Reason, orig []byte) ([]byte, bool) {
+func icmpError(reason flow.Reason, own ownAddresses, orig []byte) ([]byte, bool) {
 	h, err := parseHeaders(orig)
 	if err != nil || !answerable(h, orig) {
 		return nil, false
@@ -42,7 +42,7 @@ func icmpError(reason flow.Reason, orig []byte) ([]byte, bool) {
 	if !ok {
 		return nil, false
 	}
-	return buildICMP(m, h.dst, h, orig), true
+	return buildICMP(m, own.of(h), h, orig), true
 }
 
 // icmpExpired is what a router says of a packet that may pass none any more.

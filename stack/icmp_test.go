@@ -79,7 +79,7 @@ func TestICMPErrorSaysTheReason(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.reason.String()+" "+tt.packet, func(t *testing.T) {
 			orig := packets[tt.packet]
-			pkt, ok := icmpError(tt.reason, orig)
+			pkt, ok := icmpError(tt.reason, ownAddresses{}, orig)
 			if ok != (tt.want != message{}) {
 				t.Fatalf("sent: %v", ok)
 			}
@@ -122,7 +122,7 @@ func TestICMPErrorIsNotSentAbout(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			if _, ok := icmpError(flow.HostUnreachable, tt.pkt); ok {
+			if _, ok := icmpError(flow.HostUnreachable, ownAddresses{}, tt.pkt); ok {
 				t.Error("sent")
 			}
 			if _, ok := icmpExpired(ownAddresses{}, tt.pkt); ok {
@@ -162,14 +162,14 @@ func FuzzICMPError(f *testing.F) {
 	seedPackets(f)
 	f.Fuzz(func(t *testing.T, orig []byte) {
 		for reason := flow.Unknown; reason <= flow.Canceled; reason++ {
-			pkt, ok := icmpError(reason, orig)
+			pkt, ok := icmpError(reason, ownAddresses{}, orig)
 			if !ok {
 				continue
 			}
 			if h, _, _, _ := checkICMP(t, pkt); h.dst.IsMulticast() || len(pkt) > maxICMPv6 {
 				t.Errorf("%d bytes to %v", len(pkt), h.dst)
 			}
-			if _, again := icmpError(flow.HostUnreachable, pkt); again {
+			if _, again := icmpError(flow.HostUnreachable, ownAddresses{}, pkt); again {
 				t.Error("an ICMP error about an ICMP error")
 			}
 		}

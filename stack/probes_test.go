@@ -97,6 +97,10 @@ func TestOwnErrorsComeFromTheDevice(t *testing.T) {
 		if h, kind, _, mtu := checkICMP(t, pkt); !ok || h.src != tt.from || mtu != 1400 || kind != tt.said.Type {
 			t.Errorf("from %s, MTU %d", h.src, mtu)
 		}
+		pkt, ok = icmpError(flow.Prohibited, own, tt.pkt)
+		if h, _, _, _ := checkICMP(t, pkt); !ok || h.src != tt.from {
+			t.Errorf("prohibited: from %s", h.src)
+		}
 		pkt, ok = icmpExpired(own, tt.pkt)
 		if h, _, _, _ := checkICMP(t, pkt); !ok || h.src != tt.from {
 			t.Errorf("expired: from %s", h.src)

@@ -133,7 +133,7 @@ func (r *reader) packet(off tun.Offload, n int) {
 		r.s.takeEcho(off, h, r.inOnePiece(n))
 	default:
 		c.otherProto.Add(1)
-		if pkt, ok := icmpError(flow.Refused, r.inOnePiece(n)); ok {
+		if pkt, ok := icmpError(flow.Refused, r.s.own, r.inOnePiece(n)); ok {
 			r.s.sendError(pkt)
 		}
 	}

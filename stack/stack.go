@@ -42,7 +42,7 @@ type Options struct {
 	// for every packet, so it has to be fast. Nil: all are.
 	Local func(netip.Addr) bool
 	// Addresses are the device's: from the first of a family comes what the
-	// stack has to say as a router. None: from whom the packet was for.
+	// stack itself has to say by ICMP. None: from whom the packet was for.
 	Addresses []netip.Addr
 	Logger    *slog.Logger // nil: silent
 	TCP       TCPOptions

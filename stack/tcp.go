@@ -360,7 +360,7 @@ func (t *streams) answer(id gvstack.TransportEndpointID, syn *gvstack.PacketBuff
 		orig = append(orig, syn.TransportHeader().Slice()...)
 		pkt, ok := icmpSaid(said, t.s.own, orig)
 		if !ok {
-			pkt, ok = icmpError(why, orig)
+			pkt, ok = icmpError(why, t.s.own, orig)
 		}
 		if ok {
 			t.s.sendError(pkt)

@@ -189,7 +189,7 @@ func (s *session) Unreachable(peer netip.AddrPort, why flow.Reason, said *flow.I
 			return s.sendICMP(pkt)
 		}
 	}
-	if pkt, ok := icmpError(why, s.offending(peer, nil)); ok {
+	if pkt, ok := icmpError(why, s.u.cfg.Own, s.offending(peer, nil)); ok {
 		return s.sendICMP(pkt)
 	}
 	return nil

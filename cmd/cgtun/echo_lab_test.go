@@ -98,7 +98,7 @@ use = "proxy"
 		far6: {"Administratively prohibited", "proxy", "refused: outbound \"proxy\": carry ICMP", 3},
 	} {
 		out, err := w.try(inside, "ping", "-n", "-c", "1", "-W", "2", far)
-		if err == nil || !strings.Contains(out, want.word) {
+		if err == nil || !strings.Contains(out, want.word) || !strings.Contains(out, "From "+w.tunAddress(far == far6)+" ") {
 			t.Errorf("ping of %s: %v\n%s", far, err, out)
 		}
 		e := ask[control.Explain](w, "explain", far, "-proto", "icmp", "-cgroup", w.sel.Path)

@@ -22,7 +22,9 @@ func TestLabsAreCaptured(t *testing.T) {
 		"interfaces": "interfaces = [%q]",
 	} {
 		t.Run(name, func(t *testing.T) {
-			w := newWorld(t)
+			w := newWorld(t, "traceroute")
+			w.router.Sysctl("net.ipv4.icmp_ratelimit", "0")
+			w.router.Sysctl("net.ipv6.icmp.ratelimit", "0")
 			echo := w.server.ServeEcho(":7000")
 			w.server.ServeUDPEcho(port(far4, 7000))
 			w.server.ServeUDPEcho(port(far6, 7000))
@@ -36,6 +38,18 @@ func TestLabsAreCaptured(t *testing.T) {
 			for _, far := range []string{far4, far6} {
 				for _, network := range []string{"tcp", "udp"} {
 					labtest.Eventually(t, patience(), func() bool { return askEcho(lab1, network, port(far, 7000)) == nil }, "%s to %s", network, far)
+				}
+			}
+			if name == "interfaces" {
+				// What cgtun says itself, and what others say, comes through too.
+				for far, hops := range map[string][]string{
+					far4: {"10.60.0.1", w.tunAddress(false), "10.2.0.1", far4},
+					far6: {"fd60::1", w.tunAddress(true), "fd02::1", far6},
+				} {
+					out, err := lab1.Try("traceroute", "-n", "-q", "1", "-w", "3", "-I", far)
+					if err != nil || !seesHops(out, hops) {
+						t.Errorf("traceroute: %v: want %v\n%s", err, hops, out)
+					}
 				}
 			}
 			w.noLeak(name)
