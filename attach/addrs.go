@@ -24,8 +24,9 @@ type surroundings struct {
 	others    []cgroupsel.Device // but loopback and those of cgtun
 	down      bool               // ours is there, and somebody has set it down
 	behind    []netip.Prefix     // routed to the selected interfaces
-	// Whether the main table has a default route of the family.
+	// Whether the main table has a default route of the family, and by what.
 	default4, default6 bool
+	gateways           []netip.Addr
 }
 
 // interruptions is how often in a row a dump may be cut short by changes.
@@ -85,6 +86,9 @@ func lookOnce(device string, interfaces []string) (*surroundings, error) {
 		if isDefault(&r) && r.LinkIndex != s.device {
 			s.default4 = s.default4 || r.Family == unix.AF_INET
 			s.default6 = s.default6 || r.Family == unix.AF_INET6
+			if gw, ok := netip.AddrFromSlice(r.Gw); ok {
+				s.gateways = append(s.gateways, gw.Unmap())
+			}
 		}
 		if prefix, ok := tun.PrefixOf(r.Dst); ok && selected[r.LinkIndex] && prefix.Bits() > 0 {
 			s.behind = append(s.behind, prefix.Masked())

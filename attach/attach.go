@@ -113,7 +113,10 @@ type Options struct {
 	// Process finds the process of a socket by its cookie, and its program;
 	// nil: none is known.
 	Process func(cookie uint64) (pid int, program string, ok bool)
-	Logger  *slog.Logger
+	// Isolated says whether a gateway, an address of home, is that of a network
+	// whose members are to stay among themselves; nil: none is.
+	Isolated func(gateway netip.Addr) (bool, error)
+	Logger   *slog.Logger
 }
 
 // Manager attaches. Safe for concurrent use.

@@ -313,6 +313,9 @@ func (a *Attachment) look(s *site) (around *surroundings, err error) {
 		around, err = look(a.deviceName(), a.interfaces(s))
 		return err
 	})
+	if err == nil {
+		err = s.isolate(around)
+	}
 	return around, err
 }
 

@@ -3,6 +3,7 @@ package attach
 import (
 	"context"
 	"errors"
+	"net/netip"
 	"slices"
 	"sync"
 	"time"
@@ -70,7 +71,8 @@ type site struct {
 	doubted  bool          // the gate has to be told again
 	admitted []int         // the devices that it was told last
 	lasted   time.Duration // for how long the last capture was in force
-	renewal  renewal       // of home's devices
+	isolated map[netip.Addr]verdict
+	renewal  renewal // of home's devices
 	guarded  guarding
 
 	mu       sync.Mutex
@@ -244,6 +246,9 @@ func (s *site) judge() (online bool, err error) {
 		around, err = look("", nil)
 		return err
 	})
+	if err == nil {
+		err = s.isolate(around)
+	}
 	if err != nil {
 		return false, err
 	}

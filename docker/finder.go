@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"net/netip"
 	"os"
 	"slices"
 	"strconv"
@@ -29,6 +30,8 @@ const (
 type Finder struct {
 	log   *slog.Logger
 	execs func(ctx context.Context, name string, ready func(), seen func(pid int)) error
+	// device is deviceOf.
+	device func(netip.Addr) string
 
 	mu  sync.Mutex
 	now []known
@@ -46,7 +49,7 @@ func NewFinder(log *slog.Logger) *Finder {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	return &Finder{log: log, execs: cgroupsel.Execs}
+	return &Finder{log: log, execs: cgroupsel.Execs, device: deviceOf}
 }
 
 // Daemons are the newest picture.

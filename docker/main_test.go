@@ -37,7 +37,7 @@ func fake() error {
 	}
 	fmt.Println("ready")
 	return http.Serve(l, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Path == "/version" {
+		if r.URL.Path == "/version" || r.URL.Path == "/networks" {
 			_, _ = w.Write([]byte(os.Getenv("FAKE_ANSWER")))
 		}
 	}))

@@ -19,8 +19,8 @@ import (
 )
 
 const (
-	// maxAnswer bounds what a daemon says of itself.
-	maxAnswer = 64 << 10
+	// maxAnswer and maxHeader bound what a daemon says.
+	maxAnswer, maxHeader = 4 << 20, 64 << 10
 	// maxSockets bounds the sockets of a daemon that are tried.
 	maxSockets = 8
 	// maxName bounds its version as it is shown.
@@ -42,27 +42,37 @@ func (a *answer) api() (v [2]int, ok bool) {
 // errNoSocket says that a daemon listens on no socket that has a name.
 var errNoSocket = errors.New("it listens on no unix socket")
 
-// ask asks a daemon for its version, on each of its sockets.
-func ask(ctx context.Context, pid int) (answer, error) {
+// ask asks a daemon for its version.
+func ask(ctx context.Context, pid int) (a answer, err error) {
+	err = get(ctx, pid, "/version", &a)
+	if _, ok := a.api(); err == nil && !ok {
+		err = errors.New("ask dockerd for its version: no version is answered")
+	}
+	a.Version = a.Version[:min(len(a.Version), maxName)]
+	return a, err
+}
+
+// get asks a daemon on each of its sockets until one answers.
+func get(ctx context.Context, pid int, what string, into any) error {
 	names := socketsOf(pid)
 	if len(names) == 0 {
-		return answer{}, errNoSocket
+		return errNoSocket
 	}
 	var errs []error
 	for _, name := range names {
-		a, err := askAt(ctx, pid, name)
+		err := getAt(ctx, pid, name, "http://docker"+what, into)
 		if err == nil {
-			return a, nil
+			return nil
 		}
-		errs = append(errs, err)
+		errs = append(errs, fmt.Errorf("ask dockerd at %s for %s: %w", name, what, err))
 	}
-	return answer{}, errors.Join(errs...)
+	return errors.Join(errs...)
 }
 
-func askAt(ctx context.Context, pid int, name string) (a answer, err error) {
+func getAt(ctx context.Context, pid int, name, url string, into any) error {
 	at, err := openIn(pid, name, unix.O_PATH)
 	if err != nil {
-		return a, err
+		return err
 	}
 	defer at.Close()
 	transport := &http.Transport{
@@ -71,29 +81,22 @@ func askAt(ctx context.Context, pid int, name string) (a answer, err error) {
 			return d.DialContext(ctx, "unix", fmt.Sprintf("/proc/self/fd/%d", at.Fd()))
 		},
 		DisableKeepAlives:      true,
-		MaxResponseHeaderBytes: maxAnswer,
+		MaxResponseHeaderBytes: maxHeader,
 	}
 	defer transport.CloseIdleConnections()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://docker/version", http.NoBody)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, http.NoBody)
 	if err != nil {
-		return a, err
+		return err
 	}
 	res, err := transport.RoundTrip(req)
 	if err != nil {
-		return a, err
+		return err
 	}
 	defer res.Body.Close()
 	if res.StatusCode != http.StatusOK {
-		return a, fmt.Errorf("ask for the version at %s: %s", name, http.StatusText(res.StatusCode))
+		return errors.New(http.StatusText(res.StatusCode))
 	}
-	if err := json.NewDecoder(http.MaxBytesReader(nil, res.Body, maxAnswer)).Decode(&a); err != nil {
-		return a, fmt.Errorf("ask for the version at %s: %w", name, err)
-	}
-	if _, ok := a.api(); !ok {
-		return a, fmt.Errorf("ask for the version at %s: no version is answered", name)
-	}
-	a.Version = a.Version[:min(len(a.Version), maxName)]
-	return a, nil
+	return json.NewDecoder(http.MaxBytesReader(nil, res.Body, maxAnswer)).Decode(into)
 }
 
 // socketsOf lists the named unix sockets that a process listens on: those that

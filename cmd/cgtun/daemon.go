@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"os/signal"
 	"runtime"
@@ -290,8 +291,13 @@ func (in *instance) setManager(routes []attach.Route) {
 			routes[i].Plan.Self = steer.Cgroup{Path: self.Path, ID: self.ID, Level: self.Level}
 		}
 	}
+	var isolated func(netip.Addr) (bool, error)
+	if in.docker != nil {
+		isolated = in.docker.Internal
+	}
 	in.manager = attach.New(attach.Options{
-		Routes: routes, Serve: in.serve, Gate: in.selector, CgroupPath: in.selector.PathByID, Process: in.selector.PID, HomeChanged: in.guard.LookAgain, Logger: in.log,
+		Isolated: isolated,
+		Routes:   routes, Serve: in.serve, Gate: in.selector, CgroupPath: in.selector.PathByID, Process: in.selector.PID, HomeChanged: in.guard.LookAgain, Logger: in.log,
 	})
 	in.manager.Reconcile(in.selector.Snapshot())
 }

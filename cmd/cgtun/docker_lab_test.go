@@ -1,0 +1,270 @@
+package main_test
+
+import (
+	"fmt"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"cgtun/attach"
+	"cgtun/control"
+	"cgtun/internal/labtest"
+)
+
+// steps is a Dockerfile with a program of each of the four kinds (a proxy by its
+// own file alone, by HTTPS_PROXY and its kin, by socks_proxy alone, not at all),
+// none of them changed or told of a proxy, and some more.
+func steps() string {
+	return fmt.Sprintf(`FROM %[1]s/base
+RUN echo "KS_FETCH http://mirror.lab/file" | dirmngr --homedir /gnupg --server | grep -c xxx
+RUN curl -sSf http://mirror.lab/file | cmp - /file
+RUN demo fetch http://mirror.lab/file | cmp - /file
+RUN printf 'GET /file HTTP/1.0\r\n\r\n' | nc %[2]s 80 | grep -c xxx
+RUN wget -qO- http://mirror.lab/file | cmp - /file && git clone -q http://mirror.lab/repo.git /tmp/clone && ping -c1 %[2]s
+FROM %[1]s/base
+COPY --from=0 /tmp/clone /clone
+`, registry, far4)
+}
+
+// seed pushes the image that all builds begin from, by the configured way.
+func (d *dockers) seed() {
+	d.t.Helper()
+	if out, err := exec.Command("tar", "-C", d.images+"/tree", "-cf", d.images+"/tree.tar", ".").CombinedOutput(); err != nil {
+		d.t.Fatalf("%v: %s", err, out)
+	}
+	d.docker("import", d.images+"/tree.tar", "plain")
+	d.built(classic, "FROM plain\nADD http://"+far4+"/file /file\n", "-t", registry+"/base")
+	// The client looks the registry's name up itself.
+	if _, err := d.tryAt(moved, "push", "-q", registry+"/base"); err != nil {
+		d.t.Fatal(err)
+	}
+	d.noLeak("push")
+}
+
+// What a build fetches, whatever its builder and network: layers, and what the
+// programs of its steps want. All of it goes the configured way, and without
+// cgtun none of it arrives. The tests of docker share one daemon, as it is dear.
+func TestDocker(t *testing.T) {
+	t.Parallel()
+	d := newDockers(t)
+	if _, err := d.try("pull", far4+":5000/base"); err == nil {
+		t.Fatal("a pull passes without cgtun")
+	}
+	d.leaks.Reset()
+	running := d.start(d.configDocker("true", second))
+	d.seed()
+	parts := []struct {
+		name string
+		test func(*dockers)
+	}{
+		{"builds", (*dockers).testBuilds},
+		{"first acts", (*dockers).testFirstActs},
+		{"status", (*dockers).testStatus},
+		{"offline", (*dockers).testOffline},
+		{"as before", (*dockers).testAsBefore},
+		{"restart", (*dockers).testRestart},
+	}
+	if testing.Short() {
+		parts = parts[:3]
+	}
+	for _, tt := range parts {
+		begin, t := time.Now(), d.t
+		ok := t.Run(tt.name, func(t *testing.T) {
+			d.t, d.world.t = t, t
+			tt.test(d)
+		})
+		d.t, d.world.t = t, t
+		t.Logf("%s: %v", tt.name, time.Since(begin).Round(100*time.Millisecond))
+		if !ok {
+			return
+		}
+	}
+	if !testing.Short() {
+		d.testKilled(running)
+	}
+}
+
+func (d *dockers) testBuilds() {
+	d.docker("network", "create", "own")
+	d.forget()
+	d.built(classic, steps())
+	d.forget()
+	d.built(buildKit, steps())
+	short := fmt.Sprintf("FROM %s/base\nRUN curl -sSf http://mirror.lab/file | cmp - /file && demo fetch http://mirror.lab/file | cmp - /file && ping -c1 %s\n", registry, far4)
+	d.built(classic, short, "--network=own")
+	for _, by := range []builder{classic, buildKit} {
+		d.built(by, short, "--network=host")
+	}
+}
+
+// testFirstActs: steps whose first act is to send, of several builds at once.
+func (d *dockers) testFirstActs() {
+	n := 10
+	switch {
+	case labtest.Soak():
+		n = 125
+	case testing.Short():
+		n = 3
+	}
+	text := "FROM " + registry + "/base\n" + strings.Repeat(fmt.Sprintf("RUN [\"/bin/first\", %q, \"7000\"]\n", far4), n)
+	builds := make(chan error, 4)
+	for i := range cap(builds) {
+		go func() {
+			_, err := d.build([]builder{classic, buildKit}[i%2], text, "-t", fmt.Sprintf("first%d", i))
+			builds <- err
+		}()
+	}
+	for range cap(builds) {
+		if err := <-builds; err != nil {
+			d.t.Error(err)
+		}
+	}
+	d.noLeak("first acts")
+	if n := d.status().Counters; n.GateDropsTotal != 0 {
+		d.t.Errorf("the gate dropped %d packets", n.GateDropsTotal)
+	}
+	labtest.Eventually(d.t, 20*time.Second, func() bool { return len(d.attachments()) == 0 }, "all attachments have ended")
+}
+
+// container finds the attachment of a container.
+func (d *dockers) container(id string) *control.Attachment {
+	d.t.Helper()
+	list := d.attachments()
+	i := slices.IndexFunc(list, func(a control.Attachment) bool { return a.ID == id[:12] && string(a.Container) == id[:12] })
+	if i < 0 {
+		return nil
+	}
+	return &list[i]
+}
+
+func (d *dockers) testStatus() {
+	id := d.docker("run", "-d", registry+"/base", "sleep", "60")
+	labtest.Eventually(d.t, 10*time.Second, func() bool {
+		a := d.container(id)
+		return a != nil && a.State == attach.StateUp && a.V4 && !a.V6
+	}, "container %.12s is attached", id)
+	s := d.status()
+	if len(s.Docker) != 1 || s.Docker[0].Version == "" || s.Docker[0].Selects != "all" || s.Docker[0].Cgroup != d.host.Path+"/dockerd.service" || !s.Docker[0].Running {
+		d.t.Errorf("status has %+v", s.Docker)
+	}
+	if s.State != control.Ready {
+		d.t.Errorf("it is %s", s.State)
+	}
+	d.docker("rm", "-f", id)
+	labtest.Eventually(d.t, 20*time.Second, func() bool { return d.container(id) == nil }, "it has gone")
+}
+
+// testOffline: containers without a way out get none.
+func (d *dockers) testOffline() {
+	d.docker("network", "create", "--internal", "inside")
+	for _, network := range []string{"none", "inside"} {
+		out, err := d.try("run", "--rm", "--network="+network, registry+"/base", "sh", "-c", "ip link; ping -c1 -W1 "+far4)
+		if err == nil || strings.Contains(out, "tun") {
+			d.t.Errorf("network %s: %v: %s", network, err, out)
+		}
+		for _, by := range []builder{classic, buildKit} {
+			if by == buildKit && network == "inside" {
+				continue // it refuses networks of one's own
+			}
+			text := "FROM " + registry + "/base\nRUN ! ping -c1 -W1 " + far4 + "\n"
+			d.built(by, text, "--network="+network)
+		}
+	}
+}
+
+// testAsBefore: what goes between containers, and what comes in.
+func (d *dockers) testAsBefore() {
+	web := "printf 'HTTP/1.0 200 OK\r\nContent-Length: 3\r\n\r\nweb' >/tmp/a; while :; do nc -l -p 80 </tmp/a; done"
+	d.docker("run", "-d", "--name", "web", "--network", "own", "-p", "8080:80", registry+"/base", "sh", "-c", web)
+	d.docker("run", "-d", "--name", "registry", "-p", "5001:5000", "-e", "R=1", registry+"/base", "sh", "-c", strings.ReplaceAll(web, "80 <", "5000 <"))
+	defer d.docker("rm", "-f", "web", "registry")
+	ask := func(what string, try func() (string, error)) {
+		d.t.Helper()
+		var out string
+		var err error
+		// The server of this image takes one at a time.
+		for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+			if out, err = try(); err == nil && strings.Contains(out, "web") {
+				return
+			}
+		}
+		d.t.Errorf("%s: %q, %v", what, out, err)
+	}
+	ask("another container, by name", func() (string, error) {
+		return d.try("run", "--rm", "--network", "own", registry+"/base", "curl", "-sS", "-m3", "http://web/")
+	})
+	address := d.docker("inspect", "-f", "{{.NetworkSettings.Networks.own.IPAddress}}", "web")
+	ask("another container, by address", func() (string, error) {
+		return d.try("run", "--rm", "--network", "own", registry+"/base", "curl", "-sS", "-m3", "http://"+address+"/")
+	})
+	ask("a published port, from far", func() (string, error) {
+		return d.router.Try("curl", "-sS", "-m3", "http://10.1.0.2:8080/")
+	})
+	ask("a published port, from the machine", func() (string, error) {
+		return d.machine.Try("curl", "-sS", "-m3", "http://127.0.0.1:8080/")
+	})
+	ask("a registry on localhost, asked by the daemon", func() (string, error) {
+		_, err := d.try("pull", "localhost:5001/none")
+		return fmt.Sprint("web ", err), nil // it answers, whatever
+	})
+	ask("exec", func() (string, error) { return d.try("exec", "web", "cat", "/tmp/a") })
+	out, err := d.try("run", "--rm", "--network", "own", registry+"/base", "curl", "-sSf", "-o", "/dev/null", "-w", "%{http_code}", "http://mirror.lab/file")
+	if err != nil || !strings.Contains(out, "200") {
+		d.t.Errorf("a far name in a network of one's own: %v %s", err, out)
+	}
+	d.noLeak("as before")
+}
+
+// testRestart: another daemon in the place of one that was stopped or killed is
+// captured from its first packet on.
+func (d *dockers) testRestart() {
+	for _, end := range []string{"stopped", "killed"} {
+		if end == "stopped" {
+			d.stopDaemon()
+		} else {
+			d.kill9()
+		}
+		labtest.Eventually(d.t, 10*time.Second, func() bool {
+			s := d.status().Docker
+			return len(s) > 0 && !s[0].Running
+		}, "it is seen that it was "+end)
+		d.startDaemon()
+		begin := time.Now()
+		labtest.Eventually(d.t, 10*time.Second, func() bool {
+			s := d.status().Docker
+			return len(s) == 1 && s[0].Running && s[0].Version != ""
+		}, "the next one is captured")
+		d.t.Logf("%s: shown with its version %v after its first answer", end, time.Since(begin))
+		d.forget()
+		d.built(classic, "FROM "+registry+"/base\nRUN [\"/bin/first\", \""+far4+"\", \"7000\"]\n")
+	}
+}
+
+// testKilled: with cgtun killed in the middle of a step, with on_exit open, the
+// step goes on the ordinary way, and with the next cgtun the configured one.
+func (d *dockers) testKilled(running *daemon) {
+	id := d.docker("run", "-d", "--name", "outlives", registry+"/base", "sleep", "300")
+	labtest.Eventually(d.t, 10*time.Second, func() bool { return d.container(id) != nil }, "it is attached")
+	running.kill()
+	if out, err := d.try("exec", "outlives", "first", far4, "7000"); err == nil {
+		d.t.Errorf("without cgtun it arrives: %s", out)
+	}
+	if n := d.leaks.Packets(); n == 0 {
+		d.t.Error("nothing went the ordinary way")
+	}
+	next := d.start(strings.Replace(d.configDocker("true", second), "[route]", "[route]\non_exit = \"closed\"", 1))
+	d.leaks.Reset()
+	d.docker("exec", "outlives", "first", far4, "7000")
+	d.noLeak("with the next one")
+	next.kill()
+	if out, err := d.try("exec", "outlives", "first", far4, "7000"); err == nil {
+		d.t.Errorf("closed and without cgtun it arrives: %s", out)
+	}
+	d.noLeak("closed")
+	if out, errs, code := d.cgtun("cleanup"); code != 0 {
+		d.t.Errorf("cleanup: %s%s", out, errs)
+	}
+	d.docker("rm", "-f", "outlives")
+}
