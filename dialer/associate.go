@@ -118,15 +118,17 @@ func (p *Proxy) associate(ctx context.Context, c *Conn, server netip.AddrPort, t
 }
 
 // relayAt is where to send what is for the relay. An address of no host is the
-// proxy's own; so is one that leads back here, or nowhere, where the proxy
-// itself does not: no proxy chooses what is sent to the services of this machine.
+// proxy's own; so is one that a proxy elsewhere can only have chosen for what it
+// is here: one of this machine, or a private one where its own is public, which
+// is also what those behind a NAT take for theirs.
 func relayAt(bound socksAddr, server netip.AddrPort) (netip.AddrPort, error) {
-	addr, port := bound.addr.Addr(), bound.addr.Port()
+	addr, port, own := bound.addr.Addr(), bound.addr.Port(), server.Addr()
 	if port == 0 {
 		return netip.AddrPort{}, errors.New("the proxy names a relay without a port")
 	}
-	if bound.name != "" || !addr.IsGlobalUnicast() || addr != server.Addr() && homeAddress(addr) {
-		addr = server.Addr()
+	switch {
+	case bound.name != "", !addr.IsGlobalUnicast(), addr.IsPrivate() && !own.IsPrivate(), addr != own && homeAddress(addr):
+		addr = own
 	}
 	return netip.AddrPortFrom(addr, port), nil
 }

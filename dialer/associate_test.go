@@ -131,6 +131,7 @@ func TestAssociation(t *testing.T) {
 		"link-local":      "\x05\x00\x00\x04\xfe\x80" + strings.Repeat("\x00", 14),
 		"name":            "\x05\x00\x00\x03\x05relay",
 		"name with zone":  "\x05\x00\x00\x03\x0cfe80::1%eth0",
+		"private":         "\x05\x00\x00\x01\x0a\x01\x02\x03",
 		"back to us":      "\x05\x00\x00\x01\x7f\x00\x00\x02",
 		"name of address": "\x05\x00\x00\x03\x09127.0.0.1",
 	} {
