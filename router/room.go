@@ -107,12 +107,13 @@ func (r *Router) watchMemory(ctx context.Context) {
 
 // lookAtMemory is one look. When an eighth more is in use than was live, it may
 // all be garbage; and before somebody is refused for it, that is looked at more
-// often.
+// often. While somebody is, what has ended since is looked for.
 func (r *Router) lookAtMemory(m *memory) {
 	m.limit = uint64(r.maxMemory.Load())
 	used := r.memoryAboveStart()
 	since := time.Since(m.collected)
-	if used > m.live+m.limit/8 && (since > m.pause || r.tight(m, used) && since > collectHurried*m.took) {
+	grown := used > m.live+m.limit/8
+	if since > m.pause && (grown || r.scarce.Load()) || grown && r.tight(m, used) && since > collectHurried*m.took {
 		began := time.Now()
 		runtime.GC()
 		m.collected = time.Now()

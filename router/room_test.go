@@ -72,8 +72,6 @@ func TestMemoryIsBounded(t *testing.T) {
 	labtest.Eventually(t, 5*time.Second, refused, "new flows are refused")
 	runtime.KeepAlive(piled)
 	piled = nil
-	labtest.Eventually(t, 10*time.Second, func() bool {
-		debug.FreeOSMemory()
-		return !refused()
-	}, "new flows are served again")
+	// Nobody else collects garbage now: nothing is allocated any more.
+	labtest.Eventually(t, 10*time.Second, func() bool { return !refused() }, "new flows are served again")
 }

@@ -8,14 +8,14 @@ import (
 	"cgtun/flow"
 )
 
-// Thousands of connections on which next to nothing moves can fill the room of all
+// Hundreds of connections on which next to nothing moves can fill the room of all
 // others. No connection is ended for its silence as long as there is room; but when
 // new flows are refused, the source that has most of them gives up those that are idle for longest.
 
 const (
 	// shedFrom is how many connections a source has before any of them are ended
 	// to make room for others.
-	shedFrom = 1024
+	shedFrom = 512
 	// shedIdle is for how long nothing has moved on those.
 	shedIdle = 30 * time.Second
 	// shedPart of them ends at each look.
