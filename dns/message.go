@@ -464,7 +464,7 @@ func (a *answer) render(q *query, age uint32, stale bool) []byte {
 	for _, off := range a.ttls {
 		ttl := binary.BigEndian.Uint32(b[off:])
 		if stale {
-			ttl = min(ttl, staleTTL)
+			ttl = staleTTL
 		} else {
 			ttl -= min(ttl, age)
 		}

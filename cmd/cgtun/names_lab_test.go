@@ -16,7 +16,7 @@ import (
 func (w *world) zone(h *labtest.Host, addr, answer string, more ...string) *labtest.Proc {
 	w.t.Helper()
 	return h.Start("dnsmasq", append([]string{"--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts", "--bind-interfaces",
-		"--user=root", "--pid-file=", "--listen-address=" + addr, "--max-ttl=600", "--local-ttl=300", "--address=/name.example/" + answer}, more...)...)
+		"--user=root", "--pid-file=", "--listen-address=" + addr, "--local-ttl=2", "--address=/name.example/" + answer}, more...)...)
 }
 
 // resolvers writes the resolv.conf of the machine, as "ip netns exec" shows it.
@@ -40,9 +40,9 @@ func TestQueriesAreAnswered(t *testing.T) {
 	w := newWorld(t, "dig", "dnsmasq", "busybox")
 	w.server.Run("ip", "addr", "add", "203.0.113.11/32", "dev", "lo")
 	w.resolvers("nameserver 203.0.113.11\n")
-	w.zone(w.server, far4, "192.0.2.77", "--auth-zone=zone.example", "--auth-server=ns.zone.example", "--host-record=h.zone.example,192.0.2.1", "--auth-peer=10.2.0.2")
+	asked := w.zone(w.server, far4, "192.0.2.77", "--auth-zone=zone.example", "--auth-server=ns.zone.example", "--host-record=h.zone.example,192.0.2.1", "--auth-peer=10.2.0.2")
 	w.zone(w.server, far6, "192.0.2.77")
-	w.zone(w.server, "203.0.113.11", "192.0.2.88", "--address=/other.example/192.0.2.89")
+	hosts := w.zone(w.server, "203.0.113.11", "192.0.2.88", "--address=/other.example/192.0.2.89")
 	w.listening(53)
 	if err := os.WriteFile(filepath.Join(w.dir, "stub.conf"), []byte("nameserver 127.0.0.53\n"), 0o644); err != nil {
 		t.Fatal(err)
@@ -72,6 +72,7 @@ func TestQueriesAreAnswered(t *testing.T) {
 		}
 	}
 	w.loopbackIsAnswered(dig)
+	w.nothingAnswers(dig, asked, hosts)
 	if n := any53.Packets(); n != 0 {
 		t.Errorf("%d packets to port 53 left by the uplink", n)
 	}
@@ -103,7 +104,7 @@ func (w *world) loopbackIsAnswered(dig func(string) string) {
 	if _, err := stub.Stop(); err != nil {
 		w.t.Logf("dnsmasq ended with %v", err)
 	}
-	ask("+short name.example @127.0.0.1", "192.0.2.66") // from the cache
+	ask("+short name.example @127.0.0.1", "192.0.2.66") // from the cache, or stale
 	ask("+short name.example @127.0.0.53", "192.0.2.88")
 	ask("+short +tcp name.example @127.0.0.53", "192.0.2.88")
 	ask("+short name.example @::1", "192.0.2.88")
@@ -192,4 +193,25 @@ func TestRulesByName(t *testing.T) {
 		t.Errorf("%d clients were accepted first, want 4", n)
 	}
 	w.noLeak("rules by name")
+}
+
+// nothingAnswers ends the resolvers: what was asked for before is still answered,
+// with a TTL of 30 s, and the rest fails before the client's patience is over.
+func (w *world) nothingAnswers(dig func(string) string, resolvers ...*labtest.Proc) {
+	w.t.Helper()
+	dig("+short name.example @" + far4)
+	for _, p := range resolvers {
+		_, _ = p.Stop()
+	}
+	time.Sleep(2100 * time.Millisecond) // beyond the TTL of the answer
+	for _, tt := range []struct{ args, want string }{
+		{"+noall +answer +comments name.example @" + far4, "30\tIN\tA\t192.0.2.77"},
+		{"unknown.example @" + far4, "status: SERVFAIL"},
+	} {
+		if out := dig(tt.args); !strings.Contains(out, tt.want) {
+			w.t.Errorf("dig %s while nothing answers: %s, want %s", tt.args, out, tt.want)
+		} else {
+			w.t.Log(out)
+		}
+	}
 }
