@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"runtime/debug"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -37,6 +38,8 @@ const (
 	answerWait = time.Second
 	// roundTime is the least time between two attempts of one member.
 	roundTime = time.Second
+	// crowdedWait is when a race that found no room for a second socket asks again.
+	crowdedWait = 100 * time.Millisecond
 )
 
 // race is one question to the members of a group.
@@ -50,6 +53,7 @@ type race[T io.Closer] struct {
 	queue    []ranked
 	tries    []*try // of this round
 	inFlight int
+	extra    int // places that the attempts beside the first have taken
 	results  chan result[T]
 	nextAt   time.Time // when the next of the queue may start
 	began    time.Time // of the round
@@ -141,6 +145,13 @@ func (r *race[T]) round(then time.Time) {
 // start begins the attempts that are due.
 func (r *race[T]) start(ctx context.Context, now time.Time) {
 	for len(r.queue) > 0 && r.inFlight < maxInFlight && !now.Before(r.nextAt) {
+		if r.inFlight > r.extra {
+			if !r.g.scores.takeExtra() {
+				r.nextAt = now.Add(crowdedWait)
+				return
+			}
+			r.extra++
+		}
 		m := r.queue[0].member
 		r.queue = r.queue[1:]
 		attempt, cancel := context.WithCancelCause(ctx)
@@ -152,13 +163,25 @@ func (r *race[T]) start(ctx context.Context, now time.Time) {
 		go func() {
 			attempt, stop := context.WithTimeout(attempt, r.g.c.Attempt)
 			defer stop()
-			conn, err := r.dial(attempt, m.out)
+			conn, err := r.safely(attempt, m.out)
 			if err != nil {
 				err = lostPath(attempt, err)
 			}
 			r.results <- result[T]{t, conn, err}
 		}()
 	}
+}
+
+// safely is dial in a goroutine that nobody else guards: what a server says may
+// hit a fault of ours, which then is a failure of that one attempt.
+func (r *race[T]) safely(ctx context.Context, o dialer.Outbound) (conn T, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = r.fail(flow.Unknown, fmt.Errorf("ended by a panic: %v", p))
+			r.g.scores.log.Error("attempt ended by a panic", "outbound", o.Name(), "err", err, "stack", string(debug.Stack()))
+		}
+	}()
+	return r.dial(ctx, o)
 }
 
 // lostPath is why the attempt ended, if the kernel's word was the cause.
@@ -279,6 +302,8 @@ func (r *race[T]) settle(winner *try, cancel func()) {
 			_ = res.conn.Close()
 		}
 	}
+	r.g.scores.giveExtra(r.extra)
+	r.extra = 0
 	if !r.scored {
 		return
 	}

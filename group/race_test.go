@@ -266,3 +266,65 @@ func TestBalance(t *testing.T) {
 		}
 	})
 }
+
+// room has so many places.
+type room struct{ free, least int }
+
+func (r *room) TakeExtra() bool {
+	if r.free == 0 {
+		return false
+	}
+	r.free--
+	r.least = min(r.least, r.free)
+	return true
+}
+
+func (r *room) GiveExtra() { r.free++ }
+
+// TestRaceTakesRoom: a second attempt needs a place, and waits where there is none;
+// all are given back.
+func TestRaceTakesRoom(t *testing.T) {
+	for _, tt := range []struct {
+		free int
+		took time.Duration
+	}{{5, 260 * ms}, {0, 5*time.Second + 10*ms}} {
+		synctest.Test(t, func(t *testing.T) {
+			a, b := &fake{name: "a", connect: in(never)}, &fake{name: "b", connect: in(10 * ms)}
+			s := board(t)
+			r := &room{free: tt.free, least: tt.free}
+			s.SetRoom(r)
+			by, took, err := dial(t, newGroup(t, settings("race"), s, a, b), dst(1))
+			if by != "b" || took != tt.took || err != nil || r.free != tt.free || r.least != max(0, tt.free-1) {
+				t.Errorf("%d places: %q after %v, %v; %+v", tt.free, by, took, err, r)
+			}
+		})
+	}
+}
+
+// TestPanicIsAFailure: of one attempt, and of nothing else.
+func TestPanicIsAFailure(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := &fake{name: "a", connect: func(netip.AddrPort) (time.Duration, error) { panic("a fault") }}
+		b := &fake{name: "b", connect: in(10 * ms)}
+		if by, took, err := dial(t, newGroup(t, settings("race"), board(t), a, b), dst(1)); by != "b" || took != 10*ms || err != nil {
+			t.Errorf("%q after %v, %v", by, took, err)
+		}
+	})
+}
+
+// stubborn connects whatever its context says.
+type stubborn struct{ *fake }
+
+func (s stubborn) DialStream(_ context.Context, t dialer.Target) (*dialer.Conn, error) {
+	return s.fake.DialStream(context.Background(), t)
+}
+
+// TestLateLoserIsClosed: one that connects although it was told to stop.
+func TestLateLoserIsClosed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b := stubborn{&fake{name: "a", connect: in(300 * ms)}}, &fake{name: "b", connect: in(10 * ms)}
+		if by, _, err := dial(t, newGroup(t, settings("race"), board(t), a, b), dst(1)); by != "b" || err != nil || a.open.Load() != 0 {
+			t.Errorf("%q, %v; %d connections are open", by, err, a.open.Load())
+		}
+	})
+}

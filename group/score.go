@@ -68,6 +68,7 @@ const (
 type Scores struct {
 	log   *slog.Logger
 	meter dialer.Meter // nil: nobody
+	room  Room         // nil: no bound
 
 	mu    sync.Mutex
 	paths map[string]*path
@@ -80,6 +81,27 @@ type Scores struct {
 // race, but for those that another one has ended; nil: nobody is.
 func NewScores(log *slog.Logger, meter dialer.Meter) *Scores {
 	return &Scores{log: log, meter: meter, paths: make(map[string]*path), dests: make(map[netip.AddrPort]*dest)}
+}
+
+// Room has places for sockets. A flow has one for its own; what a race opens beside
+// it takes more.
+type Room interface {
+	TakeExtra() bool // false: no attempt is begun beside one that is under way
+	GiveExtra()
+}
+
+// SetRoom says where extra attempts take their places. Call it before any group is
+// used.
+func (s *Scores) SetRoom(r Room) { s.room = r }
+
+func (s *Scores) takeExtra() bool { return s.room == nil || s.room.TakeExtra() }
+
+func (s *Scores) giveExtra(n int) {
+	for range n {
+		if s.room != nil {
+			s.room.GiveExtra()
+		}
+	}
 }
 
 // path is what is known of one outbound or group. Under Scores.mu.

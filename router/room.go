@@ -47,6 +47,23 @@ func (r *Router) giveSockets(places int) {
 	}
 }
 
+// TakeExtra takes a place for a socket that a flow has beside its own for a moment,
+// such as another attempt to connect; false: there is none, and the flow goes on
+// with what it has. GiveExtra gives it back.
+func (r *Router) TakeExtra() bool {
+	if r.scarce.Load() {
+		return false
+	}
+	if n := r.sockets.Add(1); r.opts.MaxSockets > 0 && n > int64(r.opts.MaxSockets) {
+		r.sockets.Add(-1)
+		return false
+	}
+	return true
+}
+
+// GiveExtra gives the place of TakeExtra back.
+func (r *Router) GiveExtra() { r.giveSockets(1) }
+
 // How often memory is looked at: what a machine with fast links can fill between
 // two looks has to be a fraction of what is kept free. Few flows cannot fill much.
 const (

@@ -99,6 +99,9 @@ func (in *instance) newJudge(file *config.File) (*policy.Judge, error) {
 
 // use puts ways in force, all at once for each flow that begins from now on.
 func (in *instance) use(w *ways) {
+	if before := in.now.Load(); before == nil || before.scores != w.scores {
+		w.scores.SetRoom(in.router)
+	}
 	in.now.Store(w)
 	in.guard.set(w.judge)
 	in.resolver.Reload(w.file.DNS, w.byName)
