@@ -77,3 +77,13 @@ func retry(pat, path string, star, deep *mark) (p, s int, ok bool) {
 	}
 	return deep.p, deep.s, true
 }
+
+// CgroupGlob returns what tells whether a cgroup is one that a glob of a rule's
+// cgroup key means.
+func CgroupGlob(pattern string) (func(path string) bool, error) {
+	g, err := newGlob(pattern)
+	if err != nil {
+		return nil, err
+	}
+	return g.match, nil
+}

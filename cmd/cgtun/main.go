@@ -141,6 +141,8 @@ func fail(w io.Writer, err error) int {
 	case errors.As(err, &file):
 		fmt.Fprintln(w, file)
 		return exitUsage
+	case errors.As(err, &status) && status.error == nil:
+		return status.code // all was said
 	case errors.As(err, &status):
 		fmt.Fprintf(w, "cgtun: %v\n", err)
 		return status.code

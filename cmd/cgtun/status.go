@@ -50,11 +50,6 @@ func runReload(ctx context.Context, c *call) error {
 	return askError(client.Reload(ctx))
 }
 
-// notServed stands in for commands of a later version.
-func notServed(_ context.Context, c *call) error {
-	return fmt.Errorf("%s: not in this version", c.command.name)
-}
-
 // askError adds what to do when nobody answers, and what holds meanwhile.
 func askError(err error) error {
 	if errors.Is(err, control.ErrNotRunning) {

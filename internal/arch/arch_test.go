@@ -30,6 +30,7 @@ var imports = map[string][]string{
 	"internal/netns": {},
 	"doctor":         {},
 	"rules":          {"flow"},
+	"report":         {"flow"},
 	"relay":          {"flow"},
 	"dialer":         {"flow"},
 	"group":          {"dialer", "flow"},
