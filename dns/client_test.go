@@ -317,3 +317,17 @@ func TestHostServers(t *testing.T) {
 		}
 	}
 }
+
+// The files are read again when they have changed, a second later at most.
+func TestHostServersAreFollowed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		text := "nameserver 192.0.2.1"
+		h := &host{read: func(string) ([]byte, error) { return []byte(text), nil }}
+		h.servers(time.Now())
+		text = "nameserver 192.0.2.2"
+		time.Sleep(hostEvery)
+		if got := fmt.Sprint(h.servers(time.Now())); got != "[192.0.2.2:53]" {
+			t.Errorf("got %s", got)
+		}
+	})
+}

@@ -259,12 +259,16 @@ func (in *instance) maxSockets() int {
 	return int(max(n-min(n, ownFiles), n/2))
 }
 
+// mostQuestions bounds the sockets to resolvers.
+const mostQuestions = 512
+
 func (in *instance) setRouter() error {
 	w, err := in.newWays(in.file, nil)
 	if err != nil {
 		return err
 	}
-	in.resolver = dns.New(dns.Options{Logger: in.log})
+	// Beside what is left to the flows.
+	in.resolver = dns.New(dns.Options{Logger: in.log, InFlight: int(min(mostQuestions, in.limits.Nofile/8))})
 	in.router = router.New(router.Options{Logger: in.log, Meter: in.metrics, Owners: owners{in}, Guard: &in.guard, Resolver: in.resolver, MaxSockets: in.maxSockets(),
 		MaxMemory: int64(in.file.Limits.Memory), MemoryUsed: in.buffers.Fit})
 	in.use(w)

@@ -74,6 +74,7 @@ func (c *call) checks(ctx context.Context) []doctor.Named {
 	all = append(all, steer.Checks(p.home, plans...)...)
 	return append(all,
 		doctor.Named{Name: "ping", Check: checkPing},
+		doctor.Named{Name: "names", Check: checkNames},
 		doctor.Named{Name: "leftovers", Check: p.leftovers},
 		doctor.Named{Name: "limits", Check: p.limits},
 	)

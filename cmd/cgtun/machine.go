@@ -32,6 +32,32 @@ func checkKernel(context.Context) []doctor.Result {
 	return one(name, doctor.OK, release, "")
 }
 
+// checkNames looks for who resolves names in the place of the programs that want
+// them: in another cgroup.
+func checkNames(context.Context) []doctor.Result {
+	const name = "names"
+	conf, _ := os.ReadFile("/etc/nsswitch.conf")
+	for line := range strings.Lines(string(conf)) {
+		words := strings.Fields(line)
+		if len(words) == 0 || words[0] != "hosts:" {
+			continue
+		}
+		for _, w := range words[1:] {
+			if w == "dns" {
+				break
+			}
+			if w == "resolve" {
+				return one(name, doctor.Warn, "programs have systemd-resolved ask for names (nss-resolve), in its own cgroup: those queries are not captured",
+					`put "dns" before "resolve" in the line "hosts:" of /etc/nsswitch.conf`)
+			}
+		}
+	}
+	if _, err := os.Stat("/run/nscd/socket"); err == nil {
+		return one(name, doctor.Warn, "programs have nscd ask for names, in its own cgroup: those queries are not captured", "systemctl disable --now nscd")
+	}
+	return one(name, doctor.OK, "programs ask for names themselves", "")
+}
+
 // checkPing tries what an outbound needs for pings.
 func checkPing(context.Context) []doctor.Result {
 	if err := dialer.EchoAllowed(); err != nil {

@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"cgtun/control"
 	"cgtun/internal/labtest"
 )
 
@@ -189,10 +190,17 @@ func TestRulesByName(t *testing.T) {
 			t.Errorf("%s: the flow's name is %q, want %q", tt.do, got, tt.name)
 		}
 	}
+	w.noLeak("rules by name") // explain asks by itself
+	e := ask[control.Explain](w, "explain", "www.Blocked.example:80")
+	if e.Rule == nil || *e.Rule != 1 || e.Use != "reject" {
+		t.Errorf("explain by name: %+v", e)
+	}
+	if e := ask[control.Explain](w, "explain", "203.0.113.12:80"); e.Needs != "name" || e.Rule != nil {
+		t.Errorf("explain by address: %+v", e)
+	}
 	if n := w.status().Counters.AcceptedFirstTotal; n != 4 {
 		t.Errorf("%d clients were accepted first, want 4", n)
 	}
-	w.noLeak("rules by name")
 }
 
 // nothingAnswers ends the resolvers: what was asked for before is still answered,
