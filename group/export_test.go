@@ -6,3 +6,6 @@ func (s *Scores) Destinations() int {
 	defer s.mu.Unlock()
 	return len(s.dests)
 }
+
+// Fetch is what a probe with a URL does.
+var Fetch = fetch

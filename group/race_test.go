@@ -15,7 +15,7 @@ import (
 
 const ms = time.Millisecond
 
-type net = func(netip.AddrPort) (time.Duration, error)
+type network = func(netip.AddrPort) (time.Duration, error)
 
 // TestRace has one race of two, both new: who wins, when, and what the client
 // hears if nobody does.
@@ -23,7 +23,7 @@ func TestRace(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
 		kind   string
-		a, b   net
+		a, b   network
 		by     string
 		took   time.Duration
 		reason flow.Reason
