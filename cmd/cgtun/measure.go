@@ -33,6 +33,7 @@ func (in *instance) measure() (s metrics.Snapshot) {
 	for _, a := range in.manager.States() {
 		s.Attachments[a.State]++
 	}
+	s.ReloadsTotal = map[string]uint64{"ok": in.reloads.ok.Load(), "bad": in.reloads.bad.Load(), "refused": in.reloads.refused.Load()}
 	q := in.resolver.Counters()
 	s.QueriesTotal = map[string]uint64{
 		"cached": q.Cached, "stale": q.Stale, "answered": q.Answered, "failed": q.Failed,

@@ -23,6 +23,9 @@ use = "reject"
 	}
 	w.probe(inside, probe{Do: "dial", Network: "tcp", To: port(far4, 7001)})
 	w.probe(inside, probe{Do: "dial", Network: "tcp", To: "203.0.113.200:80"})
+	if out, errs, code := w.cgtun("reload"); code != 0 {
+		t.Errorf("reload: %d %s %s", code, out, errs)
+	}
 	got := w.run(outside, "curl", "-sS", "http://"+at+"/metrics")
 	for _, want := range []string{
 		"cgtun_flows 0",
@@ -38,6 +41,7 @@ use = "reject"
 		"cgtun_gate_drops_total 0",
 		`cgtun_denied_total{reason="rule"} 1`,
 		`cgtun_dns_queries_total{result="answered"} 0`,
+		`cgtun_reloads_total{result="ok"} 1`,
 		"process_open_fds",
 	} {
 		if !strings.Contains(got, "\n"+want) {
