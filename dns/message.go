@@ -216,6 +216,7 @@ type answer struct {
 	extended int    // the upper bits of the rcode
 	options  []byte // of its OPT, for the client
 	addrs    []netip.Addr
+	name     string // of the question, if there are addrs
 }
 
 var (
@@ -282,6 +283,9 @@ func (q *query) parseAnswer(msg []byte, id uint16) (*answer, error) {
 				a.addrs = append(a.addrs, addr)
 			}
 		}
+	}
+	if len(a.addrs) > 0 {
+		a.name = q.text()
 	}
 	return a, nil
 }

@@ -254,7 +254,7 @@ func (r *Resolver) Take(f *flow.Flow, msg []byte, way Way) (answer []byte, wait 
 // give renders an answer for a client, and remembers what it was told.
 func (r *Resolver) give(f *flow.Flow, q *query, a *answer, age uint32, stale bool) []byte {
 	if len(a.addrs) > 0 {
-		r.names.note(f.Attachment, f.Src.Addr().Unmap(), q.text(), a.addrs, time.Duration(a.ttl)*time.Second, time.Now())
+		r.names.note(f.Attachment, f.Src.Addr().Unmap(), a.name, a.addrs, time.Duration(a.ttl)*time.Second, time.Now())
 	}
 	return a.render(q, age, stale)
 }

@@ -107,6 +107,7 @@ type source struct {
 	owner   *flow.Owner // as of ownedAt
 	ownedAt time.Time
 	asked   atomic.Pointer[passed]
+	answers []flow.Datagram // to queries of the batch
 	swept   time.Time
 
 	mu    sync.Mutex
@@ -205,6 +206,7 @@ func (s *source) forward(ctx context.Context, dgs []flow.Datagram) {
 		}
 	}
 	s.send(run, dgs[start:])
+	s.answer()
 }
 
 // send sends a run to one outbound socket; nil: to none.

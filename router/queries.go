@@ -112,14 +112,16 @@ func (s *source) query(ctx context.Context, d *flow.Datagram, now time.Time) boo
 		if !mine {
 			return false
 		}
+		if wait == nil {
+			if answer != nil {
+				s.answers = append(s.answers, flow.Datagram{Peer: f.Dst, Data: answer})
+			}
+			continue
+		}
 		reply := func(answer []byte) {
 			if answer != nil {
 				_, _ = s.client.WriteBatch([]flow.Datagram{{Peer: f.Dst, Data: answer}}) // if its device is gone, the reader hears of it
 			}
-		}
-		if wait == nil {
-			reply(answer)
-			continue
 		}
 		s.back.Go(func() {
 			defer s.r.recovered(s.noEntry(), func() {})
@@ -127,6 +129,15 @@ func (s *source) query(ctx context.Context, d *flow.Datagram, now time.Time) boo
 		})
 	}
 	return true
+}
+
+// answer gives the client the answers that were there at once, all together.
+func (s *source) answer() {
+	if len(s.answers) > 0 {
+		_, _ = s.client.WriteBatch(s.answers)
+		clear(s.answers)
+		s.answers = s.answers[:0]
+	}
 }
 
 // queries answers a client's queries. True: what it sends now is for a server,
