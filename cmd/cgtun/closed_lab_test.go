@@ -51,7 +51,7 @@ func TestClosedStaysClosed(t *testing.T) {
 	w.server.ServeUDPEcho(port(far4, 7000))
 	w.server.ServeUDPEcho(port(far6, 7000))
 	before := w.lab.Snapshot(w.machine)
-	sender := w.startProbe(inside, probe{Do: "every", Network: "udp", To: port(far4, 7000)})
+	sender := w.lab.StartCommand(w.command(t.Context(), inside, "env", probeArgs(probe{Do: "stream", To: port(far4, 7000)})...))
 
 	d := w.start(w.closedConfig())
 	w.leaks.Reset() // what was sent before the first start
