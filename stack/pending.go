@@ -82,7 +82,11 @@ type table struct {
 	sources  map[netip.Addr]int
 	dests    map[netip.Addr]int
 	verdicts map[gvstack.TransportEndpointID]verdict
-	wake     chan struct{} // something is there to be swept
+	// shaking are the handshakes that netstack has. One can be evicted before
+	// its endpoint is there to be aborted, and would then stay until netstack
+	// gives up.
+	shaking map[*pending]struct{}
+	wake    chan struct{} // something is there to be swept
 }
 
 func newTable(o *TCPOptions, count *counters) *table {
@@ -93,6 +97,7 @@ func newTable(o *TCPOptions, count *counters) *table {
 		sources:  make(map[netip.Addr]int),
 		dests:    make(map[netip.Addr]int),
 		verdicts: make(map[gvstack.TransportEndpointID]verdict),
+		shaking:  make(map[*pending]struct{}),
 		wake:     make(chan struct{}, 1),
 	}
 }
@@ -245,8 +250,8 @@ func (t *table) run(ctx context.Context) {
 	}
 }
 
-// sweep cancels the dials of clients whose SYN is overdue, forgets old verdicts,
-// and returns whether anything is left.
+// sweep cancels the dials of clients whose SYN is overdue, ends handshakes that
+// were evicted, forgets old verdicts, and returns whether anything is left.
 func (t *table) sweep(now time.Time) bool {
 	var gone []*pending
 	t.mu.Lock()
@@ -263,8 +268,17 @@ func (t *table) sweep(now time.Time) bool {
 			delete(t.verdicts, id)
 		}
 	}
-	busy := t.age.Len() > 0 || len(t.verdicts) > 0
+	var late []*pending
+	for p := range t.shaking {
+		if p.phase == over {
+			late = append(late, p)
+		}
+	}
+	busy := t.age.Len() > 0 || len(t.verdicts) > 0 || len(t.shaking) > 0
 	t.mu.Unlock()
+	for _, p := range late {
+		p.abortHandshake()
+	}
 	t.count.gaveUp.Add(uint64(len(gone)))
 	for _, p := range gone {
 		p.cancel()

@@ -225,8 +225,8 @@ func (s *Stack) Run(ctx context.Context) error {
 	sides.Wait() // with them all handlers
 	s.stopReaders()
 	readers.Wait()
+	s.tcp.endHandshakes()
 	s.gv.Destroy()
-	s.tcp.waitHandshakes()
 	return err
 }
 

@@ -3,6 +3,8 @@ package stack
 import (
 	"context"
 	"fmt"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -138,9 +140,31 @@ func (t *streams) run(ctx context.Context) {
 	t.serving.Wait()
 }
 
-// waitHandshakes returns when the forwarder's goroutines are gone. Netstack has
-// been destroyed: none waits for a client any more.
-func (t *streams) waitHandshakes() { t.handshakes.Wait() }
+// endHandshakes ends those that are left after run, and returns when the
+// forwarder's goroutines are gone.
+func (t *streams) endHandshakes() {
+	gone := make(chan struct{})
+	go func() {
+		defer close(gone)
+		t.handshakes.Wait()
+	}()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		// Again and again: an endpoint may come into being only now.
+		t.table.mu.Lock()
+		left := slices.Collect(maps.Keys(t.table.shaking))
+		t.table.mu.Unlock()
+		for _, p := range left {
+			p.abortHandshake()
+		}
+		select {
+		case <-gone:
+			return
+		case <-tick.C:
+		}
+	}
+}
 
 // handle is called by a reader for each segment that belongs to no connection.
 // False lets netstack answer with RST.
@@ -295,6 +319,7 @@ func (t *streams) handshake(r *tcp.ForwarderRequest) {
 		return
 	}
 	t.handshakes.Add(1)
+	t.table.shaking[p] = struct{}{}
 	t.table.mu.Unlock()
 	defer t.handshakes.Done()
 
@@ -307,6 +332,7 @@ func (t *streams) handshake(r *tcp.ForwarderRequest) {
 		c.open(ep)
 	}
 	t.table.mu.Lock()
+	delete(t.table.shaking, p)
 	taken := p.phase == handshaking
 	var reset []byte
 	if taken && terr == nil {
