@@ -191,23 +191,41 @@ func (f *frames) has(closed bool, all int) bool {
 // attach puts our program before those of others: what they let pass they do
 // not let pass for us.
 func (f *frames) attach(kind frameKind, device int) (link.Link, error) {
+	var err error
 	p := f.programs[kind]
 	if p == nil {
-		others := f.exit[1]
-		if kind.closed {
-			others = f.exit[0]
-		}
-		var err error
-		if p, err = ebpf.NewProgram(frameProgram(f.m, kind, others)); err != nil {
-			return nil, fmt.Errorf("load cgtun_frames: %w", err)
+		if p, err = f.load(kind); err != nil {
+			return nil, err
 		}
 		f.programs[kind] = p
 	}
-	lk, err := link.AttachTCX(link.TCXOptions{Interface: device, Program: p, Attach: ebpf.AttachTCXEgress, Anchor: link.Head()})
+	options := link.TCXOptions{Interface: device, Program: p, Attach: ebpf.AttachTCXEgress, Anchor: link.Head()}
+	lk, err := link.AttachTCX(options)
+	if errors.Is(err, unix.EEXIST) {
+		// The device came from another namespace, and still has that one's,
+		// which will be taken away there.
+		if options.Program, err = f.load(kind); err != nil {
+			return nil, err
+		}
+		defer options.Program.Close()
+		lk, err = link.AttachTCX(options)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("attach cgtun_frames: %w", err)
 	}
 	return lk, nil
+}
+
+func (f *frames) load(kind frameKind) (*ebpf.Program, error) {
+	others := f.exit[1]
+	if kind.closed {
+		others = f.exit[0]
+	}
+	p, err := ebpf.NewProgram(frameProgram(f.m, kind, others))
+	if err != nil {
+		return nil, fmt.Errorf("load cgtun_frames: %w", err)
+	}
+	return p, nil
 }
 
 // drop lets a device go, and its pin.
