@@ -3,6 +3,7 @@ package group
 import (
 	"cmp"
 	"hash/fnv"
+	"math"
 	"net/netip"
 	"slices"
 	"time"
@@ -22,9 +23,27 @@ const (
 // What a failure share of 1 costs at each level, in seconds: of the path, and of
 // the path to this destination.
 var (
-	pathCost = [levels]float64{2, 2, 4}
-	destCost = [levels]float64{2, 2, 8}
+	pathCost = [levels]float64{2, 2, 0.25}
+	destCost = [levels]float64{2, 2, 0.25}
 )
+
+// What a flow that broke costs, at first: when it was says more than how many. Of
+// two paths that have broken flows, the one that did so last is the one that does
+// it now, whereas all of them break at once when a path begins to.
+const (
+	brokeCost     = 8
+	brokeHalfLife = 15 * time.Second
+	// brokeFor is how long a member is out of its turn for it.
+	brokeFor = 30 * time.Second
+)
+
+// broke is what is left of such a cost.
+func (l *level) broke(now time.Time) float64 {
+	if l.failedAt.IsZero() {
+		return 0
+	}
+	return brokeCost * math.Exp2(-now.Sub(l.failedAt).Seconds()/brokeHalfLife.Seconds())
+}
 
 const (
 	// A flow whose peer gives no sign of life is told again each second.
@@ -56,7 +75,11 @@ func (g *Group) rank(t *dialer.Target, now time.Time) []ranked {
 		if slices.Contains(t.Avoid, m.path.name) {
 			continue
 		}
-		list = append(list, ranked{m, m.path.class(d, now), g.cost(m, d, t.Addr.Addr(), now)})
+		r := ranked{m, m.path.class(d, now), g.cost(m, d, t.Addr.Addr(), now)}
+		if r.class == suspect {
+			r.cost = m.path.seconds(d, now) // out of turn: the least suspect one first
+		}
+		list = append(list, r)
 	}
 	if g.c.Type == TypeRace {
 		for i := range list {
@@ -96,12 +119,13 @@ func (p *path) doubtful(d *dest, now time.Time) bool {
 	if d == nil || d.paths[p] == nil {
 		return false
 	}
-	for k := range d.paths[p] {
-		if d.paths[p][k].ok.value(now) < doubtful {
+	own := d.paths[p]
+	for k := range own {
+		if own[k].ok.value(now) < doubtful {
 			return true
 		}
 	}
-	return false
+	return !own[carries].failedAt.IsZero() && now.Sub(own[carries].failedAt) < brokeFor
 }
 
 func (p *path) quietNow(now time.Time) bool { return !p.quiet.IsZero() && now.Sub(p.quiet) < quietFor }
@@ -126,12 +150,18 @@ func (p *path) seconds(d *dest, now time.Time) float64 {
 	for k := range p.level {
 		c += pathCost[k] * (1 - p.level[k].ok.value(now))
 	}
+	broke := 0.0
+	if p.level[carries].row > 0 {
+		broke = p.level[carries].broke(now)
+	}
 	if d != nil && d.paths[p] != nil {
 		own := d.paths[p]
 		for k := range own {
 			c += destCost[k] * (1 - own[k].ok.value(now))
 		}
+		broke = max(broke, own[carries].broke(now))
 	}
+	c += broke
 	if p.speed.value > 0 && now.Sub(p.speedAt) < speedFor {
 		c += speedBytes / p.speed.value
 	}

@@ -389,6 +389,13 @@ func (s *Scores) ended(p *path, dst netip.AddrPort, o dialer.Outcome, now time.T
 	}
 	if o.ByServer && (o.Reason == flow.Reset || o.Reason == flow.TimedOut) {
 		p.brokenAt = o.Down
+		if now.Add(-o.Lasted).Before(p.level[carries].failedAt) {
+			// It ran when another one broke: the same fault.
+			_, own := s.dest(dst, p, now)
+			own[carries].ok.failure(now)
+			own[carries].failedAt = now
+			return
+		}
 		s.failed(p, dst, carries, now)
 		return
 	}
@@ -400,7 +407,9 @@ func (s *Scores) ended(p *path, dst netip.AddrPort, o dialer.Outcome, now time.T
 		p.speed.add(float64(o.Down) / o.Lasted.Seconds())
 		p.speedAt = now
 	}
-	if o.Down > p.brokenAt {
+	// One that began before a failure says nothing of what came after.
+	began := now.Add(-o.Lasted)
+	if o.Down > p.brokenAt && !began.Before(p.level[carries].failedAt) {
 		p.brokenAt = 0
 		s.succeeded(p, dst, carries, now)
 	}

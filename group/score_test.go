@@ -53,7 +53,7 @@ func (p *pair) flow(target dialer.Target, end dialer.Outcome) (by string) {
 }
 
 var (
-	whole  = dialer.Outcome{News: dialer.Ended, Reason: flow.Closed, Up: 100, Down: 1 << 20, Lasted: ms}
+	whole  = dialer.Outcome{News: dialer.Ended, Reason: flow.Closed, Up: 100, Down: 1 << 20}
 	broken = dialer.Outcome{News: dialer.Ended, Reason: flow.Reset, ByServer: true, Up: 100, Down: 300_000, Lasted: ms}
 )
 
@@ -259,6 +259,35 @@ func TestBrokenFlows(t *testing.T) {
 				for range 5 {
 					if by := p.flow(dst(1), whole); by == first {
 						t.Errorf("a flow was given to %q again", by)
+					}
+				}
+			})
+		})
+	}
+}
+
+// TestTheLastToBreakIsLeft: a path that has broken many flows a while ago is better
+// than one that has just broken its first.
+func TestTheLastToBreakIsLeft(t *testing.T) {
+	for _, kind := range []string{group.TypeRace, group.TypeFallback} {
+		t.Run(kind, func(t *testing.T) {
+			withPair(t, kind, func(p *pair) {
+				for range 5 {
+					p.flow(dst(1), whole)
+				}
+				away := dst(1)
+				away.Avoid = []string{"a"}
+				for range 5 {
+					p.flow(away, broken)
+				}
+				time.Sleep(10 * time.Second)
+				if by := p.flow(dst(1), broken); by != "a" {
+					t.Fatalf("%q", by)
+				}
+				for range 3 {
+					time.Sleep(100 * ms)
+					if by := p.flow(dst(1), whole); by != "b" {
+						t.Errorf("a flow was given to %q", by)
 					}
 				}
 			})

@@ -36,6 +36,9 @@ func (r *Router) ServeStream(ctx context.Context, s flow.Stream) {
 		Reason: result.Reason, ByServer: result.By == relay.Server,
 		Up: e.up.Load(), Down: e.down.Load(), Lasted: time.Since(ends.since),
 	}
+	if result.Reason == flow.Reset && e.ending() {
+		ends.outcome.Reason = flow.Closed // one side had said all: many servers end like that
+	}
 	e.end(result.Reason)
 }
 

@@ -136,6 +136,13 @@ func (e *entry) closing() {
 	}
 }
 
+// ending says whether one side has ended in order, and the other not yet.
+func (e *entry) ending() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.state == flow.StateClosing
+}
+
 // end takes the flow out of the live ones. Only the first call counts.
 func (e *entry) end(why flow.Reason) {
 	e.mu.Lock()
