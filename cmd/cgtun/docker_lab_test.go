@@ -54,7 +54,8 @@ func TestDocker(t *testing.T) {
 		t.Fatal("a pull passes without cgtun")
 	}
 	d.leaks.Reset()
-	running := d.start(d.configDocker("true", second))
+	// What is for other containers would go to them, and not by eth1 to nobody.
+	running := d.start(d.configDocker("true", "[[rule]]\ncidr = \"172.16.0.0/12\"\nuse = \"direct\"\n"+second))
 	d.seed()
 	parts := []struct {
 		name string
@@ -63,6 +64,7 @@ func TestDocker(t *testing.T) {
 		{"builds", (*dockers).testBuilds},
 		{"first acts", (*dockers).testFirstActs},
 		{"status", (*dockers).testStatus},
+		{"gains nothing", (*dockers).testGainsNothing},
 		{"offline", (*dockers).testOffline},
 		{"as before", (*dockers).testAsBefore},
 		{"restart", (*dockers).testRestart},
@@ -188,6 +190,22 @@ func (d *dockers) testStatus() {
 	}
 	d.docker("rm", "-f", id)
 	labtest.Eventually(d.t, 20*time.Second, func() bool { return d.container(id) == nil }, "it has gone")
+}
+
+// testGainsNothing: a container of one network reaches none of another, which docker
+// keeps apart where it forwards, and cgtun would dial from home.
+func (d *dockers) testGainsNothing() {
+	other := d.docker("run", "-d", "--network=own", registry+"/base", "sleep", "60")
+	ip := d.docker("inspect", "-f", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", other)
+	d.machine.Run("ping", "-c1", "-W5", ip) // it is there, for home
+	before := d.status().Counters.TurnedAwayTotal["policy"]
+	if out, err := d.try("run", "--rm", registry+"/base", "ping", "-c1", "-W2", ip); err == nil {
+		d.t.Errorf("a container of another network is reached: %s", out)
+	}
+	if n := d.status().Counters.TurnedAwayTotal["policy"]; n == before {
+		d.t.Error("nothing was denied")
+	}
+	d.docker("rm", "-f", other)
 }
 
 // testOffline: containers without a way out get none.
