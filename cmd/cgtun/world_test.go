@@ -231,7 +231,11 @@ func result(t *testing.T, cmd *exec.Cmd) (stdout, stderr string, code int) {
 	t.Helper()
 	var out, errs strings.Builder
 	cmd.Stdout, cmd.Stderr = &out, &errs
-	err := cmd.Run()
+	if err := cmd.Start(); err != nil {
+		t.Fatalf("start %s: %v", strings.Join(cmd.Args, " "), err)
+	}
+	defer time.AfterFunc(patience(), func() { _ = cmd.Process.Kill() }).Stop()
+	err := cmd.Wait()
 	var status *exec.ExitError
 	if err != nil && !errors.As(err, &status) {
 		t.Fatalf("run %s: %v", strings.Join(cmd.Args, " "), err)
