@@ -16,6 +16,8 @@ import (
 const (
 	// copyBuffer is what one direction of the plain path holds while open.
 	copyBuffer = 32 << 10
+	// lastWords is how long a server that takes nothing any more may be silent.
+	lastWords = 30 * time.Second
 	// spliceStep bounds one splice, so that the counts are live.
 	spliceStep = 1 << 20
 )
@@ -30,11 +32,15 @@ type copier struct {
 	by   Side
 	why  error
 	over chan struct{}
+
+	mu       sync.Mutex
+	broken   error // of a write to the server
+	downDone bool
 }
 
 func relayCopy(ctx context.Context, client, server flow.Conn, o Options) Result {
 	up, down := o.Up.Load(), o.Down.Load()
-	c := &copier{client: client, server: server, o: o, over: make(chan struct{})}
+	c := &copier{client: client, server: server, o: o, over: make(chan struct{}), broken: o.Broken}
 	// Deadlines wake both directions and leave the ends usable: what a peer
 	// sent before its reset is still to be delivered by Reset.
 	wake := func() {
@@ -90,6 +96,9 @@ func (c *copier) half(dst, src flow.Conn, from Side, count *atomic.Int64) {
 	to := Client + Server - from
 	err, writing := move(dst, src, count)
 	switch {
+	case writing && to == Server && !isDeadline(err):
+		c.writeFailed(err)
+	case from == Server && c.downEnded(err):
 	case err == nil:
 		// An error means that dst has gone, or has ended already; who reads
 		// there sees how.
@@ -101,6 +110,34 @@ func (c *copier) half(dst, src flow.Conn, from Side, count *atomic.Int64) {
 	default:
 		c.end(from, err)
 	}
+}
+
+// writeFailed notes that the server takes nothing any more. What it has said before
+// is still to be delivered: the flow ends when that has.
+func (c *copier) writeFailed(err error) {
+	c.mu.Lock()
+	c.broken = err
+	over := c.downDone
+	c.mu.Unlock()
+	if over {
+		c.end(Server, err)
+		return
+	}
+	_ = c.server.SetReadDeadline(time.Now().Add(lastWords))
+}
+
+// downEnded notes that nothing comes from the server any more, and says whether
+// that has ended the flow.
+func (c *copier) downEnded(err error) bool {
+	c.mu.Lock()
+	c.downDone = true
+	broken := c.broken
+	c.mu.Unlock()
+	if broken == nil || err != nil && !isDeadline(err) {
+		return false
+	}
+	c.end(Server, broken)
+	return true
 }
 
 // move copies until the end of src. An error is one of writing or of reading.

@@ -134,6 +134,45 @@ func TestStreamsPassAReset(t *testing.T) {
 	}
 }
 
+// refusing is a server that takes nothing, and has something to say of that.
+type refusing struct {
+	flow.Conn
+	said chan string
+}
+
+func (r refusing) Write([]byte) (int, error) { return 0, syscall.EPIPE }
+
+func (r refusing) Read(b []byte) (int, error) {
+	text, ok := <-r.said
+	if !ok {
+		return 0, syscall.ECONNRESET
+	}
+	return copy(b, text), nil
+}
+
+// What a server said before it refused the rest is delivered to its end.
+func TestStreamsDeliverWhatARefusingServerSaid(t *testing.T) {
+	client, in := tcpPair(t)
+	out, _ := tcpPair(t)
+	server := refusing{flow.NewTCPConn(out), make(chan string, 2)}
+	result := make(chan relay.Result, 1)
+	go func() { result <- relay.Streams(context.Background(), plainConn{flow.NewTCPConn(in)}, server, relay.Options{}) }()
+	if _, err := client.Write([]byte("a request")); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(50 * time.Millisecond) // that is refused
+	server.said <- "too "
+	server.said <- "large"
+	close(server.said)
+	got, err := io.ReadAll(client)
+	if string(got) != "too large" || !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("the client got %q, %v", got, err)
+	}
+	if r := <-result; r.Reason != flow.Reset || r.By != relay.Server {
+		t.Errorf("ended %+v", r)
+	}
+}
+
 func TestStreamsEndWithTheirContext(t *testing.T) {
 	for _, p := range paths {
 		t.Run(p.name, func(t *testing.T) {

@@ -53,6 +53,14 @@ func (k *kept) end() {
 	k.cond.Broadcast()
 }
 
+// leave stops who writes to one server: somebody else may be asked in its place.
+func (k *kept) leave(l *link) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	l.left = true
+	k.cond.Broadcast()
+}
+
 // give stops those who write.
 func (k *kept) give() {
 	k.mu.Lock()
@@ -61,16 +69,17 @@ func (k *kept) give() {
 	k.cond.Broadcast()
 }
 
-// after waits for something behind the first n bytes: more of them, which writing
-// tells, the end, or the order to stop.
-func (k *kept) after(n int, writing *atomic.Bool) (part []byte, ended, given bool) {
+// after waits for something that a server has not got: more bytes, which its
+// writing tells, the end, or the order to stop.
+func (k *kept) after(l *link) (part []byte, ended, stop bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	for !k.given && !k.ended && len(k.b) == n {
+	for !k.given && !l.left && !k.ended && len(k.b) == l.sent {
 		k.cond.Wait()
 	}
-	writing.Store(!k.given && len(k.b) > n)
-	return k.b[n:], k.ended, k.given
+	stop = k.given || l.left
+	l.writing.Store(!stop && len(k.b) > l.sent)
+	return k.b[l.sent:], k.ended, stop
 }
 
 // kernel is an end that is a plain socket.
@@ -86,6 +95,7 @@ type link struct {
 	sent     int                   // bytes; of pump until that has ended
 	writeErr atomic.Pointer[error] // why that has ended; nil: it was told to
 
+	left    bool        // under kept.mu: nothing more is to be written
 	writing atomic.Bool // pump is in a Write, or about to be
 	waiting atomic.Bool // await has not ended
 
@@ -136,9 +146,9 @@ func (r *run) readClient() {
 // pump writes what is kept to one server until it is closed or stopped.
 func (r *run) pump(l *link) {
 	for {
-		part, ended, given := r.kept.after(l.sent, &l.writing)
+		part, ended, stop := r.kept.after(l)
 		switch {
-		case given:
+		case stop:
 			return
 		case len(part) == 0 && ended:
 			_ = l.CloseWrite() // await sees a failure

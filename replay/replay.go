@@ -250,6 +250,7 @@ func (r *run) clientEnded(ctx context.Context, err error) (Result, bool) {
 // lost is called when a server has ended without an answer.
 func (r *run) lost(ctx context.Context, l *link, err error) (Result, bool) {
 	r.remove(l)
+	r.kept.leave(l) // what comes now may be unsafe, and another server's
 	if r.last != nil {
 		r.close(r.last)
 	}

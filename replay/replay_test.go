@@ -29,6 +29,7 @@ type bed struct {
 	*testing.T
 	plain  bool // the servers' sockets are not known to be sockets
 	script []func(*net.TCPConn)
+	redial func() // called before each server but the first
 
 	mu   sync.Mutex
 	got  [][]byte // by each server
@@ -117,7 +118,12 @@ func (b *bed) run(client func(*net.TCPConn)) (heard []byte, err error) {
 	var done sync.WaitGroup
 	done.Go(func() {
 		res := replay.Begin(ctx, flow.NewTCPConn(end), server, replay.Options{
-			Redial: func(context.Context, []string) (*dialer.Conn, error) { return b.connect() },
+			Redial: func(context.Context, []string) (*dialer.Conn, error) {
+				if b.redial != nil {
+					b.redial()
+				}
+				return b.connect()
+			},
 			Closed: func() { b.open.Add(-1) },
 			Hide: func(outbound string, kind dialer.Hidden) {
 				b.mu.Lock()
@@ -350,6 +356,25 @@ func TestUnsafeWhileTwoAreAsked(t *testing.T) {
 		_, _ = io.WriteString(c, post)
 	})
 	if string(heard) != "first" || err != nil || string(b.got[0]) != get+post || string(b.got[1]) != get {
+		t.Errorf("heard %q, %v; got %q", heard, err, b.got)
+	}
+}
+
+// TestUnsafeWhileAnotherIsAsked: a server that has ended without a word, and reads
+// on, gets nothing of what comes while another one is asked.
+func TestUnsafeWhileAnotherIsAsked(t *testing.T) {
+	b := &bed{T: t}
+	asked := make(chan struct{})
+	b.script = []func(*net.TCPConn){
+		func(c *net.TCPConn) { _ = c.CloseWrite(); b.read(0, -1, c) },
+		func(c *net.TCPConn) { b.read(1, len(post), c); _, _ = io.WriteString(c, "second") },
+	}
+	b.redial = func() { close(asked); time.Sleep(100 * time.Millisecond) }
+	heard, err := b.run(func(c *net.TCPConn) {
+		<-asked
+		_, _ = io.WriteString(c, post)
+	})
+	if string(heard) != "second" || err != nil || len(b.got[0]) > 0 || string(b.got[1]) != post {
 		t.Errorf("heard %q, %v; got %q", heard, err, b.got)
 	}
 }
