@@ -156,7 +156,9 @@ func TestStreamsDeliverWhatARefusingServerSaid(t *testing.T) {
 	out, _ := tcpPair(t)
 	server := refusing{flow.NewTCPConn(out), make(chan string, 2)}
 	result := make(chan relay.Result, 1)
-	go func() { result <- relay.Streams(context.Background(), plainConn{flow.NewTCPConn(in)}, server, relay.Options{}) }()
+	go func() {
+		result <- relay.Streams(context.Background(), plainConn{flow.NewTCPConn(in)}, server, relay.Options{})
+	}()
 	if _, err := client.Write([]byte("a request")); err != nil {
 		t.Fatal(err)
 	}
