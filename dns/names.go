@@ -15,6 +15,10 @@ const (
 	// maxClients the clients.
 	maxNames   = 2048
 	maxClients = 1024
+	// maxAll bounds the addresses that are remembered for all of them, and
+	// maxOfAnswer those of one answer.
+	maxAll      = 65536
+	maxOfAnswer = 64
 )
 
 // names remembers by what name a client has got an address: one client is a
@@ -24,6 +28,7 @@ type names struct {
 	mu      sync.Mutex
 	clients map[clientKey]*list.Element
 	order   list.List // of *client, the one that asked last in front
+	all     int       // addresses of all clients
 }
 
 type clientKey struct {
@@ -56,10 +61,22 @@ func (n *names) note(attachment string, src netip.Addr, name string, addrs []net
 	defer n.mu.Unlock()
 	for _, key := range []clientKey{{attachment, src}, {attachment, netip.Addr{}}} {
 		c := n.client(key)
-		for _, a := range addrs {
+		before := len(c.names)
+		for _, a := range addrs[:min(len(addrs), maxOfAnswer)] {
 			c.note(named{addr: a.Unmap(), name: name, by: src, until: now.Add(ttl + nameFor)}, now)
 		}
+		n.all += len(c.names) - before
+		for n.all > maxAll && n.order.Len() > 1 {
+			n.drop(n.order.Back())
+		}
 	}
+}
+
+// drop forgets a client.
+func (n *names) drop(e *list.Element) {
+	c := n.order.Remove(e).(*client)
+	n.all -= len(c.names)
+	delete(n.clients, c.key)
 }
 
 func (n *names) client(key clientKey) *client {
@@ -68,7 +85,7 @@ func (n *names) client(key clientKey) *client {
 		return e.Value.(*client)
 	}
 	if len(n.clients) >= maxClients {
-		delete(n.clients, n.order.Remove(n.order.Back()).(*client).key)
+		n.drop(n.order.Back())
 	}
 	c := &client{key: key, names: map[netip.Addr]*list.Element{}}
 	n.clients[key] = n.order.PushFront(c)
@@ -119,6 +136,7 @@ func (n *names) look(key clientKey, dst netip.Addr, now time.Time) *named {
 	if now.After(one.until) {
 		delete(c.names, dst)
 		c.order.Remove(found)
+		n.all--
 		return nil
 	}
 	return one
@@ -130,8 +148,7 @@ func (n *names) forget(attachment string) {
 	defer n.mu.Unlock()
 	for key, e := range n.clients {
 		if key.attachment == attachment {
-			n.order.Remove(e)
-			delete(n.clients, key)
+			n.drop(e)
 		}
 	}
 }

@@ -39,12 +39,15 @@ func (w *web) client(p *path) *http.Client {
 	const streams = 4
 	t := &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			ctx, cancel := context.WithTimeout(ctx, giveUp) // net/http has no end of its own
+			defer cancel()
 			return w.dial(ctx, out, host, addr)
 		},
-		TLSClientConfig:   &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: w.roots},
-		ForceAttemptHTTP2: true,
-		IdleConnTimeout:   idleHTTP,
-		MaxConnsPerHost:   streams,
+		TLSHandshakeTimeout: giveUp,
+		TLSClientConfig:     &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: w.roots},
+		ForceAttemptHTTP2:   true,
+		IdleConnTimeout:     idleHTTP,
+		MaxConnsPerHost:     streams,
 	}
 	c := &http.Client{
 		Transport:     t,

@@ -6,6 +6,7 @@ import "net/netip"
 var (
 	Listening = listening
 	FlagOf    = flagOf
+	ParentOf  = parentOf
 )
 
 // SetDevice says what device of home has an address.

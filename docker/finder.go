@@ -168,6 +168,12 @@ func (f *Finder) take(pid int) (known, bool) {
 		}
 	}
 	if len(f.now) >= maxDaemons {
+		// What has ended is kept for who comes after it; not for nobody's sake.
+		if i := slices.IndexFunc(f.now, func(k known) bool { return k.Ended && k.Version == "" }); i >= 0 {
+			f.now = slices.Delete(f.now, i, i+1)
+		}
+	}
+	if len(f.now) >= maxDaemons {
 		f.log.Warn("too many docker daemons", "limit", maxDaemons, "pid", pid)
 		return known{}, false
 	}

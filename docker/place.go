@@ -90,7 +90,7 @@ func parentOf(pid int, args []string) string {
 	if name == "" {
 		name = usualConfig
 	}
-	f, err := openIn(pid, name, unix.O_RDONLY|unix.O_NONBLOCK)
+	f, err := openRegular(pid, name)
 	if err != nil {
 		return ""
 	}
@@ -131,6 +131,24 @@ func openIn(pid int, name string, flags int) (*os.File, error) {
 		return nil, err
 	}
 	return os.NewFile(uintptr(fd), name), nil
+}
+
+// openRegular opens a file for reading that is one: to open a pipe or a device of
+// somebody else's choice could wait for ever, or do something.
+func openRegular(pid int, name string) (*os.File, error) {
+	at, err := openIn(pid, name, unix.O_PATH)
+	if err != nil {
+		return nil, err
+	}
+	defer at.Close()
+	is, err := at.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if !is.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s is no regular file", name)
+	}
+	return os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", at.Fd()), os.O_RDONLY|unix.O_NOCTTY, 0)
 }
 
 func readAtMost(r io.Reader) ([]byte, error) { return io.ReadAll(io.LimitReader(r, maxRead)) }

@@ -129,7 +129,7 @@ func TestStalledFlowsStayWithinTheMemory(t *testing.T) {
 	defer release()
 	stalled := w.server.Serve(":7100", func(c *net.TCPConn) error { return swap(c, read) })
 	w.server.ServeEcho(":7000")
-	d := w.start(strings.Replace(w.config(second), `"debug"`, `"info"`, 1))
+	d := w.start(w.config(second))
 	start := memoryOf(t, d.Pid, "VmRSS")
 	old := w.startProbe(inside, probe{Do: "chat", To: port(far4, 7000)})
 	p := w.startProbe(inside, probe{Do: "stall", To: port(far4, 7100), N: flows, Wait: 10 * time.Second})

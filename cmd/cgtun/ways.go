@@ -104,6 +104,7 @@ func (in *instance) use(w *ways) {
 	}
 	in.now.Store(w)
 	in.guard.set(w.judge)
+	in.guard.LookAgain() // what has changed since it was made, only the one before was told
 	in.resolver.Reload(w.file.DNS, w.byName)
 	in.router.Reload(w.set, w.byName)
 	in.fresh <- w // there is room, or runWays makes it
