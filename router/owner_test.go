@@ -2,7 +2,9 @@ package router_test
 
 import (
 	"context"
+	"fmt"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -19,6 +21,7 @@ func TestLookupsOfOneLeaveRoomForOthers(t *testing.T) {
 	var now, most atomic.Int64
 	var all sync.WaitGroup
 	goOn := make(chan struct{})
+	release := sync.OnceFunc(func() { close(goOn) })
 	find := func(ctx context.Context, f *flow.Flow) (*flow.Owner, error) {
 		if f.Attachment != "flood" {
 			return &flow.Owner{PID: 7}, nil
@@ -38,13 +41,19 @@ func TestLookupsOfOneLeaveRoomForOthers(t *testing.T) {
 		all.Go(func() { <-done })
 		return c
 	}
+	defer release() // before the flows are waited for
 	for range 200 {
 		serveFrom("flood")
 	}
 	labtest.Eventually(t, 5*time.Second, func() bool { return now.Load() == 8 }, "eight of the flood are looked up")
-	other := serveFrom("other")
-	labtest.Eventually(t, 5*time.Second, func() bool { _, why := other.told(t); return why != flow.Closed }, "the other one is served")
-	close(goOn)
+	// By chance one in 64 shares the places of the flood.
+	var others []*client
+	for i := range 8 {
+		others = append(others, serveFrom(fmt.Sprint("other", i)))
+	}
+	served := func(c *client) bool { _, why := c.told(t); return why != flow.Closed }
+	labtest.Eventually(t, 5*time.Second, func() bool { return slices.ContainsFunc(others, served) }, "others are served")
+	release()
 	all.Wait()
 	if n := most.Load(); n > 8 {
 		t.Errorf("%d owners were looked up at a time for one attachment", n)
