@@ -19,7 +19,7 @@ packages=$(go list ./... | grep -v -e '/cmd/cgtun$')
 limit="-timeout ${TIMEOUT:-10m}"
 kernel='Closed|Killed[WT]|OwnExit|Doctor|StalledFlows|Moves|StartedInside|Flushed|NoPacket|SocketBound|ResetAtOnce'
 kernel="$kernel|KilledClient|Forged|ConnectedPrefixes|HostWithout|OlderSocket|Iperf|MadeAgain|MadeByHand|OddSockets|OpenIsOpen"
-kernel="$kernel|EveryMTU|RealPrograms|Survival|Frames|RoutersOnThePath|Floods"
+kernel="$kernel|EveryMTU|RealPrograms|ProgramsThrough|Survival|Frames|RoutersOnThePath|Floods|Docker|CachedQueries"
 
 echo "== with the race detector, short"
 races="env CGO_ENABLED=1 go test -race -short -count=1 $limit"
