@@ -26,7 +26,7 @@ type reloads struct {
 }
 
 // Reload implements control.Source: everything is read, checked and made first,
-// and put in force then. What fails changes nothing.
+// and put in force then. What fails before that changes nothing.
 func (in *instance) Reload(ctx context.Context) error {
 	in.reloading.Lock()
 	defer in.reloading.Unlock()

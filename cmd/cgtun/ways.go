@@ -32,7 +32,7 @@ type ways struct {
 }
 
 // newWays makes ways of a file, and puts nothing in force. Outbounds and groups
-// of before that are the same stay, with all that is known of them.
+// stay, with all that is known of them, if all are as before.
 func (in *instance) newWays(file *config.File, before *ways) (*ways, error) {
 	w := &ways{file: file, byName: map[string]dialer.Outbound{}}
 	var err error
