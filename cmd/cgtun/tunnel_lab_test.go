@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"strings"
 	"testing"
 	"time"
 
@@ -205,5 +206,33 @@ func (w *world) asksForNames(asked <-chan string) {
 		case <-time.After(5 * time.Second):
 			w.t.Errorf("the proxy was not asked for %q", want)
 		}
+	}
+}
+
+// refusal is what a client hears of something that does not work.
+type refusal struct {
+	what    string
+	network string
+	port    int
+	errno   string
+}
+
+// hearsNo tries each of them, at both families, and a ping, which no proxy
+// carries. A wrong password is known at the second try, and not sent again.
+func (w *world) hearsNo(list []refusal) {
+	w.t.Helper()
+	for _, tt := range list {
+		for _, far := range []string{far4, far6} {
+			want := tt.errno
+			if strings.HasPrefix(tt.what, "a wrong") && far == far6 {
+				want = "EACCES"
+			}
+			if a := w.probe(inside, probe{Do: "dial", Network: tt.network, To: port(far, tt.port), Say: "x"}); a.Errno != want || a.Took > 2*time.Second {
+				w.t.Errorf("%s at %s: %+v, want %s", tt.what, far, a, want)
+			}
+		}
+	}
+	if out, err := w.try(inside, "ping", "-c1", "-W3", far4); err == nil || !strings.Contains(out, "Packet filtered") {
+		w.t.Errorf("ping through a proxy: %v, %s", err, out)
 	}
 }
