@@ -33,8 +33,9 @@ type Finder struct {
 	// device is deviceOf.
 	device func(netip.Addr) string
 
-	mu  sync.Mutex
-	now []known
+	mu   sync.Mutex
+	now  []known
+	said map[string]bool // of each bridge, whether its network is an internal one
 }
 
 type known struct {
@@ -168,8 +169,11 @@ func (f *Finder) take(pid int) (known, bool) {
 		}
 	}
 	if len(f.now) >= maxDaemons {
-		// What has ended is kept for who comes after it; not for nobody's sake.
-		if i := slices.IndexFunc(f.now, func(k known) bool { return k.Ended && k.Version == "" }); i >= 0 {
+		// What has ended is kept for who comes after it, not for nobody's sake; and
+		// what runs in containers keeps out nobody who is not in one.
+		if i := slices.IndexFunc(f.now, func(k known) bool {
+			return k.Ended && k.Version == "" || k.Root != d.Root && within(k.Root, d.Root)
+		}); i >= 0 {
 			f.now = slices.Delete(f.now, i, i+1)
 		}
 	}
@@ -255,7 +259,7 @@ func (f *Finder) answered(pid int, a answer) {
 			k.Version, k.Silent, k.said = a.Version, false, true
 			k.API, _ = a.api()
 			f.log.Info("docker daemon answers", "pid", pid, "version", k.Version)
-			f.dropEnded()
+			f.dropEnded(k.Root)
 			return
 		}
 	}
@@ -269,14 +273,17 @@ func (f *Finder) silent(pid int, err error) {
 		if k := &f.now[i]; k.PID == pid && !k.Ended {
 			f.log.Warn("docker daemon does not say its version: it counts as one before 23", "pid", pid, "err", err)
 			k.Silent, k.Version, k.API = true, "", [2]int{}
-			f.dropEnded()
+			f.dropEnded(k.Root)
 			return
 		}
 	}
 }
 
-// dropEnded forgets those that ended when another one is there. It wants f.mu.
-func (f *Finder) dropEnded() { f.now = slices.DeleteFunc(f.now, func(k known) bool { return k.Ended }) }
+// dropEnded forgets those that ended when another one is there, in the same cgroup
+// namespace or around theirs. It wants f.mu.
+func (f *Finder) dropEnded(root string) {
+	f.now = slices.DeleteFunc(f.now, func(k known) bool { return k.Ended && within(k.Root, root) })
+}
 
 // ended keeps what a daemon had, if it ever was one.
 func (f *Finder) ended(pid int) {

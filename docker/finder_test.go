@@ -2,6 +2,7 @@ package docker_test
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -21,6 +22,8 @@ type fakes struct {
 	t   *testing.T
 	lab *labtest.Lab
 	dir string
+	// networks is what those answer that are started from now on.
+	networks string
 }
 
 func newFakes(t *testing.T) *fakes {
@@ -52,7 +55,7 @@ func (f *fakes) start(c *labtest.Cgroup, answer string, before ...string) *labte
 	f.t.Helper()
 	words := slices.Concat(before, []string{f.program(), "--cgroup-parent", "/par"})
 	cmd := exec.Command(words[0], words[1:]...)
-	cmd.Env = append(os.Environ(), fakeEnv+"=1", "FAKE_ANSWER="+answer)
+	cmd.Env = append(os.Environ(), fakeEnv+"=1", "FAKE_ANSWER="+answer, "FAKE_NETWORKS="+f.networks)
 	if answer != "" {
 		cmd.Env = append(cmd.Env, "FAKE_SOCKET="+filepath.Join(f.t.TempDir(), "s.sock"))
 	}
@@ -74,6 +77,18 @@ func of(all []docker.Daemon, p *labtest.Proc) *docker.Daemon {
 		}
 	}
 	return nil
+}
+
+// inside are the words that start one in a cgroup namespace of its own, whose root
+// is the cgroup that it is started in, and then in another cgroup.
+func inside(c *labtest.Cgroup) []string {
+	return []string{"unshare", "--cgroup", "sh", "-c", `echo $$ > "$0" && exec "$@"`, filepath.Join(c.Dir, "cgroup.procs")}
+}
+
+// kill ends one.
+func kill(p *labtest.Proc) {
+	p.Signal(syscall.SIGKILL)
+	_ = p.Wait()
 }
 
 // run runs a Finder until the test ends.
@@ -160,23 +175,49 @@ func TestFakeDaemonsSelectNothing(t *testing.T) {
 func TestDaemonInACgroupNamespaceHasThatAlone(t *testing.T) {
 	f := newFakes(t)
 	root := f.lab.Cgroup("c")
-	inside := f.lab.Cgroup("c/service")
-	move := `echo $$ > "$0" && exec "$@"`
-	p := f.start(root, new27, "unshare", "--cgroup", "sh", "-c", move, filepath.Join(inside.Dir, "cgroup.procs"))
+	service := f.lab.Cgroup("c/service")
+	p := f.start(root, new27, inside(service)...)
 	all := docker.NewFinder(nil).Scan(t.Context())
 	d := of(all, p)
-	if d == nil || d.Root != root.Path || d.Cgroup != inside.Path {
+	if d == nil || d.Root != root.Path || d.Cgroup != service.Path {
 		t.Fatalf("a scan finds %+v, want root %s", d, root.Path)
 	}
 	got := docker.Follow([]docker.Daemon{*d}, 3, cgroupsel.DockerBuilds)
-	want := []string{root.Path + "/par/buildkit", inside.Path}
+	want := []string{root.Path + "/par/buildkit", service.Path}
 	if !slices.Equal(got.Cgroups, want) || got.Steps || got.Containers || got.Selection != 3 {
 		t.Errorf("it selects %+v, want %v", got, want)
 	}
-	out := f.start(inside, new27, "unshare", "--cgroup", "sh", "-c", move, filepath.Join(root.Dir, "cgroup.procs"))
+	out := f.start(service, new27, inside(root)...)
 	if d := of(docker.NewFinder(nil).Scan(t.Context()), out); d != nil {
 		t.Errorf("one outside of its cgroup namespace is believed: %+v", d)
 	}
+}
+
+// What is in a container takes nothing from the daemon that keeps it: neither its
+// place while it is away, nor that of its successor.
+func TestDaemonsInContainersTakeNothingFromTheirKeeper(t *testing.T) {
+	f := newFakes(t)
+	host, container := f.lab.Cgroup("service"), f.lab.Cgroup("container")
+	real := f.start(host, new27)
+	finder := run(t)
+	labtest.Eventually(t, 20*time.Second, func() bool { d := of(finder.Daemons(), real); return d != nil && d.Version != "" })
+	kill(real)
+	labtest.Eventually(t, 20*time.Second, func() bool { d := of(finder.Daemons(), real); return d != nil && d.Ended })
+	for i := range docker.MaxDaemons {
+		p := f.start(container, old20, inside(f.lab.Cgroup(fmt.Sprintf("container/%d", i)))...)
+		labtest.Eventually(t, 20*time.Second, func() bool {
+			d := of(finder.Daemons(), p)
+			return d != nil && d.Version != "" || len(finder.Daemons()) == docker.MaxDaemons
+		}, "%d is seen", i)
+	}
+	if d := of(finder.Daemons(), real); d == nil || !d.Ended {
+		t.Fatalf("the daemon that ended is not kept: %+v", finder.Daemons())
+	}
+	next := f.start(host, new27)
+	labtest.Eventually(t, 20*time.Second, func() bool {
+		all := finder.Daemons()
+		return of(all, next) != nil && of(all, real) == nil
+	}, "the next one takes its place")
 }
 
 func TestWhatIsSelectedOfADaemon(t *testing.T) {

@@ -16,7 +16,8 @@ import (
 )
 
 // rootOf is the root of a process's cgroup namespace, as we see it. cgroup is the
-// process's, as we see it.
+// process's, as we see it. How deep the root is says what our own cgroup, where we
+// stay, is called there: the process can be moved meanwhile.
 func rootOf(pid int, cgroup string) (string, error) {
 	out := &otherError{
 		fmt.Sprintf("dockerd (process %d) is in cgroup %q, which is outside of its cgroup namespace or of cgtun's: nothing is believed of it", pid, cgroup),
@@ -33,48 +34,72 @@ func rootOf(pid int, cgroup string) (string, error) {
 	if ours, err := os.Readlink(ownNamespace); err == nil && ours == theirs {
 		return "/", nil
 	}
-	seen, err := seenFrom(file, pid)
+	seen, own, there, err := seenFrom(file, pid)
 	if err != nil {
 		return "", err
 	}
-	root, ok := strings.CutSuffix(cgroup, strings.TrimSuffix(seen, "/"))
-	if strings.HasPrefix(seen, "/..") || !ok {
+	parts := split(cgroup)
+	depth := depthOf(own, there)
+	if strings.HasPrefix(seen, "/..") || strings.HasPrefix(own, "/..") || depth < 0 || depth > len(parts) {
 		return "", out
 	}
-	return path.Join("/", root), nil
+	return path.Join("/", path.Join(parts[:depth]...)), nil
+}
+
+// depthOf is how many cgroups deep the root of a cgroup namespace is, where ours is
+// called own here and there in it.
+func depthOf(own, there string) int {
+	parts := split(there)
+	up := 0
+	for up < len(parts) && parts[up] == ".." {
+		up++
+	}
+	return up + len(split(own)) - len(parts[up:])
+}
+
+// split are the names in a path.
+func split(cgroup string) []string {
+	return strings.FieldsFunc(cgroup, func(r rune) bool { return r == '/' })
 }
 
 // ownNamespace is not that of /proc/self, which is the first thread's: one that
 // could not come back from seenFrom.
 const ownNamespace = "/proc/thread-self/ns/cgroup"
 
-// seenFrom is the cgroup of a process as it is called in the cgroup namespace
-// that a file leads to.
-func seenFrom(file string, pid int) (cgroup string, err error) {
+// seenFrom is what the cgroup of a process, and our own, are called in the cgroup
+// namespace that a file leads to; own is what ours is called here.
+func seenFrom(file string, pid int) (cgroup, own, ours string, err error) {
 	there, err := unix.Open(file, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return "", errNone
+		return "", "", "", errNone
 	}
 	defer unix.Close(there)
 	runtime.LockOSThread()
 	back, err := unix.Open(ownNamespace, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		runtime.UnlockOSThread()
-		return "", fmt.Errorf("open own cgroup namespace: %w", err)
+		return "", "", "", fmt.Errorf("open own cgroup namespace: %w", err)
 	}
 	defer unix.Close(back)
-	if err = unix.Setns(there, unix.CLONE_NEWCGROUP); err == nil {
+	own, err = cgroupsel.CgroupOf(unix.Gettid())
+	if err == nil {
+		err = unix.Setns(there, unix.CLONE_NEWCGROUP)
+	}
+	if err == nil {
+		var errOurs error
 		cgroup, err = cgroupsel.CgroupOf(pid)
+		ours, errOurs = cgroupsel.CgroupOf(unix.Gettid())
+		err = errors.Join(err, errOurs)
 		if errBack := unix.Setns(back, unix.CLONE_NEWCGROUP); errBack != nil {
 			// Still locked: the thread ends with its goroutine.
-			return "", errors.Join(err, fmt.Errorf("come back from cgroup namespace of process %d: %w", pid, errBack))
+			return "", "", "", errors.Join(err, fmt.Errorf("come back from cgroup namespace of process %d: %w", pid, errBack))
 		}
 	}
 	runtime.UnlockOSThread()
 	if err != nil {
-		return "", fmt.Errorf("look into cgroup namespace of process %d: %w", pid, err)
+		return "", "", "", fmt.Errorf("look into cgroup namespace of process %d: %w", pid, err)
 	}
-	return cgroup, nil
+	return cgroup, own, ours, nil
 }
 
 // usualConfig is where dockerd looks without --config-file.
