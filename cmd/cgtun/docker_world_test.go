@@ -38,9 +38,19 @@ const registry = "registry.lab:5000"
 
 func newDockers(t *testing.T) *dockers {
 	t.Helper()
-	w := newWorld(t, "dockerd", "docker-registry", "runc", "iptables", "busybox", "curl", "git", "wget", "dirmngr", "gcc", "ldd", "nginx", "dnsmasq", "unshare", "umount")
+	d := newBuilders(t, "dockerd")
+	d.lab.Cgroup("host/dockerd.service")
+	d.startDaemon()
+	t.Cleanup(func() { d.t, d.world.t = t, t; d.stopDaemon() })
+	return d
+}
+
+// newBuilders is the world of dockers with nothing yet that builds.
+func newBuilders(t *testing.T, tools ...string) *dockers {
+	t.Helper()
+	tools = append(tools, "docker-registry", "runc", "iptables", "busybox", "curl", "git", "wget", "dirmngr", "gcc", "ldd", "nginx", "dnsmasq", "unshare", "umount")
+	w := newWorld(t, tools...)
 	d := &dockers{world: w, host: w.lab.Cgroup("host"), state: filepath.Join(w.dir, "docker"), images: filepath.Join(w.dir, "images")}
-	w.lab.Cgroup("host/dockerd.service")
 	w.machine.Forward()
 	w.router.Run("nft", `add table inet broken; add chain inet broken f { type filter hook forward priority 0; };
 		add rule inet broken f iifname "eth0" reject with icmpx admin-prohibited`)
@@ -51,8 +61,7 @@ func newDockers(t *testing.T) *dockers {
 	w.listening(53)
 	d.serveRegistry()
 	d.makeImage()
-	d.startDaemon()
-	t.Cleanup(func() { d.t, d.world.t = t, t; d.stopDaemon() })
+	d.file(filepath.Join(d.state, "resolv.conf"), "nameserver "+far4+"\n")
 	return d
 }
 
@@ -114,14 +123,17 @@ gcc -O1 -static -o $root/bin/first "$1"`
 	}
 }
 
+// ownMounts has a shell see pure cgroup2, and the server's resolver. $0 is the
+// world's state.
+const ownMounts = `set -e
+mount --make-rprivate /
+umount -R /sys/fs/cgroup; mount -t cgroup2 none /sys/fs/cgroup
+mount --bind $0/resolv.conf /etc/resolv.conf`
+
 // startDaemon starts dockerd as a service of the lab's cgroup "host".
 func (d *dockers) startDaemon(args ...string) {
 	d.t.Helper()
-	d.file(filepath.Join(d.state, "resolv.conf"), "nameserver "+far4+"\n")
-	script := `set -e
-mount --make-rprivate /
-umount -R /sys/fs/cgroup; mount -t cgroup2 none /sys/fs/cgroup
-mount --bind $0/resolv.conf /etc/resolv.conf
+	script := ownMounts + `
 echo $$ >/sys/fs/cgroup/dockerd.service/cgroup.procs
 exec dockerd --data-root $0/data --exec-root $0/exec --pidfile $0/pid -H unix://$0/sock --exec-opt native.cgroupdriver=cgroupfs \
 	--insecure-registry http://` + registry + ` --insecure-registry ` + registry + ` --insecure-registry localhost:5001 --raw-logs -l error "$@"`
