@@ -69,6 +69,8 @@ func newLab(b *testing.B) *lab {
 		h.Sysctl("net.ipv4.ip_local_port_range", "10000 65000")
 		h.Sysctl("net.ipv4.tcp_max_syn_backlog", "16384")
 		h.Sysctl("net.core.somaxconn", "16384")
+		// Or the ports that one measurement leaves in TIME-WAIT slow down the next.
+		h.Sysctl("net.ipv4.tcp_max_tw_buckets", "0")
 	}
 	l.server.Start("iperf3", "-s", "-p", iperfPort)
 	l.start(l.server, "server", "")
