@@ -289,6 +289,33 @@ func TestStreams(t *testing.T) {
 	})
 }
 
+// A client that takes no answers is let go in time, and holds no end up.
+func TestUnreadAnswers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLab(nil)
+		l.udp[asked] = answers(0, "300 A 192.0.2.7")
+		for _, tt := range []struct {
+			name      string
+			stop, end time.Duration
+		}{
+			{"the end comes", time.Second, time.Second},
+			{"no end", time.Hour, giveUp},
+		} {
+			ctx, cancel := context.WithTimeout(context.Background(), tt.stop)
+			here, there := net.Pipe()
+			go sendAll(here, question("name.example", 1))
+			began := time.Now()
+			_, pass := l.r.Serve(ctx, &flow.Flow{Proto: flow.TCP, Src: me, Dst: asked}, there, l.way)
+			if took := time.Since(began); took != tt.end || pass {
+				t.Errorf("%s: it took %v, want %v (passed on: %v)", tt.name, took, tt.end, pass)
+			}
+			cancel()
+			here.Close()
+			there.Close()
+		}
+	})
+}
+
 func framed(m *wire.Msg) string {
 	b, _ := m.Pack()
 	return string(append(binary.BigEndian.AppendUint16(nil, uint16(len(b))), b...))

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"cgtun/dialer"
 	"cgtun/flow"
 )
 
@@ -140,13 +141,16 @@ func (l *Listener) servePackets(ctx context.Context, c *net.UDPConn, way func(co
 				_, _, _ = c.WriteMsgUDPAddrPort(b, answerFrom(to), from)
 			}
 		}
-		answer, wait, mine := l.r.Take(f, buf[:n], way(ctx, f))
+		answer, wait, mine := l.r.Take(f, buf[:n], l.way(ctx, f, way))
 		switch {
 		case !mine:
 			msg := append([]byte(nil), buf[:n]...)
-			wait = func(ctx context.Context, reply func([]byte)) { l.passOn(ctx, f.Dst, msg, reply) }
-			if l.r.waiting.Add(1) > int64(l.r.opts.Waiting) {
-				l.r.waiting.Add(-1)
+			wait = func(ctx context.Context, reply func([]byte)) {
+				defer l.r.waiting.give(clientOf(f))
+				l.passOn(ctx, f.Dst, msg, reply)
+			}
+			if !l.r.waiting.take(clientOf(f)) {
+				l.r.counts.dropped.Add(1)
 				continue
 			}
 		case wait == nil:
@@ -157,9 +161,21 @@ func (l *Listener) servePackets(ctx context.Context, c *net.UDPConn, way func(co
 	}
 }
 
+// way is what the rules say on behalf of a client, who is looked up when that is
+// asked, and not before: the reader does not wait for it. The resolver that was
+// asked itself is reached as it is without us.
+func (l *Listener) way(ctx context.Context, f *flow.Flow, rules func(context.Context, *flow.Flow) Way) Way {
+	of := sync.OnceValue(func() Way { return rules(ctx, f) })
+	return func(to netip.AddrPort, proto flow.Proto) (dialer.Outbound, error) {
+		if to == f.Dst {
+			return l.r.now.Load().outbounds[direct], nil
+		}
+		return of()(to, proto)
+	}
+}
+
 // passOn brings one datagram to the resolver that was meant, and its answer back.
 func (l *Listener) passOn(ctx context.Context, to netip.AddrPort, msg []byte, reply func([]byte)) {
-	defer l.r.waiting.Add(-1)
 	c, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(to))
 	if err != nil {
 		return
@@ -204,7 +220,7 @@ func (l *Listener) serveStreams(ctx context.Context, ln *net.TCPListener, way fu
 			defer c.Close()
 			from, to := c.RemoteAddr().(*net.TCPAddr).AddrPort(), c.LocalAddr().(*net.TCPAddr).AddrPort()
 			f := flow.New(flow.TCP, netip.AddrPortFrom(from.Addr().Unmap(), from.Port()), netip.AddrPortFrom(to.Addr().Unmap(), port), l.attachment)
-			if read, pass := l.r.Serve(ctx, f, c, way(ctx, f)); pass && f.Dst.Addr().IsLoopback() {
+			if read, pass := l.r.Serve(ctx, f, c, l.way(ctx, f, way)); pass && f.Dst.Addr().IsLoopback() {
 				l.splice(ctx, c, f.Dst, read)
 			}
 		})

@@ -5,6 +5,8 @@ import (
 	"net/netip"
 	"sync"
 	"time"
+
+	"cgtun/flow"
 )
 
 const (
@@ -35,6 +37,9 @@ type clientKey struct {
 	attachment string
 	src        netip.Addr // not valid: all of the attachment
 }
+
+// clientOf is who sent a flow.
+func clientOf(f *flow.Flow) clientKey { return clientKey{f.Attachment, f.Src.Addr().Unmap()} }
 
 type client struct {
 	key   clientKey

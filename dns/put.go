@@ -58,21 +58,17 @@ func (p *put) choose() (err error) {
 	if stub(asked.Addr()) {
 		// Its questions would go out by themselves: what it asks is asked.
 		if real := p.r.host.servers(time.Now()); len(real) > 0 && !stub(real[0].Addr()) {
-			p.servers, p.key = hostServers(real), p.q.key("host")
+			p.servers = hostServers(real)
+			p.key = p.q.key(scopeOf(p.servers))
 			return nil
 		}
 	}
 	scope := asked.String()
-	switch {
-	case asked.Addr().IsLoopback() && p.f.Src.Addr().IsLoopback():
-		p.first = p.s.outbounds[direct] // a listener of this machine that was asked from here
-	default:
-		if p.first, err = p.way(asked, flow.UDP); err != nil {
-			return err
-		}
-		if local(asked.Addr()) && !slices.Contains(p.r.host.servers(time.Now()), asked) {
-			scope += " " + p.f.Attachment // the address may mean another server elsewhere
-		}
+	if p.first, err = p.way(asked, flow.UDP); err != nil {
+		return err
+	}
+	if local(asked.Addr()) && !slices.Contains(p.r.host.servers(time.Now()), asked) {
+		scope += " " + p.f.Attachment // the address may mean another server elsewhere
 	}
 	p.key = p.q.key(scope + " " + p.first.Name())
 	return nil
@@ -87,11 +83,11 @@ func (s *settings) serversFor(q *query) (scope string, servers []*server) {
 		name := q.text()
 		for i := range s.routes {
 			if s.routes[i].has(name) {
-				return "route" + string(rune('0'+i)), s.routes[i].servers
+				return s.routes[i].scope, s.routes[i].servers
 			}
 		}
 	}
-	return "all", s.servers
+	return s.scope, s.servers
 }
 
 func (r *route) has(name string) bool {
@@ -160,7 +156,7 @@ func (p *put) addServer(ctx context.Context, all []path, s *server) []path {
 
 // wait answers a question that the cache does not.
 func (p *put) wait(ctx context.Context, reply func([]byte)) {
-	defer p.r.waiting.Add(-1)
+	defer p.r.waiting.give(clientOf(p.f))
 	ctx, cancel := context.WithTimeout(ctx, giveUp)
 	defer cancel()
 	replied := false
@@ -222,7 +218,7 @@ func (p *put) finish(a *answer, say func([]byte)) {
 // answer asks, or waits for who asks the same already; nil: nobody answered.
 func (p *put) answer(ctx context.Context) *answer {
 	return p.r.flights.do(ctx, p.key, func() *answer {
-		a, elsewhere := p.r.race(ctx, p.paths(ctx), &p.q)
+		a, elsewhere := p.r.race(ctx, clientOf(p.f), p.paths(ctx), &p.q)
 		if a == nil || !a.final() {
 			return a
 		}

@@ -26,9 +26,9 @@ type result struct {
 }
 
 // race asks the paths, and returns the first answer that settles the question,
-// else the first one that does not, else nil. elsewhere says that it is not of
-// the server that the client meant.
-func (r *Resolver) race(ctx context.Context, paths []path, q *query) (a *answer, elsewhere bool) {
+// else the first one that does not, else nil. It takes places of the client's
+// share. elsewhere says that the answer is not of the server that was meant.
+func (r *Resolver) race(ctx context.Context, by clientKey, paths []path, q *query) (a *answer, elsewhere bool) {
 	if len(paths) == 0 {
 		return nil, false
 	}
@@ -42,16 +42,34 @@ func (r *Resolver) race(ctx context.Context, paths []path, q *query) (a *answer,
 	results := make(chan result, maxAttempts)
 	began := make([]time.Time, len(paths))
 	started, running := 0, 0
+	// The first attempt waits for a place; beside one that runs, another one is
+	// made only if there is one.
+	place := func() bool {
+		if running > 0 {
+			return r.asking.take(by)
+		}
+		return r.asking.wait(ctx, by) == nil
+	}
 	start := func() {
+		if !place() {
+			return
+		}
 		p := &paths[started%len(paths)]
 		if began[started%len(paths)].IsZero() {
 			began[started%len(paths)] = time.Now()
 		}
 		started++
 		running++
-		asking.Go(func() { results <- r.attempt(ctx, p, q) })
+		asking.Go(func() {
+			a, err := r.ask(ctx, p, q)
+			r.asking.give(by)
+			results <- result{p, a, err}
+		})
 	}
 	start()
+	if started == 0 {
+		return nil, false // no place came free in time
+	}
 	next := time.NewTimer(r.pause(paths, started))
 	defer next.Stop()
 	for {
@@ -94,18 +112,6 @@ func (r *Resolver) pause(paths []path, started int) time.Duration {
 		return r.health.stagger(&paths[started-1])
 	}
 	return again
-}
-
-// attempt is one question to one upstream, when there is room for it.
-func (r *Resolver) attempt(ctx context.Context, p *path, q *query) result {
-	select {
-	case r.room <- struct{}{}:
-		defer func() { <-r.room }()
-	case <-ctx.Done():
-		return result{p: p, err: ctx.Err()}
-	}
-	a, err := r.ask(ctx, p, q)
-	return result{p, a, err}
 }
 
 // won notes how fast the one was that answered, and that others did not.

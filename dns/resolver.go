@@ -2,7 +2,9 @@ package dns
 
 import (
 	"context"
+	"crypto/sha256"
 	"crypto/x509"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
@@ -27,10 +29,12 @@ type Options struct {
 	// Roots are the authorities for tls and https; nil: the system's.
 	Roots *x509.CertPool
 	// Waiting is how many queries wait for upstreams at a time: 4,096. Others
-	// are dropped, as a full socket buffer would drop them.
+	// are dropped, as a full socket buffer would drop them. One client, a source
+	// address of an attachment, has half of them at most, and less the fewer are
+	// left.
 	Waiting int
-	// InFlight is how many upstream questions there are at a time: 512. Others
-	// wait for one to end.
+	// InFlight is how many upstream questions there are at a time: 512, shared
+	// out in the same way. Others wait for one to end.
 	InFlight int
 
 	host *host // tests
@@ -52,8 +56,8 @@ type Resolver struct {
 	health  health
 	host    *host
 	web     web
-	room    chan struct{} // a place for each upstream question
-	waiting atomic.Int64
+	asking  *shares // a place for each upstream question
+	waiting *shares // and for each query that waits for them
 	counts  counts
 }
 
@@ -80,6 +84,7 @@ type Counters struct {
 type settings struct {
 	on        bool
 	servers   []*server // none: the one that was asked
+	scope     string    // of servers, see scopeOf
 	routes    []route
 	outbounds map[string]dialer.Outbound
 	hosts     map[string][]netip.Addr
@@ -88,6 +93,7 @@ type settings struct {
 type route struct {
 	suffixes []string
 	servers  []*server
+	scope    string
 }
 
 // New returns a Resolver that answers nothing before Reload.
@@ -107,7 +113,7 @@ func New(o Options) *Resolver {
 	r := &Resolver{
 		opts: o, log: o.Logger, cache: newCache(0), names: newNames(), host: o.host,
 		flights: flights{calls: map[string]*flight{}}, health: health{known: map[healthKey]*condition{}},
-		room: make(chan struct{}, o.InFlight),
+		asking: newShares(o.InFlight), waiting: newShares(o.Waiting),
 	}
 	r.web = web{roots: o.Roots, clients: map[webKey]*http.Client{}, look: func(ctx context.Context, host string) ([]netip.Addr, error) {
 		return net.DefaultResolver.LookupNetIP(ctx, "ip", host)
@@ -122,12 +128,14 @@ func New(o Options) *Resolver {
 func (r *Resolver) Reload(c Config, outbounds map[string]dialer.Outbound) {
 	s := &settings{on: c.Mode == ModeForward, outbounds: outbounds, hosts: map[string][]netip.Addr{}}
 	s.servers = serversOf(c.Upstreams, c.Outbound)
+	s.scope = scopeOf(s.servers)
 	for _, one := range c.Route {
 		way := one.Outbound
 		if way == "" {
 			way = c.Outbound
 		}
-		s.routes = append(s.routes, route{lowered(one.DomainSuffix), serversOf(one.Upstreams, way)})
+		servers := serversOf(one.Upstreams, way)
+		s.routes = append(s.routes, route{lowered(one.DomainSuffix), servers, scopeOf(servers)})
 	}
 	for name, addrs := range c.Hosts {
 		s.hosts[plainName(name)] = addrs
@@ -135,6 +143,17 @@ func (r *Resolver) Reload(c Config, outbounds map[string]dialer.Outbound) {
 	r.now.Store(s)
 	r.cache.resize(c.Cache)
 	r.web.close()
+}
+
+// scopeOf tells servers apart in the keys of answers: what others have said is
+// not theirs. Short, as each answer has it.
+func scopeOf(servers []*server) string {
+	h := sha256.New()
+	for _, s := range servers {
+		fmt.Fprintf(h, "%q by %q\n", s.id(), s.outbound)
+	}
+	const size = 16
+	return string(h.Sum(nil)[:size])
 }
 
 // plainName is how names are compared.
@@ -242,8 +261,7 @@ func (r *Resolver) Take(f *flow.Flow, msg []byte, way Way) (answer []byte, wait 
 		}
 		put.old = entry
 	}
-	if r.waiting.Add(1) > int64(r.opts.Waiting) {
-		r.waiting.Add(-1)
+	if !r.waiting.take(clientOf(f)) {
 		r.counts.dropped.Add(1)
 		return nil, nil, true
 	}

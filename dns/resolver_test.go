@@ -12,6 +12,7 @@ import (
 
 	wire "github.com/miekg/dns"
 
+	"cgtun/dialer"
 	"cgtun/flow"
 )
 
@@ -146,6 +147,39 @@ func TestCache(t *testing.T) {
 			if got, n := show(m), len(l.questions()); got != s.want || n != s.asked {
 				t.Errorf("step %d: %s with %d questions, want %s with %d", i, got, n, s.want, s.asked)
 			}
+		}
+	})
+}
+
+// What other servers have said is not what those of a reloaded file say.
+func TestReloadAsksTheNewServers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := DefaultConfig()
+		l := newLab(nil)
+		l.udp[asked], l.udp[other] = answers(0, "300 A 192.0.2.7"), answers(0, "300 A 192.0.2.9")
+		for i, step := range []struct {
+			upstream, route string
+			want            string
+		}{
+			{"udp://203.0.113.53", "", "NOERROR 300 192.0.2.7"},
+			{"udp://198.51.100.53", "", "NOERROR 300 192.0.2.9"},
+			{"udp://198.51.100.53", "udp://203.0.113.53", "NOERROR 299 192.0.2.7"},
+			{"udp://203.0.113.53", "udp://198.51.100.53", "NOERROR 298 192.0.2.9"},
+		} {
+			c.Upstreams, c.Route = []string{step.upstream}, nil
+			if step.route != "" {
+				c.Route = []Route{{DomainSuffix: []string{"example"}, Upstreams: []string{step.route}}}
+			}
+			l.r.Reload(c, map[string]dialer.Outbound{direct: l.world})
+			if m, _ := l.ask(question("name.example", wire.TypeA)); show(m) != step.want {
+				t.Errorf("step %d: %s, want %s", i, show(m), step.want)
+			}
+			if i > 0 {
+				time.Sleep(time.Second)
+			}
+		}
+		if n := len(l.questions()); n != 2 {
+			t.Errorf("%d questions, want 2: what the same servers said is kept", n)
 		}
 	})
 }
@@ -285,8 +319,7 @@ func TestOneQuestionForMany(t *testing.T) {
 func TestBounds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := newLab(func(c *Config) { c.Upstreams, c.Cache = []string{"udp://203.0.113.53"}, 100 })
-		l.r.opts.Waiting = 200
-		l.r.room = make(chan struct{}, 10)
+		l.r.waiting, l.r.asking = newShares(200), newShares(10)
 		var now, most int
 		var mu sync.Mutex
 		l.udp[asked] = func(q *wire.Msg, send func(*wire.Msg)) {
@@ -306,8 +339,37 @@ func TestBounds(t *testing.T) {
 		}
 		all.Wait()
 		c := l.r.Counters()
-		if most != 10 || c.Dropped != 800 || c.Answered != 200 || len(l.r.cache.byKey) > 100 {
+		if most != 5 || c.Dropped != 900 || c.Answered != 100 || len(l.r.cache.byKey) > 100 {
 			t.Errorf("%d at a time, %d dropped, %d answered, %d kept", most, c.Dropped, c.Answered, len(l.r.cache.byKey))
+		}
+	})
+}
+
+// A client that asks a dead server as much as it can takes neither the places of
+// others nor makes them wait.
+func TestOneClientLeavesRoomForOthers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLab(func(c *Config) { c.Upstreams = []string{"udp://203.0.113.53"} })
+		l.r.waiting, l.r.asking = newShares(200), newShares(10)
+		l.udp[asked] = func(q *wire.Msg, send func(*wire.Msg)) {
+			if strings.HasPrefix(q.Question[0].Name, "good") {
+				answers(0, "0 A 192.0.2.7")(q, send)
+			}
+		}
+		var all sync.WaitGroup
+		for i := range 1000 {
+			all.Go(func() { l.ask(question(fmt.Sprintf("dead%d.example", i), wire.TypeA)) })
+		}
+		synctest.Wait()
+		for i := range 50 {
+			from := netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, byte(100 + i)}), 4000)
+			if m, took := l.askAs(from, asked, question(fmt.Sprintf("good%d.example", i), wire.TypeA)); show(m) != "NOERROR 0 192.0.2.7" || took != 0 {
+				t.Errorf("another client: %s after %v", show(m), took)
+			}
+		}
+		all.Wait()
+		if s := l.r.asking; s.free != 10 || len(s.taken)+len(s.queues) != 0 || l.r.waiting.free != 200 || len(l.r.waiting.taken) != 0 {
+			t.Errorf("places are not given back: %+v, %+v", s, l.r.waiting)
 		}
 	})
 }

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"cgtun/flow"
@@ -24,13 +25,16 @@ const (
 	maxQuestion = 4096
 )
 
+// past is the deadline of what is to end now.
+var past = time.Unix(1, 0)
+
 // Serve answers the queries of a client's TCP connection until the client ends
 // it, which it returns false for. With pass, the client has sent something
 // that is not to be answered: read has it, and what follows is to be brought to
 // the server that the client meant. It does not close c.
 func (r *Resolver) Serve(ctx context.Context, f *flow.Flow, c net.Conn, way Way) (read []byte, pass bool) {
 	s := &stream{r: r, f: f, c: c, way: way, room: make(chan struct{}, maxPipelined)}
-	stop := context.AfterFunc(ctx, func() { _ = c.SetReadDeadline(time.Unix(1, 0)) })
+	stop := context.AfterFunc(ctx, func() { _ = c.SetDeadline(past) })
 	read, pass = s.serve(ctx)
 	s.asked.Wait()
 	stop()
@@ -45,18 +49,20 @@ type stream struct {
 	way   Way
 	room  chan struct{}
 	asked sync.WaitGroup
-	write sync.Mutex
+
+	write  sync.Mutex
+	broken atomic.Bool // an answer has not been written to its end
 }
 
 func (s *stream) serve(ctx context.Context) (read []byte, pass bool) {
 	patience := firstWithin
 	for {
-		if err := s.c.SetReadDeadline(time.Now().Add(patience)); err != nil || ctx.Err() != nil {
+		if err := s.c.SetReadDeadline(time.Now().Add(patience)); err != nil || ctx.Err() != nil || s.broken.Load() {
 			return nil, false
 		}
 		msg, err := s.next()
 		switch {
-		case ctx.Err() != nil:
+		case ctx.Err() != nil || s.broken.Load():
 			return nil, false
 		case err == nil:
 		case patience == firstWithin && !errors.Is(err, io.EOF):
@@ -103,22 +109,28 @@ func (s *stream) next() (msg []byte, err error) {
 // answer writes an answer, when it is there.
 func (s *stream) answer(ctx context.Context, answer []byte, wait func(context.Context, func([]byte))) {
 	if wait == nil {
-		s.say(answer)
+		s.say(ctx, answer)
 		return
 	}
 	s.room <- struct{}{}
 	s.asked.Go(func() {
 		defer func() { <-s.room }()
-		wait(ctx, s.say)
+		wait(ctx, func(answer []byte) { s.say(ctx, answer) })
 	})
 }
 
-func (s *stream) say(answer []byte) {
+// say writes an answer. A client that does not take it gets no other one.
+func (s *stream) say(ctx context.Context, answer []byte) {
 	if answer == nil {
 		return
 	}
 	s.write.Lock()
 	defer s.write.Unlock()
-	_ = s.c.SetWriteDeadline(time.Now().Add(giveUp))
-	_ = writeMessage(s.c, answer) // the reader hears of a client that is gone
+	if err := s.c.SetWriteDeadline(time.Now().Add(giveUp)); err != nil || ctx.Err() != nil || s.broken.Load() {
+		return
+	}
+	if err := writeMessage(s.c, answer); err != nil {
+		s.broken.Store(true)
+		_ = s.c.SetReadDeadline(past)
+	}
 }
