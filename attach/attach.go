@@ -76,9 +76,9 @@ type Gate interface {
 	Arm() error
 	// Admit lets the selected tasks of a namespace send.
 	Admit(netns.Ref, cgroupsel.Admission) error
-	// Doubt holds back who begins to send in a namespace that was admitted,
-	// until the next word.
-	Doubt(netns.Ref) error
+	// Doubt holds back who begins to send in a namespace that was admitted, and
+	// all that is sent of these families, until the next word.
+	Doubt(netns.Ref, cgroupsel.Family) error
 	// Deny lets nothing out.
 	Deny(netns.Ref) error
 	// Forget says that a namespace is of no concern any more.
@@ -94,7 +94,7 @@ type noGate struct{}
 
 func (noGate) Arm() error                                            { return nil }
 func (noGate) Admit(netns.Ref, cgroupsel.Admission) error            { return nil }
-func (noGate) Doubt(netns.Ref) error                                 { return nil }
+func (noGate) Doubt(netns.Ref, cgroupsel.Family) error               { return nil }
 func (noGate) Deny(netns.Ref) error                                  { return nil }
 func (noGate) Forget(netns.Ref)                                      {}
 func (noGate) GuardFrames(netns.Ref, int, ...cgroupsel.Device) error { return nil }

@@ -73,8 +73,8 @@ func (g *gate) guards(ns netns.Ref) string {
 	return g.frames[ns.Cookie()]
 }
 
-func (g *gate) Arm() error            { return nil }
-func (g *gate) Doubt(netns.Ref) error { return nil }
+func (g *gate) Arm() error                              { return nil }
+func (g *gate) Doubt(netns.Ref, cgroupsel.Family) error { return nil }
 
 func (g *gate) Admit(ns netns.Ref, a cgroupsel.Admission) error {
 	switch {

@@ -216,19 +216,32 @@ func (s *site) run(ctx context.Context) {
 // doubt lets nobody begin to send in a namespace that has changed before it was
 // looked at again, if a family is left alone in it: it can have a way out now.
 func (s *site) doubt() {
-	s.mu.Lock()
-	alone := s.state == StateOffline
-	for _, a := range s.attached {
-		alone = alone || a.plan.No4 || a.plan.No6
-	}
-	s.mu.Unlock()
-	if s.home() || !alone {
+	alone := s.alone()
+	if s.home() || alone == 0 {
 		return
 	}
 	s.doubted = true
-	if err := s.m.opts.Gate.Doubt(s.ref()); err != nil {
+	if err := s.m.opts.Gate.Doubt(s.ref(), alone); err != nil {
 		s.m.opts.Logger.Warn("a namespace is looked at again while its processes run", "attachment", s.id, "err", err)
 	}
+}
+
+// alone are the families that are not captured.
+func (s *site) alone() (families cgroupsel.Family) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.state == StateOffline {
+		return cgroupsel.V4 | cgroupsel.V6
+	}
+	for _, a := range s.attached {
+		if a.plan.No4 {
+			families |= cgroupsel.V4
+		}
+		if a.plan.No6 {
+			families |= cgroupsel.V6
+		}
+	}
+	return families
 }
 
 func (s *site) forget() {
@@ -306,7 +319,7 @@ func (s *site) shut() error {
 	case s.stops():
 		return s.m.opts.Gate.Admit(s.ref(), cgroupsel.Admission{})
 	}
-	return s.m.opts.Gate.Doubt(s.ref())
+	return s.m.opts.Gate.Doubt(s.ref(), cgroupsel.V4|cgroupsel.V6)
 }
 
 // stops says whether all of the Manager ends.

@@ -82,7 +82,7 @@ func (d *spaces) takeIn() (news bool) {
 		}
 		c.add(sp.Cgroup)
 		news = true
-		if err := d.doubt(sp); err != nil {
+		if err := d.doubt(sp, V4|V6); err != nil {
 			d.s.log.Warn("a namespace is attached while its processes run", "err", err)
 		}
 	}

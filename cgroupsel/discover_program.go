@@ -114,7 +114,8 @@ func (p *spaceProgram) selected() asm.Instructions {
 }
 
 // namespace puts the cookie of the task's network namespace into slotSpace
-// and looks it up: R0 is the entry of known, or 0. A task that ends has none.
+// and looks it up: R0 is the entry of known, or 0. A task that ends has no
+// namespace.
 func (p *spaceProgram) namespace() asm.Instructions {
 	ins := readPointer(asm.R3, asm.R6, p.t.nsproxy, "out")
 	ins = append(ins, asm.JEq.Imm(asm.R3, 0, "out"))
@@ -139,6 +140,9 @@ func (p *spaceProgram) tell(w what) asm.Instructions {
 	ins = append(ins,
 		asm.Mov.Imm(asm.R8, tellOnly),
 		asm.JEq.Imm(asm.R0, 0, "unknown"),
+		asm.LoadMem(asm.R1, asm.R0, 0, asm.Word),
+		asm.And.Imm(asm.R1, knownDoubts),
+		asm.JNE.Imm(asm.R1, 0, "unknown"),
 	)
 	if w&whatAgain != 0 {
 		ins = append(ins,
@@ -277,7 +281,7 @@ func (p *spaceProgram) readerLives(label, none string) asm.Instructions {
 }
 
 // dropOldest is BPF_EXIST, which makes room in a full queue: its oldest entry
-// is older than patience.
+// is older than Patience.
 const dropOldest = 2
 
 // stop stops the current task if R8 says so. The entry in held comes first: who

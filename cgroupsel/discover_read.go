@@ -99,7 +99,7 @@ func (d *spaces) take(r record) {
 // decided says whether the gate knows the namespace.
 func (d *spaces) decided(cookie uint64) bool {
 	var k known
-	return d.m.known.Lookup(cookie, &k) == nil
+	return d.m.known.Lookup(cookie, &k) == nil && k.Flags&knownDoubts == 0
 }
 
 // alive is the sign of life without which nobody is held. Before Arm there is

@@ -26,8 +26,13 @@ import (
 //	knownShut    Deny: shut
 //	knownWaived  neither came in time: open or shut by on_exit of the selection
 //
-// and knownTell beside knownPass, for offline namespaces: the next exec or
-// socket there is told of, once.
+// and beside knownPass
+//
+//	knownTell    for offline namespaces: the next exec or socket there is told of, once
+//	knownDoubt4, knownDoubt6
+//	             Doubt: as without an entry, but what is sent by the other family
+//	             passes on, guarded: it is captured, and a gap would be a failure of
+//	             who sends meanwhile
 //
 // With the last sign of life, at the end or by the kernel after a kill, the
 // gate opens for selections whose on_exit is "open", known or not.
@@ -89,7 +94,12 @@ func (p *spaceProgram) gateProgram(others []int32) *ebpf.ProgramSpec {
 		asm.JEq.Imm(asm.R0, 0, "shut"),
 		asm.LoadMem(asm.R1, asm.R0, 0, asm.Word),
 		asm.LoadMem(asm.R2, asm.RFP, slotRead, asm.Word),
-		asm.And.Reg(asm.R1, asm.R2),
+		asm.LoadMem(asm.R3, asm.R6, skbProtocol, asm.Word),
+		asm.JNE.Imm(asm.R3, ethIPv6, "doubts of v4"),
+		asm.Or.Imm(asm.R2, knownDoubt6),
+		asm.Ja.Label("doubts"),
+		asm.Or.Imm(asm.R2, knownDoubt4).WithSymbol("doubts of v4"),
+		asm.And.Reg(asm.R1, asm.R2).WithSymbol("doubts"),
 		asm.JNE.Imm(asm.R1, 0, "shut"),
 	)
 	ins = append(ins, p.guard()...)

@@ -80,10 +80,28 @@ func gateDrops(t *testing.T, without ...string) {
 			t.Fatal(err)
 		}
 		sends("admitted", p, "sent", 1)
+		for _, tt := range []struct {
+			name     string
+			families cgroupsel.Family
+			want     string
+			packets  uint64
+		}{
+			{"as to the other family", cgroupsel.V6, "sent", 1},
+			{"as to both, one by one", cgroupsel.V4, denied, 0},
+		} {
+			if err := s.Doubt(ns.Ref, tt.families); err != nil {
+				t.Fatal(err)
+			}
+			sends("doubted "+tt.name, p, tt.want, tt.packets)
+		}
 		if err := s.Deny(ns.Ref); err != nil {
 			t.Fatal(err)
 		}
 		sends("denied", p, denied, 0)
+		if err := s.Doubt(ns.Ref, cgroupsel.V6); err != nil {
+			t.Fatal(err)
+		}
+		sends("doubted after it was denied", p, denied, 0)
 	}
 	s.Forget(ns.Ref)
 	sends("forgotten", p, denied, 0)

@@ -27,7 +27,7 @@ import (
 //
 //	Admit, Deny   those in that namespace
 //	the reader    one whose namespace was decided about meanwhile
-//	watchHeld     each that is held for longer than patience: it waits for no
+//	watchHeld     each that is held for longer than Patience: it waits for no
 //	              lock and for no other goroutine
 //	close         all
 //
@@ -36,9 +36,6 @@ import (
 //
 // A hold shows to nobody but an interactive shell, which says "Stopped" of a
 // job that it waits for, and gets the prompt back.
-
-// patience is how long a namespace may stay undecided, and a process held.
-const patience = 2 * time.Second
 
 // errHome is what Deny says of namespaces that have no gate.
 var errHome = errors.New("home and select.netns have no gate")
@@ -125,10 +122,20 @@ func (s *Selector) Deny(ns netns.Ref) error {
 	return nil
 }
 
+// Family is of the internet: V4, V6, or both.
+type Family uint8
+
+// The families.
+const (
+	V4 Family = 1 << iota
+	V6
+)
+
 // Doubt makes an admitted namespace undecided again: something has changed in
 // it, and who execs or opens a socket there is held until the next Admit or
-// Deny.
-func (s *Selector) Doubt(ns netns.Ref) error {
+// Deny. Until then nothing is sent of these families, which are not captured
+// there, or not any more; what is sent of the other one goes on.
+func (s *Selector) Doubt(ns netns.Ref, families Family) error {
 	d := s.spaces
 	if d == nil {
 		return nil
@@ -139,12 +146,22 @@ func (s *Selector) Doubt(ns netns.Ref) error {
 	if d.exempt[ns.Cookie()] || sp == nil {
 		return nil
 	}
-	return d.doubt(sp)
+	return d.doubt(sp, families)
 }
 
 // doubt is Doubt. It wants d.mu.
-func (d *spaces) doubt(sp *space) error {
-	if err := d.m.known.Delete(sp.Ref.Cookie()); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+func (d *spaces) doubt(sp *space, families Family) error {
+	var k known
+	cookie := sp.Ref.Cookie()
+	err := d.m.known.Lookup(cookie, &k)
+	switch {
+	case err != nil:
+	case k.Flags&knownPass != 0:
+		err = d.m.known.Put(cookie, known{Flags: k.Flags&^knownTell | families.doubts()})
+	default:
+		err = d.m.known.Delete(cookie)
+	}
+	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 		return fmt.Errorf("doubt %s: %w", sp.Ref, err)
 	}
 	sp.fate, sp.since = pending, time.Now()
@@ -177,6 +194,17 @@ func (d *spaces) decide(ns netns.Ref, f fate, tells bool) {
 		sp.fate, sp.tells, sp.Again = f, tells, false
 	}
 	d.letGoIn(ns.Cookie())
+}
+
+// doubts are the flags of the families in known.
+func (f Family) doubts() (flags uint32) {
+	if f&V4 != 0 {
+		flags |= knownDoubt4
+	}
+	if f&V6 != 0 {
+		flags |= knownDoubt6
+	}
+	return flags
 }
 
 // giveUp leaves a namespace to on_exit of those who are in it, if nothing was
@@ -225,7 +253,7 @@ func (d *spaces) watchHeld(ctx context.Context) {
 		at := now()
 		for tgid, s := range d.held() {
 			// Signed: an entry can be younger than "now".
-			if int64(at-s.Since) > int64(patience+watchEvery) {
+			if int64(at-s.Since) > int64(d.s.opts.Patience+watchEvery) {
 				d.letGo(tgid)
 			}
 		}
@@ -249,6 +277,7 @@ func everyWatch(ctx context.Context, f func()) {
 // overdue lists the namespaces that are undecided for too long. Before Arm
 // none is: nothing is dropped either.
 func (d *spaces) overdue() (cookies []uint64) {
+	patience := d.s.opts.Patience
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.armed.IsZero() {

@@ -83,6 +83,35 @@ func TestHeldTaskGoesOnByDecision(t *testing.T) {
 	}
 }
 
+// Who begins to send while a family is in doubt is held, too, whatever he sends.
+func TestDoubtHolds(t *testing.T) {
+	m := undecided()
+	lab, sel, s := armed(t, m)
+	space, meter := newSpace(lab, "s")
+	p := stopFirst(t, lab, space, sel, false)
+	labtest.Eventually(t, 10*time.Second, func() bool { _, ok := m.find(space); return ok })
+	ns, _ := m.find(space)
+	admit := func() {
+		t.Helper()
+		if err := s.Admit(ns.Ref, cgroupsel.Admission{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	admit()
+	says(t, p, "sent")
+	for _, socket := range []bool{false, true} {
+		if err := s.Doubt(ns.Ref, cgroupsel.V6); err != nil {
+			t.Fatal(err)
+		}
+		p := stopFirst(t, lab, space, sel, socket)
+		admit()
+		says(t, p, "sent")
+	}
+	if n, outside := s.Counters(), meter.Packets(); outside != 3 || n.GateDrops != 0 || n.Held != 3 {
+		t.Errorf("%d packets outside, counters %+v", outside, n)
+	}
+}
+
 // Nobody decides: on_exit does.
 func TestHeldTaskGoesOnInTime(t *testing.T) {
 	for _, tt := range []struct {

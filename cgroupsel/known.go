@@ -27,7 +27,12 @@ const (
 	knownShut               // denied: nothing of a selected cgroup passes
 	knownWaived             // not attached in time: on_exit of the selection decides
 	knownTell               // say once when a selected task does something there
+	knownDoubt4             // undecided again as to IPv4: who begins to send is held
+	knownDoubt6             // the same for IPv6
 )
+
+// knownDoubts are the flags of Doubt.
+const knownDoubts = knownDoubt4 | knownDoubt6
 
 // known is what the map holds by namespace cookie.
 type known struct{ Flags, _ uint32 }

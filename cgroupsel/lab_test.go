@@ -5,6 +5,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"cgtun/cgroupsel"
 	"cgtun/internal/labtest"
@@ -38,6 +39,9 @@ func newSelector(t *testing.T, o cgroupsel.Options) *cgroupsel.Selector {
 		if len(o.Instance) > 32 {
 			o.Instance = o.Instance[:32]
 		}
+	}
+	if o.Patience == 0 {
+		o.Patience = 2 * time.Second
 	}
 	s, err := cgroupsel.New(o)
 	if err != nil {

@@ -34,6 +34,9 @@ const (
 	// and MaxPerCgroup.
 	defaultNamespaces = 1024
 	defaultPerCgroup  = 256
+	// defaultPatience is that of Options.Patience. An attachment takes milliseconds,
+	// and seconds where the kernel makes and removes hundreds of devices meanwhile.
+	defaultPatience = 10 * time.Second
 	// lookAgain is how often Run looks without having been told to.
 	lookAgain = 2 * time.Second
 )
@@ -48,6 +51,9 @@ type Options struct {
 	// of one and the same cgroup (0 is 256). on_exit decides about those above:
 	// they have Namespace.Excess, and are in Counters.Excess.
 	MaxNamespaces, MaxPerCgroup int
+	// Patience is how long a namespace may stay undecided once something runs in
+	// it, and a process held (0 is 10 s). Then on_exit decides.
+	Patience time.Duration
 	// Follows: Follow will be called. Followed is with what it begins; what of it
 	// another instance selects is left out, and said.
 	Follows  bool
@@ -245,6 +251,9 @@ func (o Options) checked() (Options, error) {
 	}
 	if o.MaxPerCgroup == 0 {
 		o.MaxPerCgroup = defaultPerCgroup
+	}
+	if o.Patience == 0 {
+		o.Patience = defaultPatience
 	}
 	if o.Instance == "" || strings.ContainsRune(o.Instance, '/') || len(o.Instance) > maxInstance {
 		return o, fmt.Errorf("select cgroups: instance %q is not a name", o.Instance)

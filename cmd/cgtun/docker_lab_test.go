@@ -84,6 +84,7 @@ func TestDocker(t *testing.T) {
 			return
 		}
 	}
+	d.noGateDrop("all of it")
 	for line := range strings.Lines(running.Output()) {
 		if strings.Contains(line, "level=ERROR") {
 			t.Errorf("cgtun said: %s", line)
@@ -145,11 +146,16 @@ func (d *dockers) testFirstActs() {
 		}
 	}
 	d.noLeak("first acts")
-	// A step whose first datagram is dropped fails, and its build with it. Once in
-	// some 200 steps the gate dropped a packet that was none of those; whose it
-	// was is not known.
-	d.t.Logf("the gate dropped %d packets", d.status().Counters.GateDropsTotal)
+	d.noGateDrop("first acts")
 	labtest.Eventually(d.t, 20*time.Second, func() bool { return len(d.attachments()) == 0 }, "all attachments have ended")
+}
+
+// noGateDrop: what the gate drops is a failure of a step, sooner or later.
+func (d *dockers) noGateDrop(what string) {
+	d.t.Helper()
+	if n := d.status().Counters.GateDropsTotal; n != 0 {
+		d.t.Errorf("%s: the gate dropped %d packets", what, n)
+	}
 }
 
 // container finds the attachment of a container.

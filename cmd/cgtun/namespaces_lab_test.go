@@ -24,6 +24,7 @@ import (
 func init() {
 	probes["birth"] = birth
 	probes["shoot"] = shoot
+	probes["stammer"] = stammer
 }
 
 // birth makes a process in a new network namespace as runc does: a clone that
@@ -96,6 +97,24 @@ func shoot(q probe) error {
 		return err
 	}
 	fmt.Println("answered")
+	return nil
+}
+
+// stammer sends N datagrams from one socket, one each millisecond; the first error
+// ends it.
+func stammer(q probe) error {
+	c, err := net.Dial("udp", q.To)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	fmt.Println("ready")
+	for range q.N {
+		if _, err := c.Write([]byte("x")); err != nil {
+			return err
+		}
+		time.Sleep(time.Millisecond)
+	}
 	return nil
 }
 
@@ -295,6 +314,47 @@ func TestOfflineNamespaceStaysOfflineUntilItHasAWayOut(t *testing.T) {
 		if strings.Contains(what, strconv.Itoa(w.number)) || strings.Contains(what, "tun0") || strings.Contains(what, "proto 197") {
 			t.Errorf("left inside:\n%s", what)
 		}
+	}
+}
+
+// Where IPv6 is left alone, as docker has none by itself, each change makes cgtun look
+// whether it has a way out now. What is sent by IPv4 meanwhile goes on.
+func TestChangesOfANamespaceDropNothing(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.routed()
+	w.server.ServeUDPEcho(port(far4, 7000))
+	w.start(w.config(second))
+	p := w.wait()
+	w.join(1, p.pid)
+	in := func(args ...string) *exec.Cmd {
+		return exec.Command("nsenter", append([]string{"-t", strconv.Itoa(p.pid), "-n"}, args...)...)
+	}
+	run := func(args ...string) {
+		t.Helper()
+		if out, err := in(args...).CombinedOutput(); err != nil {
+			t.Fatalf("%v: %v %s", args, err, out)
+		}
+	}
+	run("ip", "-6", "route", "del", "default")
+	labtest.Eventually(t, patience(), func() bool {
+		all := w.attachments()
+		return len(all) == 1 && all[0].State == attach.StateUp && !all[0].V6
+	}, "IPv6 is left alone")
+	const changes = 10
+	sender := w.lab.StartCommand(w.command(context.Background(), inside, "nsenter", append([]string{"-t", strconv.Itoa(p.pid), "-n", "env"}, probeArgs(probe{Do: "stammer", To: port(far4, 7000), N: 1000})...)...))
+	sender.WaitOutput("ready", patience())
+	for range changes {
+		run("ip", "addr", "add", "10.60.0.1/32", "dev", "lo")
+		time.Sleep(60 * time.Millisecond) // so that it is looked at each of them
+		run("ip", "addr", "del", "10.60.0.1/32", "dev", "lo")
+	}
+	if err := sender.Wait(); err != nil {
+		t.Errorf("a datagram was refused: %v: %s", err, sender.Output())
+	}
+	w.noLeak("changes")
+	if n := w.status().Counters.GateDropsTotal; n != 0 {
+		t.Errorf("%d packets were dropped by the gate", n)
 	}
 }
 
