@@ -1,10 +1,15 @@
 package main_test
 
 import (
+	"context"
 	"fmt"
 	"os/exec"
+	"regexp"
+	"runtime"
 	"slices"
+	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -90,8 +95,15 @@ func TestDocker(t *testing.T) {
 			t.Errorf("cgtun said: %s", line)
 		}
 	}
+	if labtest.Soak() {
+		running.stop()
+		d.testCost()
+		running = d.start(d.configDocker("true", second))
+	}
 	if !testing.Short() {
 		d.testKilled(running)
+		d.testKilledInAStep("open", classic)
+		d.testKilledInAStep("closed", buildKit)
 		d.testBuildsAlone()
 	}
 }
@@ -123,7 +135,8 @@ func (d *dockers) testBuilds() {
 	}
 }
 
-// testFirstActs: steps whose first act is to send, of several builds at once.
+// testFirstActs: steps whose first act is to send, of several builds at once, on a
+// machine whose processors are busy.
 func (d *dockers) testFirstActs() {
 	n := 10
 	switch {
@@ -131,6 +144,10 @@ func (d *dockers) testFirstActs() {
 		n = 125
 	case testing.Short():
 		n = 3
+	}
+	for range runtime.NumCPU() {
+		loop := d.lab.StartCommand(exec.Command("sh", "-c", "while :; do :; done"))
+		defer func() { loop.Signal(syscall.SIGKILL); _ = loop.Wait() }()
 	}
 	text := "FROM " + registry + "/base\n" + strings.Repeat(fmt.Sprintf("RUN [\"/bin/first\", %q, \"7000\"]\n", far4), n)
 	builds := make(chan error, 4)
@@ -155,6 +172,52 @@ func (d *dockers) noGateDrop(what string) {
 	d.t.Helper()
 	if n := d.status().Counters.GateDropsTotal; n != 0 {
 		d.t.Errorf("%s: the gate dropped %d packets", what, n)
+	}
+}
+
+// testCost: what cgtun adds to a step, from the begin of one to that of the next,
+// against the same build without it. Builds with and without take turns.
+func (d *dockers) testCost() {
+	const rounds, steps = 10, 21
+	began := regexp.MustCompile(`began (\d+)`)
+	text := "FROM " + registry + "/base\n" + strings.Repeat("RUN [\"/bin/first\"]\n", steps)
+	for _, by := range []builder{classic, buildKit} {
+		took := map[bool][]time.Duration{}
+		for i := range 2 * rounds {
+			with := i%2 == 1
+			var c *daemon
+			if with {
+				c = d.start(d.configDocker("true", second))
+			}
+			out, err := d.build(by, text, "-t", "cost")
+			if err != nil {
+				d.t.Fatal(err)
+			}
+			if with {
+				c.stop()
+			}
+			var last int64
+			for _, m := range began.FindAllStringSubmatch(out, -1) {
+				at, _ := strconv.ParseInt(m[1], 10, 64)
+				if last != 0 {
+					took[with] = append(took[with], time.Duration(at-last))
+				}
+				last = at
+			}
+		}
+		slices.Sort(took[true])
+		slices.Sort(took[false])
+		d.t.Logf("%v, %d and %d steps", by, len(took[false]), len(took[true]))
+		for _, tt := range []struct {
+			percent int
+			most    time.Duration
+		}{{50, 5 * time.Millisecond}, {99, 10 * time.Millisecond}} {
+			without, with := took[false][len(took[false])*tt.percent/100], took[true][len(took[true])*tt.percent/100]
+			d.t.Logf("%d%%: %v without, %v with", tt.percent, without.Round(100*time.Microsecond), with.Round(100*time.Microsecond))
+			if with-without > tt.most {
+				d.t.Errorf("%d%%: %v more, not %v", tt.percent, with-without, tt.most)
+			}
+		}
 	}
 }
 
@@ -300,8 +363,52 @@ func (d *dockers) testRestart() {
 	}
 }
 
-// testKilled: with cgtun killed in the middle of a step, with on_exit open, the
-// step goes on the ordinary way, and with the next cgtun the configured one.
+// testKilledInAStep: the step hears at once that there is no way any more, and goes
+// on with the next cgtun. With closed nothing of it goes the ordinary way.
+func (d *dockers) testKilledInAStep(exit string, by builder) {
+	config := strings.Replace(d.configDocker("true", second), "[route]", fmt.Sprintf("[route]\non_exit = %q", exit), 1)
+	// What is said is not in the command, which is printed too.
+	text := fmt.Sprintf(`FROM %s/base
+RUN fetch() { curl -sS -m3 -o /dev/null http://%s/file 2>/tmp/said; }; say() { echo "step: $1 $(cat /tmp/said)"; }; \
+	until fetch; do sleep 0.1; done; say fetched; \
+	while fetch; do sleep 0.1; done; say failed; \
+	until fetch; do sleep 0.1; done; say again
+`, registry, far4)
+	c := d.start(config)
+	d.leaks.Reset()
+	cmd, err := d.buildCommand(context.Background(), by, text)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	step := d.lab.StartCommand(cmd)
+	step.WaitOutput("step: fetched", time.Minute)
+	d.noLeak("before the kill")
+	c.kill()
+	step.WaitOutput("step: failed", time.Minute)
+	if leaks := d.leaks.Packets(); (leaks > 0) != (exit == "open") {
+		d.t.Errorf("%s: %d packets left by the uplink after the kill", exit, leaks)
+	}
+	next := d.start(config)
+	d.leaks.Reset()
+	step.WaitOutput("step: again", time.Minute)
+	if err := step.Wait(); err != nil {
+		d.t.Errorf("%s: the build ended with %v:\n%s", exit, err, step.Output())
+	}
+	d.noLeak("with the next one")
+	labtest.Eventually(d.t, 20*time.Second, func() bool { return len(d.attachments()) == 0 }, "the step's attachment has ended")
+	for line := range strings.Lines(step.Output()) {
+		if strings.Contains(line, "step: failed") {
+			d.t.Logf("%s, %v: %s", exit, by, strings.TrimSpace(line))
+		}
+	}
+	next.stop()
+	if out, errs, code := d.cgtun("cleanup"); code != 0 {
+		d.t.Errorf("cleanup: %s%s", out, errs)
+	}
+}
+
+// testKilled: what outlives cgtun, with on_exit open, goes on the ordinary way, and
+// with the next cgtun the configured one.
 func (d *dockers) testKilled(running *daemon) {
 	id := d.docker("run", "-d", "--name", "outlives", registry+"/base", "sleep", "300")
 	labtest.Eventually(d.t, 10*time.Second, func() bool { return d.container(id) != nil }, "it is attached")

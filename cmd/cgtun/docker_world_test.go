@@ -206,20 +206,29 @@ func (b builder) String() string {
 	return map[builder]string{classic: "classic", buildKit: "BuildKit"}[b]
 }
 
-// build builds a Dockerfile without the cache, and returns what was printed.
-func (d *dockers) build(by builder, text string, args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
-	defer cancel()
+// buildCommand builds a Dockerfile without the cache.
+func (d *dockers) buildCommand(ctx context.Context, by builder, text string, args ...string) (*exec.Cmd, error) {
 	dir, err := os.MkdirTemp(d.images, "build")
 	if err != nil {
-		return "", err
+		return nil, err
 	}
 	if err := os.WriteFile(filepath.Join(dir, "Dockerfile"), []byte(text), 0o644); err != nil {
-		return "", err
+		return nil, err
 	}
 	args = append([]string{"build", "--no-cache", "--force-rm"}, append(args, dir)...)
 	cmd := d.client(ctx, outside, args...)
 	cmd.Env = append(cmd.Env, "DOCKER_BUILDKIT="+string(by), "BUILDKIT_PROGRESS=plain")
+	return cmd, nil
+}
+
+// build runs a buildCommand and returns what was printed.
+func (d *dockers) build(by builder, text string, args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	cmd, err := d.buildCommand(ctx, by, text, args...)
+	if err != nil {
+		return "", err
+	}
 	out, err := cmd.CombinedOutput()
 	if err != nil {
 		return string(out), fmt.Errorf("%v build: %w\n%s", by, err, out)
