@@ -53,7 +53,7 @@ func (c *client) whileThere(ctx context.Context) (_ context.Context, cancel func
 
 // waitGone returns when the client has closed, or ctx has ended.
 func (c *client) waitGone(ctx context.Context) {
-	stop := context.AfterFunc(ctx, func() { c.conn.SetReadDeadline(time.Unix(1, 0)) })
+	stop := context.AfterFunc(ctx, func() { c.conn.SetReadDeadline(flow.Past) })
 	defer stop()
 	if c.conn.SetReadDeadline(time.Time{}) != nil || ctx.Err() != nil {
 		return

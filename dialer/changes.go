@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"cgtun/flow"
 )
 
 // What changes ways out: rtnetlink(7)'s links, addresses, routes and ip rules.
@@ -29,7 +31,7 @@ func FollowChanges(ctx context.Context, changed func()) error {
 		return fmt.Errorf("follow changes of links and routes: %w", err)
 	}
 	defer f.Close()
-	stop := context.AfterFunc(ctx, func() { _ = f.SetReadDeadline(time.Unix(1, 0)) })
+	stop := context.AfterFunc(ctx, func() { _ = f.SetReadDeadline(flow.Past) })
 	defer stop()
 	buf := make([]byte, 16) // what has changed is looked up
 	for ctx.Err() == nil {

@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"sync/atomic"
 	"time"
 
 	"cgtun/flow"
@@ -105,13 +106,22 @@ type Conn struct {
 	// Report, if not nil, wants to hear how the conn does; Ended once and
 	// last. Safe for concurrent use; it returns at once.
 	Report func(Outcome)
+
+	ended atomic.Bool // that was told
 }
 
-// Tell reports, if somebody wants to hear it.
+// Tell reports, if somebody wants to hear it. Ended is told once.
 func (c *Conn) Tell(o Outcome) {
-	if c.Report != nil {
-		c.Report(o)
+	if c.Report == nil || o.News == Ended && c.ended.Swap(true) {
+		return
 	}
+	c.Report(o)
+}
+
+// Close closes the conn. Who has not told of its end has no more to say than that.
+func (c *Conn) Close() error {
+	c.Tell(Outcome{News: Ended})
+	return c.Conn.Close()
 }
 
 // Packets moves datagrams through an outbound. ReadBatch may be called beside

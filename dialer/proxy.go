@@ -162,7 +162,7 @@ func (p *Proxy) DialStream(ctx context.Context, t Target) (_ *Conn, err error) {
 		_ = c.Close()
 		return nil, p.asked(addr, t.Addr, err)
 	}
-	return &Conn{Conn: tunnel, Path: c.Path}, nil
+	return &Conn{Conn: tunnel, Path: c.Path, Report: c.Report}, nil
 }
 
 // named returns t with the name that the proxy at server is to be asked for, if
@@ -227,7 +227,23 @@ func (p *Proxy) reach(ctx context.Context) (*Conn, netip.AddrPort, error) {
 		_ = c.Close()
 		return nil, addr, p.fail("greet", addr, err)
 	}
-	return &Conn{Conn: greeted, Path: p.path(c.Path)}, addr, nil
+	return &Conn{Conn: greeted, Path: p.path(c.Path), Report: below(c)}, addr, nil
+}
+
+// below tells the group that has made c, the connection to a proxy, what is of c
+// alone: how a flow does behind the proxy is no news of the path to it.
+func below(c *Conn) func(Outcome) {
+	if c.Report == nil {
+		return nil
+	}
+	return func(o Outcome) {
+		switch o.News {
+		case Quiet:
+			c.Tell(o)
+		case Ended:
+			c.Tell(Outcome{News: Ended})
+		}
+	}
 }
 
 // during calls do with a conn that has the deadline of ctx and whose reads and
@@ -238,7 +254,7 @@ func during(ctx context.Context, c flow.Conn, do func(context.Context) error) er
 			return err
 		}
 	}
-	stop := context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Unix(1, 0)) })
+	stop := context.AfterFunc(ctx, func() { _ = c.SetDeadline(flow.Past) })
 	err := do(ctx)
 	if !stop() {
 		return ctx.Err()

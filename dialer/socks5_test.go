@@ -325,3 +325,50 @@ func FuzzSOCKS5Reply(f *testing.F) {
 		}
 	})
 }
+
+// counted counts what is told of its connections.
+type counted struct {
+	Outbound
+	ended, others int
+}
+
+func (o *counted) DialStream(ctx context.Context, t Target) (*Conn, error) {
+	c, err := o.Outbound.DialStream(ctx, t)
+	if err == nil {
+		c.Report = func(out Outcome) {
+			if out.News == Ended && out.Reason == 0 {
+				o.ended++
+			} else {
+				o.others++
+			}
+		}
+	}
+	return c, err
+}
+
+// Who has made the connection to a proxy, a group, hears when it ends, once, and
+// nothing of what is behind the proxy.
+func TestEndBelowAProxyIsTold(t *testing.T) {
+	answer := success
+	addr := proxyServer(t, func(c *net.TCPConn) {
+		_, _ = c.Read(make([]byte, 100))
+		say(c, noAuth)
+		_, _ = c.Read(make([]byte, 100))
+		say(c, answer)
+		_, _ = io.Copy(io.Discard, c)
+	})
+	p := proxyTo(t, Config{Type: TypeSOCKS5}, addr)
+	below := &counted{Outbound: p.next}
+	p.next = below
+	c := mustDial(t, p, somewhere)
+	c.Tell(Outcome{News: Failed, Reason: flow.Reset, ByServer: true})
+	c.Tell(Outcome{News: Ended, Reason: flow.Reset, ByServer: true, Down: 1})
+	_ = c.Close()
+	if below.ended != 1 || below.others != 0 {
+		t.Errorf("told %d times of the end, and %d times of other things", below.ended, below.others)
+	}
+	answer = "\x05\x05\x00\x01\x00\x00\x00\x00\x00\x00"
+	if _, err := dialWithin(t, p, somewhere); err == nil || below.ended != 2 {
+		t.Errorf("a connection that was refused: %v, told %d times of an end", err, below.ended)
+	}
+}

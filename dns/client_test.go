@@ -259,7 +259,7 @@ func TestStreams(t *testing.T) {
 			}
 			ended := make(chan end)
 			go func() {
-				read, pass := l.r.Serve(context.Background(), &flow.Flow{Proto: flow.TCP, Src: me, Dst: asked}, there, l.way)
+				read, pass, _ := l.r.Serve(context.Background(), &flow.Flow{Proto: flow.TCP, Src: me, Dst: asked}, there, l.way)
 				there.Close()
 				ended <- end{read, pass}
 			}()
@@ -305,7 +305,7 @@ func TestUnreadAnswers(t *testing.T) {
 			here, there := net.Pipe()
 			go sendAll(here, question("name.example", 1))
 			began := time.Now()
-			_, pass := l.r.Serve(ctx, &flow.Flow{Proto: flow.TCP, Src: me, Dst: asked}, there, l.way)
+			_, pass, _ := l.r.Serve(ctx, &flow.Flow{Proto: flow.TCP, Src: me, Dst: asked}, there, l.way)
 			if took := time.Since(began); took != tt.end || pass {
 				t.Errorf("%s: it took %v, want %v (passed on: %v)", tt.name, took, tt.end, pass)
 			}
@@ -314,6 +314,42 @@ func TestUnreadAnswers(t *testing.T) {
 			there.Close()
 		}
 	})
+}
+
+// Whoever ends a connection of questions, it is told.
+func TestStreamEndsForItsReason(t *testing.T) {
+	r := newLab(nil).r
+	for _, tt := range []struct {
+		name string
+		end  func(client *net.TCPConn, cancel context.CancelFunc)
+		want flow.Reason
+	}{
+		{"closed", func(c *net.TCPConn, _ context.CancelFunc) { c.Close() }, flow.Closed},
+		{"reset", func(c *net.TCPConn, _ context.CancelFunc) { _ = c.SetLinger(0); c.Close() }, flow.Reset},
+		{"canceled", func(_ *net.TCPConn, cancel context.CancelFunc) { cancel() }, flow.Canceled},
+	} {
+		ln, err := net.Listen("tcp4", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		client, err := net.Dial("tcp4", ln.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		server, err := ln.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(context.Background())
+		tt.end(client.(*net.TCPConn), cancel)
+		if _, pass, err := r.Serve(ctx, &flow.Flow{Proto: flow.TCP, Src: me, Dst: asked}, server, nil); pass || flow.ReasonOf(err) != tt.want {
+			t.Errorf("%s: passed on %t, %v", tt.name, pass, err)
+		}
+		cancel()
+		client.Close()
+		server.Close()
+		ln.Close()
+	}
 }
 
 func framed(m *wire.Msg) string {

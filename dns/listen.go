@@ -220,7 +220,7 @@ func (l *Listener) serveStreams(ctx context.Context, ln *net.TCPListener, way fu
 			defer c.Close()
 			from, to := c.RemoteAddr().(*net.TCPAddr).AddrPort(), c.LocalAddr().(*net.TCPAddr).AddrPort()
 			f := flow.New(flow.TCP, netip.AddrPortFrom(from.Addr().Unmap(), from.Port()), netip.AddrPortFrom(to.Addr().Unmap(), port), l.attachment)
-			if read, pass := l.r.Serve(ctx, f, c, l.way(ctx, f, way)); pass && f.Dst.Addr().IsLoopback() {
+			if read, pass, _ := l.r.Serve(ctx, f, c, l.way(ctx, f, way)); pass && f.Dst.Addr().IsLoopback() {
 				l.splice(ctx, c, f.Dst, read)
 			}
 		})

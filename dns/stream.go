@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"os"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -25,21 +26,18 @@ const (
 	maxQuestion = 4096
 )
 
-// past is the deadline of what is to end now.
-var past = time.Unix(1, 0)
-
 // Serve answers the queries of a client's TCP connection until the client ends
-// it, which it returns false for. With pass, the client has sent something
-// that is not to be answered: read has it, and what follows is to be brought to
-// the server that the client meant. It does not close c.
-func (r *Resolver) Serve(ctx context.Context, f *flow.Flow, c net.Conn, way Way) (read []byte, pass bool) {
+// it, which it returns false for, with why if that was not in order. With pass, the
+// client has sent something that is not to be answered: read has it, and what
+// follows is to be brought to the server that the client meant. It does not close c.
+func (r *Resolver) Serve(ctx context.Context, f *flow.Flow, c net.Conn, way Way) (read []byte, pass bool, err error) {
 	s := &stream{r: r, f: f, c: c, way: way, room: make(chan struct{}, maxPipelined)}
-	stop := context.AfterFunc(ctx, func() { _ = c.SetDeadline(past) })
-	read, pass = s.serve(ctx)
+	stop := context.AfterFunc(ctx, func() { _ = c.SetDeadline(flow.Past) })
+	read, pass, err = s.serve(ctx)
 	s.asked.Wait()
 	stop()
 	_ = c.SetDeadline(time.Time{})
-	return read, pass
+	return read, pass, err
 }
 
 type stream struct {
@@ -54,31 +52,44 @@ type stream struct {
 	broken atomic.Bool // an answer has not been written to its end
 }
 
-func (s *stream) serve(ctx context.Context) (read []byte, pass bool) {
+func (s *stream) serve(ctx context.Context) (read []byte, pass bool, err error) {
 	patience := firstWithin
 	for {
-		if err := s.c.SetReadDeadline(time.Now().Add(patience)); err != nil || ctx.Err() != nil || s.broken.Load() {
-			return nil, false
+		if err := s.c.SetReadDeadline(time.Now().Add(patience)); err != nil {
+			return nil, false, err
+		}
+		if err := s.over(ctx); err != nil { // who has said so may have woken nobody
+			return nil, false, err
 		}
 		msg, err := s.next()
+		silent := flow.IsDeadline(err)
+		if err := s.over(ctx); err != nil {
+			return nil, false, err
+		}
 		switch {
-		case ctx.Err() != nil || s.broken.Load():
-			return nil, false
 		case err == nil:
-		case patience == firstWithin && !errors.Is(err, io.EOF):
-			return msg, true // silent, or something else than a question
-		case errors.Is(err, errNotOurs):
-			return msg, true
+		case silent && patience == firstWithin, errors.Is(err, errNotOurs):
+			return msg, true, nil // it waits for the server, or sends something else than questions
+		case silent, err == io.EOF:
+			return nil, false, nil
 		default:
-			return nil, false
+			return nil, false, err
 		}
 		patience = idleStream
 		answer, wait, mine := s.r.Take(s.f, msg[2:], s.way)
 		if !mine {
-			return msg, true
+			return msg, true, nil
 		}
 		s.answer(ctx, answer, wait)
 	}
+}
+
+// over is why the connection is to end, if it is.
+func (s *stream) over(ctx context.Context) error {
+	if s.broken.Load() && ctx.Err() == nil {
+		return os.ErrDeadlineExceeded // for answers to be taken
+	}
+	return ctx.Err()
 }
 
 // next reads a message with its length in front. Of one that cannot be a
@@ -131,6 +142,6 @@ func (s *stream) say(ctx context.Context, answer []byte) {
 	}
 	if err := writeMessage(s.c, answer); err != nil {
 		s.broken.Store(true)
-		_ = s.c.SetReadDeadline(past)
+		_ = s.c.SetReadDeadline(flow.Past)
 	}
 }

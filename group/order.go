@@ -33,6 +33,9 @@ var (
 const (
 	brokeCost     = 8
 	brokeHalfLife = 15 * time.Second
+	// uncharged is the share of it for other hosts than that of the flow, as long as
+	// it may have been that one's failure: it costs them little to go elsewhere.
+	uncharged = 0.25
 	// brokeFor is how long a member is out of its turn for it.
 	brokeFor = 30 * time.Second
 )
@@ -52,6 +55,8 @@ const (
 	// speedBytes is the size of what is fetched in the cost of a slow path.
 	speedBytes = 64 << 10
 	speedFor   = 5 * time.Minute
+	// stayShare is the share of its cost that another path must be below.
+	stayShare = 0.8
 	// doubtful is the share below which a member is no longer in its turn.
 	doubtful = 0.9
 )
@@ -77,11 +82,12 @@ func (g *Group) rank(t *dialer.Target, now time.Time) []ranked {
 		}
 		r := ranked{m, m.path.class(d, now), g.cost(m, d, t.Addr.Addr(), now)}
 		if r.class == suspect {
-			r.cost = m.path.seconds(d, now) // out of turn: the least suspect one first
+			r.cost = m.path.seconds(d, t.Addr.Addr(), now) // out of turn: the least suspect one first
 		}
 		list = append(list, r)
 	}
 	if g.c.Type == TypeRace {
+		favour(list)
 		for i := range list {
 			if list[i].class == suspect {
 				list[i].class = healthy
@@ -92,6 +98,21 @@ func (g *Group) rank(t *dialer.Target, now time.Time) []ranked {
 		return cmp.Or(cmp.Compare(a.class, b.class), cmp.Compare(a.cost, b.cost))
 	})
 	return list
+}
+
+// favour lets the healthy path that has served last stay in front, if none is
+// better by more than chance: what goes wrong there is known at once, from the flows
+// that are under way.
+func favour(list []ranked) {
+	last := -1
+	for i, r := range list {
+		if at := r.path.goodAt; r.class == healthy && !at.IsZero() && (last < 0 || at.After(list[last].path.goodAt)) {
+			last = i
+		}
+	}
+	if last >= 0 {
+		list[last].cost *= stayShare
+	}
 }
 
 func (p *path) class(d *dest, now time.Time) int {
@@ -141,18 +162,19 @@ func (g *Group) cost(m *member, d *dest, dst netip.Addr, now time.Time) float64 
 	case g.c.Type == TypeBalance:
 		return rendezvous(m.path.name, dst)
 	}
-	return m.path.seconds(d, now)
+	return m.path.seconds(d, dst, now)
 }
 
 // seconds is what a flow by this path is expected to lose.
-func (p *path) seconds(d *dest, now time.Time) float64 {
+func (p *path) seconds(d *dest, dst netip.Addr, now time.Time) float64 {
 	c := p.connect.value
 	for k := range p.level {
 		c += pathCost[k] * (1 - p.level[k].ok.value(now))
 	}
-	broke := 0.0
-	if p.level[carries].row > 0 {
-		broke = p.level[carries].broke(now)
+	l := &p.level[carries]
+	broke := l.broke(now)
+	if l.row == 0 && l.failedOn != dst {
+		broke *= uncharged
 	}
 	if d != nil && d.paths[p] != nil {
 		own := d.paths[p]

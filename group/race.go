@@ -90,7 +90,7 @@ func (r *race[T]) run(ctx context.Context) (conn T, m *member, err error) {
 	r.results = make(chan result[T], maxInFlight)
 	r.round(time.Now())
 	if len(r.queue) == 0 {
-		return conn, nil, r.fail(flow.HostUnreachable, errors.New("no member is left"))
+		return conn, nil, r.fail(flow.HostUnreachable, errNobody)
 	}
 	r.stagger = r.g.scores.stagger(r.queue[0].path, r.g.c.Stagger)
 	timer := time.NewTimer(0)
@@ -235,9 +235,12 @@ func isAnswer(err error) bool {
 	return (why == flow.Refused || why == flow.Prohibited || why == flow.Expired) && !absent(err)
 }
 
+// errNobody is of a group all of whose members are to be avoided.
+var errNobody = errors.New("no member is left")
+
 // absent tells the errors of a member that nobody was asked by.
 func absent(err error) bool {
-	return errors.Is(err, errors.ErrUnsupported) || errors.Is(err, dialer.ErrAccount)
+	return errors.Is(err, errors.ErrUnsupported) || errors.Is(err, dialer.ErrAccount) || errors.Is(err, errNobody)
 }
 
 // verdict says what the failures of a round mean: ask again, or what the client
@@ -265,7 +268,7 @@ func (r *race[T]) verdict() (again bool, err error) {
 	case unable != nil:
 		return false, unable
 	}
-	return false, r.fail(flow.HostUnreachable, errors.New("no member is left"))
+	return false, r.fail(flow.HostUnreachable, errNobody)
 }
 
 // over is the error of a race whose time is up, or whose client has left.

@@ -179,12 +179,16 @@ func TestCanceledRaceLeavesNothing(t *testing.T) {
 func TestAvoid(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, b := &fake{name: "a", connect: in(ms)}, &fake{name: "b", connect: in(ms)}
-		inner := newGroup(t, settings("fallback"), board(t), a)
-		g := newGroup(t, settings("race"), board(t), inner, b)
+		s := board(t)
+		inner := newGroup(t, settings("fallback"), s, a)
+		g := newGroup(t, settings("race"), s, inner, b)
 		target := dst(1)
 		target.Avoid = []string{"a"}
 		if by, _, err := dial(t, g, target); by != "b" || err != nil || a.asked() != 0 {
 			t.Errorf("%q, %v", by, err)
+		}
+		if got := s.Stats()["fallback"]; got.FailuresTotal != 0 || got.HiddenTotal[dialer.HiddenDial] != 0 {
+			t.Errorf("a group that nobody was asked by has failed: %+v", got)
 		}
 		target.Avoid = []string{"a", "b"}
 		if _, _, err := dial(t, g, target); err == nil {
@@ -325,6 +329,32 @@ func TestLateLoserIsClosed(t *testing.T) {
 		a, b := stubborn{&fake{name: "a", connect: in(300 * ms)}}, &fake{name: "b", connect: in(10 * ms)}
 		if by, _, err := dial(t, newGroup(t, settings("race"), board(t), a, b), dst(1)); by != "b" || err != nil || a.open.Load() != 0 {
 			t.Errorf("%q, %v; %d connections are open", by, err, a.open.Load())
+		}
+	})
+}
+
+// TestLoadIsGivenBack: a connection that nobody tells the end of is one less, also
+// one that lost a race around the group.
+func TestLoadIsGivenBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := board(t)
+		a, b, c := stubborn{&fake{name: "a", connect: in(300 * ms)}}, &fake{name: "b", connect: in(300 * ms)}, &fake{name: "c", connect: in(10 * ms)}
+		byLoad := settings("balance")
+		byLoad.By = group.ByLoad
+		inner := newGroup(t, byLoad, s, a, b)
+		for range 3 {
+			conn, err := inner.DialStream(context.Background(), dst(1))
+			if err != nil {
+				t.Fatal(err)
+			}
+			_ = conn.Close()
+		}
+		outer := newGroup(t, settings("fallback"), s, inner, c)
+		if by, _, err := dial(t, outer, dst(2)); by != "c" || err != nil {
+			t.Errorf("%q, %v", by, err)
+		}
+		if got := inner.Order(); got[0] != "a" {
+			t.Errorf("all connections are closed, and the order is %q", got)
 		}
 	})
 }

@@ -118,6 +118,7 @@ type path struct {
 	brokenAt int64     // bytes that a flow had brought when it broke; 0: none since carried
 	quiet    time.Time // a flow was silent in the middle of something
 	used     time.Time // a flow or a probe was sent here
+	goodAt   time.Time // a flow was answered or carried
 	live     int       // flows
 
 	ejected   time.Time // until
@@ -254,6 +255,9 @@ func (s *Scores) succeeded(p *path, dst netip.AddrPort, at int, now time.Time) {
 			s.charge(f.path, k, now)
 		}
 		p.level[k].success(now)
+	}
+	if at > connects {
+		p.goodAt = now
 	}
 	s.good.add(dst, now)
 	if !p.ejected.IsZero() && p.ejectedBy <= at {

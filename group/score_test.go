@@ -394,3 +394,48 @@ func TestChoose(t *testing.T) {
 		}
 	})
 }
+
+// TestFlowsStay: of two paths that do alike, the one that served last is asked; that
+// one is better by chance is no reason to leave it.
+func TestFlowsStay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := 0
+		swings := func(netip.AddrPort) (time.Duration, error) {
+			n++
+			return time.Duration(9+n%3) * ms, nil
+		}
+		g := newGroup(t, settings("race"), board(t), &fake{name: "a", connect: swings}, &fake{name: "b", connect: in(10 * ms)})
+		changes, last := 0, ""
+		for range 50 {
+			by, _, _ := dial(t, g, dst(1))
+			if by != last {
+				changes++
+			}
+			last = by
+		}
+		if changes > 2 { // each was asked for the first time
+			t.Errorf("%d changes", changes)
+		}
+	})
+}
+
+// TestBrokenFlowIsAHint: before it is known whose failure it was, flows to other ports
+// and other hosts leave the path, too, and no score has fallen for that.
+func TestBrokenFlowIsAHint(t *testing.T) {
+	for _, other := range []dialer.Target{{Addr: netip.AddrPortFrom(dst(1).Addr.Addr(), 80)}, dst(2)} {
+		withPair(t, "race", func(p *pair) {
+			for range 5 {
+				p.flow(dst(1), whole)
+			}
+			if by := p.flow(dst(1), broken); by != "a" {
+				t.Fatal(by)
+			}
+			if s := p.score("a"); s.Score < 1 {
+				t.Errorf("%+v", s)
+			}
+			if by := p.flow(other, whole); by != "b" {
+				t.Errorf("to %v by %q", other.Addr, by)
+			}
+		})
+	}
+}

@@ -2,9 +2,7 @@ package relay
 
 import (
 	"context"
-	"errors"
 	"net"
-	"os"
 	"sync/atomic"
 	"time"
 
@@ -50,6 +48,10 @@ type Options struct {
 	// Half is called when one direction has ended in order, and perhaps again
 	// for the other. It returns soon. It may be nil.
 	Half func()
+	// First is what the client has sent and somebody else has read. If Gone is not
+	// nil, the client has ended with that error after it.
+	First []byte
+	Gone  error
 	// Broken, if not nil, is the error of a write to the server that somebody
 	// else has done: it takes nothing any more, and when it has said what it has
 	// to say that was a reset.
@@ -150,10 +152,3 @@ func drain(ctx context.Context, c *net.TCPConn) {
 		}
 	}
 }
-
-// isDeadline recognises the deadlines that are set in the past to wake a
-// waiting goroutine.
-func isDeadline(err error) bool { return errors.Is(err, os.ErrDeadlineExceeded) }
-
-// past is a deadline that has passed.
-var past = time.Unix(1, 0)

@@ -44,13 +44,13 @@ func relayCopy(ctx context.Context, client, server flow.Conn, o Options) Result 
 	// Deadlines wake both directions and leave the ends usable: what a peer
 	// sent before its reset is still to be delivered by Reset.
 	wake := func() {
-		_ = client.SetDeadline(past)
-		_ = server.SetDeadline(past)
+		_ = client.SetDeadline(flow.Past)
+		_ = server.SetDeadline(flow.Past)
 	}
 	ended := make(chan struct{})
 	var watch, halves sync.WaitGroup
 	watch.Go(func() { c.watch(ctx, ended, wake) })
-	halves.Go(func() { c.half(server, client, Client, o.Up) })
+	halves.Go(func() { c.up() })
 	halves.Go(func() { c.half(client, server, Server, o.Down) })
 	halves.Wait()
 	close(ended)
@@ -91,12 +91,35 @@ func (c *copier) watch(ctx context.Context, ended <-chan struct{}, wake func()) 
 	<-ended
 }
 
+// up moves what the client has sent already, and then what it sends.
+func (c *copier) up() {
+	var err error
+	if len(c.o.First) > 0 { // TLS sends nothing, too
+		var n int
+		n, err = c.server.Write(c.o.First)
+		c.o.Up.Add(int64(n))
+	}
+	switch {
+	case err != nil:
+		c.halfEnded(c.server, Client, err, true)
+	case c.o.Gone != nil:
+		c.end(Client, c.o.Gone)
+	default:
+		c.half(c.server, c.client, Client, c.o.Up)
+	}
+}
+
 // half moves one direction to its end and passes that on.
 func (c *copier) half(dst, src flow.Conn, from Side, count *atomic.Int64) {
-	to := Client + Server - from
 	err, writing := move(dst, src, count)
+	c.halfEnded(dst, from, err, writing)
+}
+
+// halfEnded passes on how a direction has ended: writing with an error of dst.
+func (c *copier) halfEnded(dst flow.Conn, from Side, err error, writing bool) {
+	to := Client + Server - from
 	switch {
-	case writing && to == Server && !isDeadline(err):
+	case writing && to == Server && !flow.IsDeadline(err):
 		c.writeFailed(err)
 	case from == Server && c.downEnded(err):
 	case err == nil:
@@ -104,7 +127,7 @@ func (c *copier) half(dst, src flow.Conn, from Side, count *atomic.Int64) {
 		// there sees how.
 		_ = dst.CloseWrite()
 		c.o.Half()
-	case isDeadline(err):
+	case flow.IsDeadline(err):
 	case writing:
 		c.end(to, err)
 	default:
@@ -133,7 +156,7 @@ func (c *copier) downEnded(err error) bool {
 	c.downDone = true
 	broken := c.broken
 	c.mu.Unlock()
-	if broken == nil || err != nil && !isDeadline(err) {
+	if broken == nil || err != nil && !flow.IsDeadline(err) {
 		return false
 	}
 	c.end(Server, broken)

@@ -168,7 +168,7 @@ func (d *direct) end(by Side, why error) {
 	}
 	d.ended, d.by, d.why = true, by, why
 	close(d.over)
-	_ = d.server.SetDeadline(past)
+	_ = d.server.SetDeadline(flow.Past)
 }
 
 func (d *direct) isOver() bool {
@@ -235,6 +235,9 @@ func (d *direct) pump() {
 
 // up moves what the client has sent until there is nothing more now.
 func (d *direct) up(v *vectors) {
+	if !d.first(v) {
+		return
+	}
 	for !d.isOver() {
 		slices, n, err := d.client.Peek(v.slices[:0])
 		if err == io.EOF {
@@ -258,11 +261,32 @@ func (d *direct) up(v *vectors) {
 		clear(slices)
 		d.client.Discard(v.n)
 		d.o.Up.Add(int64(v.n))
-		if err != nil && !isDeadline(err) {
+		if err != nil && !flow.IsDeadline(err) {
 			d.writeFailed(err)
 			return
 		}
 	}
+}
+
+// first moves what somebody else has read of the client, and says whether to go on.
+func (d *direct) first(v *vectors) bool {
+	if _, failed := d.upState(); failed != nil {
+		return false
+	}
+	if len(d.o.First) > 0 {
+		err := v.writeAll(d.raw, append(v.slices[:0], d.o.First))
+		d.o.First = d.o.First[v.n:]
+		d.o.Up.Add(int64(v.n))
+		if err != nil && !flow.IsDeadline(err) {
+			d.o.First = nil
+			d.writeFailed(err)
+			return false
+		}
+	}
+	if len(d.o.First) == 0 && d.o.Gone != nil {
+		d.end(Client, d.o.Gone)
+	}
+	return len(d.o.First) == 0
 }
 
 // upEnded notes that the client has ended its direction, once.
@@ -277,7 +301,7 @@ func (d *direct) upEnded(closeWrite func() error) {
 	// An error means that the server has gone; down will say how.
 	_ = closeWrite()
 	d.o.Half()
-	_ = d.server.SetReadDeadline(past) // down may have ended before
+	_ = d.server.SetReadDeadline(flow.Past) // down may have ended before
 }
 
 // writeFailed notes that the server takes nothing any more.
@@ -285,7 +309,7 @@ func (d *direct) writeFailed(err error) {
 	d.mu.Lock()
 	d.upError = err
 	d.mu.Unlock()
-	_ = d.server.SetReadDeadline(past)
+	_ = d.server.SetReadDeadline(flow.Past)
 }
 
 func (d *direct) upState() (done bool, failed error) {

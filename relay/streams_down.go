@@ -6,6 +6,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"cgtun/flow"
 )
 
 // down moves what the server sends, then waits until the flow is over.
@@ -34,7 +36,7 @@ func (d *direct) downBytes() bool {
 // downEnded looks at what a wait has brought and says whether down is over.
 func (d *direct) downEnded() bool {
 	switch {
-	case isDeadline(d.err):
+	case flow.IsDeadline(d.err):
 		return false // an end, or news of up
 	case d.err != nil:
 		d.end(Server, d.err)
@@ -138,7 +140,7 @@ func (d *direct) awaitEnd() {
 		if err := d.raw.Read(d.resetSeen); err != nil {
 			d.err = err
 		}
-		if !isDeadline(d.err) {
+		if !flow.IsDeadline(d.err) {
 			d.end(Server, d.err)
 		}
 	}

@@ -2,10 +2,8 @@ package replay
 
 import (
 	"context"
-	"errors"
 	"io"
 	"net"
-	"os"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -135,7 +133,7 @@ func (r *run) readClient() {
 			return
 		}
 		if err != nil {
-			if !isDeadline(err) && !r.send(event{err: err}) && err != io.EOF {
+			if !flow.IsDeadline(err) && !r.send(event{err: err}) && err != io.EOF {
 				r.clientErr = err // seen when this has ended
 			}
 			return
@@ -158,7 +156,7 @@ func (r *run) pump(l *link) {
 		l.writing.Store(false)
 		l.sent += n
 		if err != nil {
-			if !isDeadline(err) {
+			if !flow.IsDeadline(err) {
 				l.writeErr.Store(&err)
 			}
 			return
@@ -178,7 +176,7 @@ func (r *run) await(l *link) {
 			l.first, err = buf[:n], nil
 		}
 	}
-	if isDeadline(err) {
+	if flow.IsDeadline(err) {
 		return
 	}
 	l.waiting.Store(false)
@@ -284,24 +282,20 @@ func (r *run) giveOn(ctx context.Context, l *link) Result {
 	r.halt(ctx, l)
 	if err := l.readErr; err != nil && err != io.EOF {
 		r.last = l
-		return r.finish(Result{Server: l.Conn, Client: r.client, Over: true, Reason: flow.ReasonOf(err), ByServer: true}, l)
+		return r.finish(Result{Server: l.Conn, Over: true, Reason: flow.ReasonOf(err), ByServer: true}, l)
 	}
 	for _, f := range r.hidden {
 		if f.outbound != l.name() {
 			r.o.Hide(f.outbound, f.kind)
 		}
 	}
-	res := Result{Server: l.Conn, Client: r.client, Replays: r.replays}
+	res := Result{Server: l.Conn, Replays: r.replays}
 	if w := l.writeErr.Load(); w != nil {
 		res.Broken = *w
 	}
-	rest := r.kept.b[l.sent:]
-	failed := r.clientErr
-	if failed == io.EOF {
-		failed = nil // it is seen again
-	}
-	if len(rest) > 0 || failed != nil {
-		res.Client = &before{Conn: r.client, rest: rest, err: failed}
+	res.Rest = r.kept.b[l.sent:]
+	if r.clientErr != io.EOF { // that is seen again
+		res.Gone = r.clientErr
 	}
 	r.o.Up.Add(int64(l.sent))
 	if len(l.first) > 0 {
@@ -313,7 +307,7 @@ func (r *run) giveOn(ctx context.Context, l *link) Result {
 
 // tellClient hands on what could not be left in the server's socket.
 func (r *run) tellClient(ctx context.Context, b []byte) {
-	stop := context.AfterFunc(ctx, func() { _ = r.client.SetWriteDeadline(past) })
+	stop := context.AfterFunc(ctx, func() { _ = r.client.SetWriteDeadline(flow.Past) })
 	n, _ := r.client.Write(b) // who goes on sees why it failed
 	if stop() {
 		_ = r.client.SetWriteDeadline(time.Time{})
@@ -328,16 +322,20 @@ func (r *run) halt(ctx context.Context, l *link) {
 		r.dialing()
 	}
 	r.kept.give()
-	_ = r.client.SetReadDeadline(past)
+	_ = r.client.SetReadDeadline(flow.Past)
 	// After the order to stop no Write begins: one that is seen here may have
 	// ended, one that is not has.
 	waiting, writing := l.waiting.Load(), l.writing.Load()
 	if waiting {
-		_ = l.SetReadDeadline(past)
+		_ = l.SetReadDeadline(flow.Past)
 	}
 	if writing {
 		if l.socket != nil {
-			_ = l.SetWriteDeadline(past) // TLS would not survive that: it is waited for
+			_ = l.SetWriteDeadline(flow.Past)
+		} else {
+			// TLS would not survive that: it is waited for, but not for ever.
+			cut := time.AfterFunc(maxHalt, func() { _ = l.Reset() })
+			defer cut.Stop()
 		}
 		cut := context.AfterFunc(ctx, func() { _ = l.Reset() })
 		defer cut()
@@ -361,7 +359,7 @@ func (r *run) end(ctx context.Context, why error, byServer bool) Result {
 		_ = l.Reset()
 	}
 	r.halt(ctx, l)
-	return r.finish(Result{Server: l.Conn, Client: r.client, Over: true, Reason: flow.ReasonOf(why), ByServer: byServer}, l)
+	return r.finish(Result{Server: l.Conn, Over: true, Reason: flow.ReasonOf(why), ByServer: byServer}, l)
 }
 
 // finish resets the client.
@@ -378,29 +376,3 @@ func (r *run) release() {
 		r.o.Budget.give()
 	}
 }
-
-// before is a client's end with bytes that it has sent before, and maybe the
-// error that it has ended with.
-type before struct {
-	flow.Conn
-	rest []byte
-	err  error
-}
-
-// Read implements net.Conn.
-func (b *before) Read(p []byte) (int, error) {
-	if len(b.rest) > 0 {
-		n := copy(p, b.rest)
-		b.rest = b.rest[n:]
-		return n, nil
-	}
-	if b.err != nil {
-		return 0, b.err
-	}
-	return b.Conn.Read(p)
-}
-
-// past is a deadline that wakes who waits.
-var past = time.Unix(1, 0)
-
-func isDeadline(err error) bool { return errors.Is(err, os.ErrDeadlineExceeded) }

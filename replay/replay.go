@@ -53,6 +53,8 @@ const (
 	// The wait for a silent server: usualTimes what is usual, within these.
 	usualTimes         = 4
 	minHedge, maxHedge = 1500 * time.Millisecond, 10 * time.Second
+	// maxHalt is how long a server may take to take what is being written to it.
+	maxHalt = 2 * time.Second
 )
 
 // Options say how a flow can be helped.
@@ -71,6 +73,9 @@ type Options struct {
 	// Budget bounds the replays of all flows. Nil: no bound.
 	Budget *Budget
 	Port   uint16 // the destination's
+	// First is what the client has sent already. It is kept: the caller does not
+	// change it.
+	First []byte
 	// Up and Down count the bytes that were handed on. Both may be nil.
 	Up, Down *atomic.Int64
 }
@@ -80,10 +85,10 @@ type Result struct {
 	// Server is who goes on, or the last one that was. Never nil; the caller
 	// closes it, and reports its end.
 	Server *dialer.Conn
-	// Client is the client's end for the rest: the one that was given, or one
-	// with bytes before it that no server has got yet. Its Close is that of the
-	// given one.
-	Client  flow.Conn
+	// Rest is what the client has sent and Server has not got. If Gone is not nil,
+	// the client has ended with that error after it.
+	Rest    []byte
+	Gone    error
 	Replays int // times that the client's bytes were sent to another server
 	// Over says that the flow has ended here: both ends were told. Reason and
 	// ByServer say how; as those of a relay.
@@ -162,6 +167,11 @@ type event struct {
 
 func (r *run) do(ctx context.Context) Result {
 	r.work.Go(r.readClient)
+	if len(r.o.First) > 0 {
+		if res, done := r.heard(ctx, r.o.First); done {
+			return res
+		}
+	}
 	timer := time.NewTimer(r.next())
 	defer timer.Stop()
 	for {

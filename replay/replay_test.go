@@ -9,9 +9,11 @@ import (
 	"io"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -28,6 +30,8 @@ import (
 type bed struct {
 	*testing.T
 	plain  bool // the servers' sockets are not known to be sockets
+	small  bool // they hold little
+	first  string
 	script []func(*net.TCPConn)
 	redial func() // called before each server but the first
 
@@ -42,9 +46,20 @@ type bed struct {
 }
 
 // pair is a connection over loopback.
-func pair(t testing.TB) (near, far *net.TCPConn) {
+func pair(t testing.TB) (near, far *net.TCPConn) { return pairOf(t, net.ListenConfig{}) }
+
+// smallPair is one whose ends hold little of what near writes.
+func smallPair(t testing.TB) (near, far *net.TCPConn) {
+	near, far = pairOf(t, net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) error {
+		return raw.Control(func(fd uintptr) { _ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUF, 4<<10) })
+	}})
+	_ = near.SetWriteBuffer(4 << 10)
+	return near, far
+}
+
+func pairOf(t testing.TB, config net.ListenConfig) (near, far *net.TCPConn) {
 	t.Helper()
-	ln, err := net.Listen("tcp4", "127.0.0.1:0")
+	ln, err := config.Listen(t.Context(), "tcp4", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -73,7 +88,11 @@ func (b *bed) connect() (*dialer.Conn, error) {
 	}
 	b.got = append(b.got, nil)
 	b.mu.Unlock()
-	near, far := pair(b.T)
+	make := pair
+	if b.small {
+		make = smallPair
+	}
+	near, far := make(b.T)
 	b.servers.Go(func() { b.script[n](far); far.Close() })
 	b.open.Add(1)
 	c := &dialer.Conn{Conn: flow.NewTCPConn(near), Path: []string{fmt.Sprint("path", n)}}
@@ -130,11 +149,12 @@ func (b *bed) run(client func(*net.TCPConn)) (heard []byte, err error) {
 				defer b.mu.Unlock()
 				b.hid = append(b.hid, outbound+" "+kind.String())
 			},
-			Port: 80,
+			Port:  80,
+			First: []byte(b.first),
 		})
 		b.result = res
 		if !res.Over {
-			relay.Streams(ctx, res.Client, res.Server.Conn, relay.Options{Broken: res.Broken})
+			relay.Streams(ctx, flow.NewTCPConn(end), res.Server.Conn, relay.Options{First: res.Rest, Gone: res.Gone, Broken: res.Broken})
 		}
 		_ = res.Server.Close()
 		res.Server.Tell(dialer.Outcome{News: dialer.Ended})
@@ -425,5 +445,77 @@ func TestBudget(t *testing.T) {
 	budget.Give()
 	if !budget.Take() {
 		t.Error("a place that was given back is not there")
+	}
+}
+
+// TestFirst: what was read of the client before is sent as what it sends then, and
+// what is not safe goes to one server.
+func TestFirst(t *testing.T) {
+	for _, tt := range []struct {
+		name, first, then string
+		want              []string // what each server gets
+		rest              bool     // some of it is left to who goes on
+	}{
+		{"safe", get, "", []string{get, get}, false},
+		{"unsafe", post, "more", []string{post + "more"}, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			b := &bed{T: t, first: tt.first}
+			for n, want := range tt.want {
+				b.script = append(b.script, func(c *net.TCPConn) {
+					b.read(n, len(want), c)
+					if n < len(tt.want)-1 {
+						reset(c)
+						return
+					}
+					_, _ = io.WriteString(c, "answer")
+				})
+			}
+			heard, err := b.run(say(tt.then))
+			var got []string
+			for _, g := range b.got {
+				got = append(got, string(g))
+			}
+			if string(heard) != "answer" || err != nil || !slices.Equal(got, tt.want) || (len(b.result.Rest) > 0) != tt.rest {
+				t.Errorf("heard %q, %v; got %q; left %q", heard, err, got, b.result.Rest)
+			}
+		})
+	}
+}
+
+// TestServerThatTakesNothing: what cannot be cut short is not waited for for ever.
+func TestServerThatTakesNothing(t *testing.T) {
+	b := &bed{T: t, plain: true, small: true}
+	b.script = []func(*net.TCPConn){func(c *net.TCPConn) {
+		raw, _ := c.SyscallConn()
+		ask := func(option int) (n int) {
+			_ = raw.Control(func(fd uintptr) { n, _ = unix.IoctlGetInt(int(fd), uint(option)) })
+			return n
+		}
+		until(t, "nothing more is taken", func() bool { return ask(unix.SIOCINQ) > 0 })
+		time.Sleep(200 * time.Millisecond)
+		_, _ = io.WriteString(c, "answer")
+		until(t, "the flow is given up", func() bool {
+			state := 0
+			_ = raw.Control(func(fd uintptr) {
+				if info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO); err == nil {
+					state = int(info.State)
+				}
+			})
+			return state != unix.BPF_TCP_ESTABLISHED
+		})
+	}}
+	heard, err := b.run(say(strings.Repeat(get, 1500)))
+	if string(heard) != "answer" || !errors.Is(err, unix.ECONNRESET) {
+		t.Errorf("the client hears %q, %v", heard, err)
+	}
+}
+
+func until(t *testing.T, what string, ok func() bool) {
+	for began := time.Now(); !ok(); time.Sleep(10 * time.Millisecond) {
+		if time.Since(began) > 10*time.Second {
+			t.Errorf("not within 10 s: %s", what)
+			return
+		}
 	}
 }

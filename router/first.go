@@ -47,7 +47,7 @@ func (r *Router) acceptFirst(ctx context.Context, e *entry, s flow.Stream, ends 
 
 // readFirst reads from a client until the name is told, or will not be.
 func readFirst(ctx context.Context, client flow.Conn, facts *rules.Facts) (read []byte, from string) {
-	stop := context.AfterFunc(ctx, func() { _ = client.SetReadDeadline(time.Unix(1, 0)) })
+	stop := context.AfterFunc(ctx, func() { _ = client.SetReadDeadline(flow.Past) })
 	defer func() {
 		stop()
 		_ = client.SetReadDeadline(time.Time{})
@@ -112,19 +112,13 @@ func (r *Router) dialLate(ctx context.Context, e *entry, ends *streamEnds, l lat
 		return err
 	}
 	began := time.Now()
-	server, err := r.dial(ctx, e.flow, l.out, ends)
+	server, err := r.dial(ctx, e, l.out, ends)
 	e.dialled(began, err)
 	if err != nil {
 		return err
 	}
 	ends.server, ends.by, ends.since = server, l.out.Outbound, time.Now()
-	if _, ok := ends.by.(rescuer); ok {
-		ends.read = l.read // it may be sent more than once
-	} else if _, err := server.Write(l.read); err != nil {
-		return err
-	} else {
-		e.up.Add(int64(len(l.read)))
-	}
+	ends.first = l.read
 	if k := flow.Socket(server.Conn); k != nil {
 		e.watchSocket(k)
 	}

@@ -84,14 +84,8 @@ func (e *entry) dialled(began time.Time, err error) flow.Reason {
 // target is what an outbound is asked for on behalf of a flow: with the name that
 // the client looked up, never with one that it says in what it sends, nor with one
 // of two that had the address.
-func (r *Router) target(f *flow.Flow) dialer.Target {
-	t := dialer.Target{Flow: f, Addr: f.Dst}
-	if r.opts.Resolver != nil {
-		if name, sure := r.opts.Resolver.Name(f); sure {
-			t.Name = name
-		}
-	}
-	return t
+func (e *entry) target() dialer.Target {
+	return dialer.Target{Flow: e.flow, Addr: e.flow.Dst, Name: e.asked}
 }
 
 // log writes the line of a flow that has ended, at debug.

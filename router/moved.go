@@ -34,13 +34,19 @@ func movable(o dialer.Outbound) bool {
 
 // silence watches one socket.
 type silence struct {
-	since atomic.Int64 // when the client wrote what is not answered; ns, 0: nothing
-	lost  atomic.Bool  // the kernel has no way out by it
+	since    atomic.Int64 // when the client wrote what is not answered; ns, 0: nothing
+	answered atomic.Bool  // something has come by it
+	lost     atomic.Bool  // the kernel has no way out by it
 }
 
 func (s *silence) sent(now time.Time) { s.since.CompareAndSwap(0, now.UnixNano()) }
 
-func (s *silence) heard() { s.since.Store(0) }
+func (s *silence) heard() {
+	s.since.Store(0)
+	if !s.answered.Load() {
+		s.answered.Store(true)
+	}
+}
 
 // dead says whether a path seems dead, for who has waited so long.
 func (s *silence) dead(now time.Time, patience time.Duration) bool {
@@ -62,6 +68,9 @@ func (s *source) move(out *packetOut, now time.Time) bool {
 	if m == nil {
 		m = &moving{patience: silentFor}
 		s.moves[out.key] = m
+	}
+	if out.silence.answered.Load() {
+		m.patience = silentFor // its peers do answer
 	}
 	if !out.silence.dead(now, m.patience) {
 		return false

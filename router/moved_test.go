@@ -78,6 +78,17 @@ func TestDatagramsLeaveASilentPath(t *testing.T) {
 			if got := lastPath(r); got != "a" {
 				t.Errorf("when both are silent: %q", got)
 			}
+			// An answer: it is as quick as at first.
+			third.in <- flow.Datagram{Peer: peerN(1), Data: []byte("y")}
+			<-c.got
+			say()
+			<-third.out
+			time.Sleep(2500 * time.Millisecond)
+			say()
+			<-(<-out.open).out
+			if got := lastPath(r); got != "b" {
+				t.Errorf("two seconds after an answer: %q", got)
+			}
 		})
 }
 

@@ -310,7 +310,7 @@ func (s *source) newPeer(ctx context.Context, d *flow.Datagram, now time.Time) *
 // settle decides about a new peer, to which the client has sent data.
 func (s *source) settle(ctx context.Context, p *peer, f *flow.Flow, data []byte, now time.Time) {
 	s.lookUpOwner(ctx, f, now)
-	facts := s.r.facts(f, s.owner)
+	facts := p.e.facts(s.owner)
 	verdict, outbound, missing := s.r.match(facts)
 	from := ""
 	if missing != 0 {
@@ -329,7 +329,7 @@ func (s *source) settle(ctx context.Context, p *peer, f *flow.Flow, data []byte,
 		return
 	}
 	began := time.Now()
-	out, err := s.open(ctx, outbound.Outbound, f)
+	out, err := s.open(ctx, outbound.Outbound, p.e)
 	if errors.Is(err, errors.ErrUnsupported) {
 		p.notCarried(s.r, now)
 		return
@@ -374,9 +374,9 @@ func (p *peer) notCarried(r *Router, now time.Time) {
 	p.e.end(p.tell)
 }
 
-// open returns the socket of an outbound for the family of f's destination.
-func (s *source) open(ctx context.Context, outbound dialer.Outbound, f *flow.Flow) (*packetOut, error) {
-	key := outKey{outbound: outbound, v6: f.Dst.Addr().Is6()}
+// open returns the socket of an outbound for the family of e's destination.
+func (s *source) open(ctx context.Context, outbound dialer.Outbound, e *entry) (*packetOut, error) {
+	key := outKey{outbound: outbound, v6: e.flow.Dst.Addr().Is6()}
 	s.mu.Lock()
 	out := s.outs[key]
 	s.mu.Unlock()
@@ -390,13 +390,13 @@ func (s *source) open(ctx context.Context, outbound dialer.Outbound, f *flow.Flo
 	}
 	var conn *dialer.PacketConn
 	dial := outbound.OpenPackets
-	if f.Proto == flow.ICMP {
+	if e.flow.Proto == flow.ICMP {
 		dial = func(ctx context.Context, t dialer.Target) (*dialer.PacketConn, error) {
 			return dialer.OpenEcho(ctx, outbound, t)
 		}
 	}
-	err := s.r.inFlight(ctx, f, func(ctx context.Context) (err error) {
-		conn, err = s.openAway(ctx, key, s.r.target(f), dial)
+	err := s.r.inFlight(ctx, e.flow, func(ctx context.Context) (err error) {
+		conn, err = s.openAway(ctx, key, e.target(), dial)
 		return err
 	})
 	if err != nil {

@@ -34,8 +34,8 @@ type Resolver interface {
 	Name(f *flow.Flow) (name string, sure bool)
 	// Serve does the same for the messages of a connection, until it ends or,
 	// with pass, the client has sent something that is to go on: read, and all
-	// that comes after it.
-	Serve(ctx context.Context, f *flow.Flow, c net.Conn, way func(netip.AddrPort, flow.Proto) (dialer.Outbound, error)) (read []byte, pass bool)
+	// that comes after it. An error is why it ended otherwise than in order.
+	Serve(ctx context.Context, f *flow.Flow, c net.Conn, way func(netip.AddrPort, flow.Proto) (dialer.Outbound, error)) (read []byte, pass bool, err error)
 }
 
 // takes says whether a flow's destination is one that queries are answered for.
@@ -93,7 +93,8 @@ type passed struct {
 	version uint64
 }
 
-// query has one datagram answered. False: it is to go on.
+// query has one datagram answered. False: it is to go on, and of joined ones those
+// that are left in it.
 func (s *source) query(ctx context.Context, d *flow.Datagram, now time.Time) bool {
 	if !s.r.takes(s.client.Flow().Proto, d.Peer) {
 		return false
@@ -107,10 +108,13 @@ func (s *source) query(ctx context.Context, d *flow.Datagram, now time.Time) boo
 	if size == 0 {
 		size = len(d.Data)
 	}
+	var rest []byte
 	for data := d.Data; len(data) > 0; data = data[min(size, len(data)):] {
-		answer, wait, mine := s.r.opts.Resolver.Take(f, data[:min(size, len(data))], way)
+		one := data[:min(size, len(data))]
+		answer, wait, mine := s.r.opts.Resolver.Take(f, one, way)
 		if !mine {
-			return false
+			rest = append(rest, one...)
+			continue
 		}
 		if wait == nil {
 			if answer != nil {
@@ -128,7 +132,13 @@ func (s *source) query(ctx context.Context, d *flow.Datagram, now time.Time) boo
 			wait(ctx, reply)
 		})
 	}
-	return true
+	if len(rest) == 0 {
+		return true
+	}
+	if d.Data = rest; len(rest) <= size {
+		d.Segment = 0
+	}
+	return false
 }
 
 // answer gives the client the answers that were there at once, all together.
@@ -156,9 +166,9 @@ func (r *Router) queries(ctx context.Context, e *entry, s flow.Stream, ends *str
 	}
 	ends.accepted(r, client)
 	e.path(nil)
-	read, pass := r.opts.Resolver.Serve(ctx, e.flow, client, way)
+	read, pass, err := r.opts.Resolver.Serve(ctx, e.flow, client, way)
 	if !pass {
-		e.end(flow.Closed)
+		e.end(flow.ReasonOf(err))
 		return false
 	}
 	return r.passOn(ctx, e, ends, read)
@@ -167,7 +177,7 @@ func (r *Router) queries(ctx context.Context, e *entry, s flow.Stream, ends *str
 // passOn connects a flow whose client is connected already, and has sent read
 // that is for its server.
 func (r *Router) passOn(ctx context.Context, e *entry, ends *streamEnds, read []byte) bool {
-	verdict, outbound, missing, facts := r.decide(ctx, e.flow)
+	verdict, outbound, missing, facts := r.decide(ctx, e)
 	from := ""
 	if missing != 0 {
 		from = heard(facts, sniff.Stream, read)

@@ -30,25 +30,17 @@ func (r *Router) untilAnswer(ctx context.Context, e *entry, ends *streamEnds) bo
 		return true
 	}
 	o := replay.Options{
-		Budget: r.budget, Port: e.flow.Dst.Port(), Up: &e.up, Down: &e.down,
+		Budget: r.budget, Port: e.flow.Dst.Port(), First: ends.first, Up: &e.up, Down: &e.down,
 		Closed: func() { r.giveSockets(1) }, Usual: g.Usual, Hide: g.Hide,
 	}
 	if g.Replay() && movable(ends.by) {
 		o.Redial = func(ctx context.Context, avoid []string) (*dialer.Conn, error) {
-			return r.redial(ctx, e.flow, ends.by, avoid)
+			return r.redial(ctx, e, ends.by, avoid)
 		}
 	}
 	was := ends.server
-	client := ends.client
-	if len(ends.read) > 0 {
-		client = &rereader{Conn: client, read: ends.read}
-		ends.read = nil
-	}
-	res := replay.Begin(ctx, client, was, o)
-	ends.server, ends.rest, ends.broken = res.Server, res.Client, res.Broken
-	if again, ok := res.Client.(*rereader); ok && len(again.read) == 0 {
-		ends.rest = ends.client // relay finds out what it can do
-	}
+	res := replay.Begin(ctx, ends.client, was, o)
+	ends.server, ends.first, ends.gone, ends.broken = res.Server, res.Rest, res.Gone, res.Broken
 	e.replayed(res.Replays)
 	if res.Server != was {
 		ends.since = time.Now()
@@ -66,30 +58,15 @@ func (r *Router) untilAnswer(ctx context.Context, e *entry, ends *streamEnds) bo
 	return !res.Over
 }
 
-// rereader is a client of which something was read already.
-type rereader struct {
-	flow.Conn
-	read []byte
-}
-
-func (r *rereader) Read(b []byte) (int, error) {
-	if len(r.read) == 0 {
-		return r.Conn.Read(b)
-	}
-	n := copy(b, r.read)
-	r.read = r.read[n:]
-	return n, nil
-}
-
 // redial connects a flow by a group once more, by none of avoid.
-func (r *Router) redial(ctx context.Context, f *flow.Flow, o dialer.Outbound, avoid []string) (c *dialer.Conn, err error) {
+func (r *Router) redial(ctx context.Context, e *entry, o dialer.Outbound, avoid []string) (c *dialer.Conn, err error) {
 	if err := r.takeSocket(); err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, r.opts.Deadline)
 	defer cancel()
-	err = r.inFlight(ctx, f, func(ctx context.Context) (err error) {
-		t := r.target(f)
+	err = r.inFlight(ctx, e.flow, func(ctx context.Context) (err error) {
+		t := e.target()
 		t.Avoid = avoid
 		c, err = o.DialStream(ctx, t)
 		return err

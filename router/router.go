@@ -270,22 +270,23 @@ func (r *Router) Reload(set *rules.Set, outbounds map[string]dialer.Outbound) {
 // decide asks the rules about a flow, and about its owner first. There is no
 // Outbound for rules.Reject, rules.Drop and a name that nobody has. Missing is
 // rules.FactName if only what the client sends can tell.
-func (r *Router) decide(ctx context.Context, f *flow.Flow) (v rules.Verdict, o out, missing rules.Fact, facts *rules.Facts) {
-	facts = r.facts(f, r.owner(ctx, f))
+func (r *Router) decide(ctx context.Context, e *entry) (v rules.Verdict, o out, missing rules.Fact, facts *rules.Facts) {
+	facts = e.facts(r.owner(ctx, e.flow))
 	v, o, missing = r.match(facts)
 	return v, o, missing, facts
 }
 
 // facts are what is known of a flow whose owner was looked up. A name that is not
 // sure is there, and does not count as known.
-func (r *Router) facts(f *flow.Flow, owner *flow.Owner) *rules.Facts {
-	facts := &rules.Facts{Flow: f, Owner: owner, Known: rules.FactOwner}
-	if r.opts.Resolver == nil {
+func (e *entry) facts(owner *flow.Owner) *rules.Facts {
+	facts := &rules.Facts{Flow: e.flow, Owner: owner, Known: rules.FactOwner}
+	if e.r.opts.Resolver == nil {
 		return facts
 	}
 	var sure bool
-	if facts.Name, sure = r.opts.Resolver.Name(f); sure {
+	if facts.Name, sure = e.r.opts.Resolver.Name(e.flow); sure {
 		facts.Known |= rules.FactName
+		e.asked = facts.Name
 	}
 	return facts
 }

@@ -31,7 +31,9 @@ func (r *Router) ServeStream(ctx context.Context, s flow.Stream) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	e.stoppedBy(cancel)
-	result := relay.Streams(ctx, ends.rest, ends.server.Conn, relay.Options{Up: &e.up, Down: &e.down, Half: e.closing, Broken: ends.broken})
+	result := relay.Streams(ctx, ends.client, ends.server.Conn, relay.Options{
+		Up: &e.up, Down: &e.down, Half: e.closing, First: ends.first, Gone: ends.gone, Broken: ends.broken,
+	})
 	ends.outcome = dialer.Outcome{
 		Reason: result.Reason, ByServer: result.By == relay.Server,
 		Up: e.up.Load(), Down: e.down.Load(), Lasted: time.Since(ends.since),
@@ -49,8 +51,8 @@ type streamEnds struct {
 	place    bool            // taken for the server's socket
 	answered bool            // Accept or Reject was called
 	by       dialer.Outbound // that has made server
-	read     []byte          // of client, and not sent on yet
-	rest     flow.Conn       // the client's end for relay
+	first    []byte          // of client, and not sent on yet
+	gone     error           // how client has ended after that; nil: it has not
 	broken   error           // a write to server has failed with it
 	watched  bool            // for silence
 	since    time.Time       // that server is connected
@@ -66,14 +68,14 @@ func (s *streamEnds) close(r *Router) {
 		r.streams.Add(-1)
 	}
 	if s.server != nil {
-		_ = s.server.Close()
 		s.outcome.News = dialer.Ended
 		s.server.Tell(s.outcome)
+		_ = s.server.Close()
 	}
 }
 
 func (s *streamEnds) accepted(r *Router, client flow.Conn) {
-	s.client, s.rest = client, client
+	s.client = client
 	r.streams.Add(1)
 }
 
@@ -107,7 +109,7 @@ func (r *Router) connect(ctx context.Context, e *entry, s flow.Stream, ends *str
 
 // connectServer is connect for a flow to a server.
 func (r *Router) connectServer(ctx context.Context, e *entry, s flow.Stream, ends *streamEnds) bool {
-	verdict, outbound, missing, facts := r.decide(ctx, e.flow)
+	verdict, outbound, missing, facts := r.decide(ctx, e)
 	if missing != 0 {
 		return r.acceptFirst(ctx, e, s, ends, facts)
 	}
@@ -124,7 +126,7 @@ func (r *Router) connectServer(ctx context.Context, e *entry, s flow.Stream, end
 		return false
 	}
 	began := time.Now()
-	server, err := r.dial(ctx, e.flow, outbound, ends)
+	server, err := r.dial(ctx, e, outbound, ends)
 	if why := e.dialled(began, err); err != nil {
 		e.failed(err)
 		ends.reject(s, why, flow.Said(err))
@@ -148,15 +150,15 @@ func (r *Router) connectServer(ctx context.Context, e *entry, s flow.Stream, end
 }
 
 // dial gives a flow what is left of its deadline.
-func (r *Router) dial(ctx context.Context, f *flow.Flow, o out, ends *streamEnds) (c *dialer.Conn, err error) {
+func (r *Router) dial(ctx context.Context, e *entry, o out, ends *streamEnds) (c *dialer.Conn, err error) {
 	if err := r.takeSocket(); err != nil {
 		return nil, err
 	}
 	ends.place = true
-	ctx, cancel := context.WithDeadline(ctx, f.Start.Add(r.opts.Deadline))
+	ctx, cancel := context.WithDeadline(ctx, e.flow.Start.Add(r.opts.Deadline))
 	defer cancel()
-	err = r.inFlight(ctx, f, func(ctx context.Context) (err error) {
-		c, err = o.DialStream(ctx, r.target(f))
+	err = r.inFlight(ctx, e.flow, func(ctx context.Context) (err error) {
+		c, err = o.DialStream(ctx, e.target())
 		return err
 	})
 	return c, err
