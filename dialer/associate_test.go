@@ -333,7 +333,7 @@ func TestDatagramsByHTTPAreRefusedAtOnce(t *testing.T) {
 		{Name: "direct"}, {Name: "http", Type: TypeHTTP, Server: "192.0.2.1:3128"},
 		{Name: "behind", Type: TypeSOCKS5, Server: "192.0.2.2:1080", Via: "http"},
 		{Name: "socks5", Type: TypeSOCKS5, Server: "192.0.2.2:1080"},
-	}, nil)
+	}, nil, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -25,7 +25,9 @@ type Hop interface {
 // servers of proxies without Via are reached. A Via that is none of them is a
 // group of them, which Link puts in its place before anybody dials.
 // log is for what NewProxy says, capture has the marks that lead into a tun.
-func New(configs []Config, log *slog.Logger, capture ...Mark) ([]Hop, error) {
+// Hops of kept are taken as they are, with all that they know: they and what
+// they go through must have the same configuration as when they were made.
+func New(configs []Config, kept map[string]Hop, log *slog.Logger, capture ...Mark) ([]Hop, error) {
 	b := builder{configs: map[string]Config{}, made: map[string]Hop{}, log: log, capture: capture}
 	for i, c := range configs {
 		if i == 0 {
@@ -35,6 +37,9 @@ func New(configs []Config, log *slog.Logger, capture ...Mark) ([]Hop, error) {
 			return nil, fmt.Errorf("make outbound %q: there are two of that name", c.Name)
 		}
 		b.configs[c.Name] = c
+		if h, ok := kept[c.Name]; ok && !captures(c.Mark, capture) {
+			b.made[c.Name] = h // else to make it says what is wrong
+		}
 	}
 	var hops []Hop
 	for _, c := range configs {

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"reflect"
 	"strconv"
 	"strings"
 )
@@ -29,6 +30,14 @@ type Config struct {
 	Via          string     `toml:"via"`           // the outbound through which Server is reached
 
 	roots *x509.CertPool // those of TLSCA and of the system; nil: of the system alone
+}
+
+// Equal says whether two outbounds of these configurations are the same.
+func (c *Config) Equal(o *Config) bool {
+	a, b := *c, *o
+	roots := a.roots == b.roots || a.roots != nil && b.roots != nil && a.roots.Equal(b.roots)
+	a.roots, b.roots = nil, nil
+	return roots && reflect.DeepEqual(a, b)
 }
 
 // The values of type.

@@ -37,7 +37,6 @@ func New(c Config, members []dialer.Outbound, s *Scores) (*Group, error) {
 	for i, o := range members {
 		g.members = append(g.members, &member{out: o, path: s.of(o), index: i})
 	}
-	s.probeBy(g)
 	return g, nil
 }
 

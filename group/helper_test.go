@@ -134,6 +134,7 @@ func newGroup(t *testing.T, c group.Config, s *group.Scores, members ...dialer.O
 	if err != nil {
 		t.Fatal(err)
 	}
+	s.Use([]*group.Group{g})
 	return g
 }
 

@@ -44,11 +44,9 @@ func (p *probeState) soon(now time.Time) {
 	}
 }
 
-// probeBy takes over the settings of a group for its members: the shortest
-// interval holds.
-func (s *Scores) probeBy(g *Group) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+// probes has the members probed as the group says: the shortest interval of
+// several groups holds. Under Scores.mu.
+func (g *Group) probes() {
 	for _, m := range g.members {
 		p := &m.path.probe
 		if i := g.c.Probe.Interval; i > 0 && (p.interval == 0 || i < p.interval) {

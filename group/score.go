@@ -3,6 +3,7 @@ package group
 import (
 	"fmt"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net/netip"
 	"sync"
@@ -66,13 +67,19 @@ const (
 // Scores is what is known of all paths, shared by the groups that use them. Safe
 // for concurrent use. Run probes, and tells of spells.
 type Scores struct {
+	*known
+	paths map[string]*path
+	order []*path // as they were made
+}
+
+// known is what Scores share with those that come after them (Next): the lock,
+// too, as what flows of before tell is of paths that both have.
+type known struct {
 	log   *slog.Logger
 	meter dialer.Meter // nil: nobody
 	room  Room         // nil: no bound
 
 	mu    sync.Mutex
-	paths map[string]*path
-	order []*path // as they were made
 	dests map[netip.AddrPort]*dest
 	good  recent
 }
@@ -80,7 +87,42 @@ type Scores struct {
 // NewScores returns Scores that know nothing. meter is told of each attempt of a
 // race, but for those that another one has ended; nil: nobody is.
 func NewScores(log *slog.Logger, meter dialer.Meter) *Scores {
-	return &Scores{log: log, meter: meter, paths: make(map[string]*path), dests: make(map[netip.AddrPort]*dest)}
+	return &Scores{known: &known{log: log, meter: meter, dests: make(map[netip.AddrPort]*dest)}, paths: make(map[string]*path)}
+}
+
+// Next returns Scores for other groups, which know of the outbounds and groups
+// that stay what these do, and nothing of any other. Groups that stay need not be
+// made again. These go on for the flows that use them.
+func (s *Scores) Next(stays func(name string) bool) *Scores {
+	next := &Scores{known: s.known, paths: make(map[string]*path)}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, p := range s.order {
+		if stays(p.name) {
+			next.paths[p.name] = p
+			next.order = append(next.order, p)
+		}
+	}
+	return next
+}
+
+// Use is for when these are in force, in place of those that they are the Next
+// of: what is known of paths that are not here is forgotten, and the groups say
+// how their members are probed.
+func (s *Scores) Use(groups []*Group) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	here := make(map[*path]bool, len(s.order))
+	for _, p := range s.order {
+		here[p] = true
+		p.probe.interval, p.probe.url = 0, ""
+	}
+	for _, d := range s.dests {
+		maps.DeleteFunc(d.paths, func(p *path, _ *[levels]level) bool { return !here[p] })
+	}
+	for _, g := range groups {
+		g.probes()
+	}
 }
 
 // Room has places for sockets. A flow has one for its own; what a race opens beside

@@ -439,3 +439,36 @@ func TestBrokenFlowIsAHint(t *testing.T) {
 		})
 	}
 }
+
+// TestNext: what is known of an outbound that stays is kept, also what flows of
+// before tell yet, and nothing of one that was made anew.
+func TestNext(t *testing.T) {
+	withPair(t, "fallback", func(p *pair) {
+		p.flow(dst(1), whole)
+		late, err := p.g.DialStream(context.Background(), dst(2))
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.b.set(says(ms, errUnreachable))
+		p.a.set(says(ms, errUnreachable))
+		for range 3 {
+			_, _, _ = dial(t, p.g, dst(3))
+			_, _, _ = dial(t, p.g, dst(4))
+		}
+		before := p.s.Stats()
+		next := p.s.Next(func(name string) bool { return name == "a" })
+		newGroup(t, settings("race"), next, p.a, &fake{name: "b", connect: in(ms)})
+		after := next.Stats()
+		if a := after["a"]; a != before["a"] || a.Score > 0.9 || a.DialsTotal == 0 {
+			t.Errorf("an outbound that stays: %+v, was %+v", a, before["a"])
+		}
+		if b := after["b"]; b.Score != 1 || b.DialsTotal != 0 || before["b"].DialsTotal == 0 {
+			t.Errorf("one that was made anew: %+v, was %+v", b, before["b"])
+		}
+		late.Tell(dialer.Outcome{News: dialer.Answered})
+		late.Tell(whole)
+		if a := next.Stats()["a"]; a.Score <= after["a"].Score {
+			t.Errorf("a flow of before tells nothing: %+v, was %+v", a, after["a"])
+		}
+	})
+}

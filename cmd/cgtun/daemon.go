@@ -59,7 +59,7 @@ type instance struct {
 	stacks    stacks
 	state     atomic.Value // control.State
 	metrics   *metrics.Metrics
-	limits    control.Limits
+	nofile    uint64         // limit of open files
 	hangup    chan os.Signal // SIGHUP
 	server    *control.Server
 }
@@ -237,7 +237,7 @@ func (in *instance) setLimits() error {
 	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &nofile); err != nil {
 		return fmt.Errorf("raise the limit of open files to %d: %w", nofile.Max, err)
 	}
-	in.limits = control.Limits{Nofile: nofile.Cur, MemoryBytes: uint64(in.file.Limits.Memory)}
+	in.nofile = nofile.Cur
 	in.log.Info("limits", "nofile", nofile.Cur, "memory", in.file.Limits.Memory)
 	// Above the start, as the router counts too: it refuses new flows before
 	// the collector has to work without end.
@@ -255,7 +255,7 @@ const ownFiles = 512
 // maxSockets is what the limit of open files leaves to the flows: with the own
 // ones nine tenths of it are in use at most.
 func (in *instance) maxSockets() int {
-	n := in.limits.Nofile / 10 * 9
+	n := in.nofile / 10 * 9
 	return int(max(n-min(n, ownFiles), n/2))
 }
 
@@ -268,7 +268,7 @@ func (in *instance) setRouter() error {
 		return err
 	}
 	// Beside what is left to the flows.
-	in.resolver = dns.New(dns.Options{Logger: in.log, InFlight: int(min(mostQuestions, in.limits.Nofile/8))})
+	in.resolver = dns.New(dns.Options{Logger: in.log, InFlight: int(min(mostQuestions, in.nofile/8))})
 	in.router = router.New(router.Options{Logger: in.log, Meter: in.metrics, Owners: owners{in}, Guard: &in.guard, Resolver: in.resolver, MaxSockets: in.maxSockets(),
 		MaxMemory: int64(in.file.Limits.Memory), MemoryUsed: in.buffers.Fit})
 	in.use(w)

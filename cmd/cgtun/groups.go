@@ -3,31 +3,31 @@ package main
 import (
 	"fmt"
 	"log/slog"
+	"maps"
 
 	"cgtun/control"
 	"cgtun/dialer"
 	"cgtun/flow"
 	"cgtun/group"
-	"cgtun/metrics"
 )
 
 // setGroups makes the groups of the file, after their members, and puts them
 // beside the outbounds. That they have no circles was checked with the file.
-func (w *ways) setGroups(log *slog.Logger, m *metrics.Metrics) error {
-	w.scores = group.NewScores(log, m)
+func (w *ways) setGroups(log *slog.Logger) error {
 	configs := map[string]group.Config{}
 	for _, c := range w.file.Groups {
 		configs[c.Name] = c
 	}
 	for _, c := range w.file.Groups {
-		if _, err := w.setGroup(c, configs); err != nil {
+		o, err := w.setGroup(c, configs)
+		if err != nil {
 			return err
 		}
-	}
-	for _, g := range w.groups {
+		g := o.(*group.Group)
 		if len(g.Outbounds()) == 1 {
 			log.Warn("a group with one path has nothing to fail over to", "group", g.Name(), "outbound", g.Outbounds()[0])
 		}
+		w.groups = append(w.groups, g)
 	}
 	return nil
 }
@@ -56,15 +56,27 @@ func (w *ways) setGroup(c group.Config, configs map[string]group.Config) (dialer
 		return nil, err
 	}
 	w.byName[c.Name] = g
-	w.groups = append(w.groups, g)
 	return g, nil
 }
 
 // stats are those of the scores; counts go on from those of before.
 func (w *ways) stats() map[string]group.Stats {
 	all := w.scores.Stats()
-	for name, old := range w.before {
-		s, ok := all[name]
+	addStats(all, w.before)
+	return all
+}
+
+// dropped are the counts of paths that do not stay, now or earlier.
+func (w *ways) dropped(stays func(name string) bool) map[string]group.Stats {
+	all := w.scores.Stats()
+	maps.DeleteFunc(all, func(name string, _ group.Stats) bool { return stays(name) })
+	addStats(all, w.before)
+	return all
+}
+
+func addStats(to, counts map[string]group.Stats) {
+	for name, old := range counts {
+		s, ok := to[name]
 		if !ok {
 			s.Score = old.Score
 		}
@@ -73,9 +85,8 @@ func (w *ways) stats() map[string]group.Stats {
 		for i, n := range old.HiddenTotal {
 			s.HiddenTotal[i] += n
 		}
-		all[name] = s
+		to[name] = s
 	}
-	return all
 }
 
 // explainGroup says which member a group would give the flow to.

@@ -39,7 +39,7 @@ func (in *instance) Status() control.Status {
 			FlowsTotal: counters.FlowsTotal, FlowsLive: counters.FlowsLive,
 			RefusedTotal: counters.RefusedTotal, DeniedTotal: counters.DeniedTotal, AcceptedFirstTotal: counters.AcceptedFirst, HiddenTotal: in.hiddenStatus(),
 		},
-		Limits: in.limits,
+		Limits: control.Limits{Nofile: in.nofile, MemoryBytes: uint64(in.now.Load().file.Limits.Memory)},
 	}
 	for _, r := range in.routes {
 		s.Routes = append(s.Routes, control.Route{

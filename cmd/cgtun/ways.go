@@ -4,6 +4,7 @@ import (
 	"context"
 	"net/netip"
 	"reflect"
+	"slices"
 	"sync/atomic"
 
 	"golang.org/x/sync/errgroup"
@@ -32,7 +33,7 @@ type ways struct {
 }
 
 // newWays makes ways of a file, and puts nothing in force. Outbounds and groups
-// stay, with all that is known of them, if all are as before.
+// that are as before stay, with all that is known of them.
 func (in *instance) newWays(file *config.File, before *ways) (*ways, error) {
 	w := &ways{file: file, byName: map[string]dialer.Outbound{}}
 	var err error
@@ -42,35 +43,83 @@ func (in *instance) newWays(file *config.File, before *ways) (*ways, error) {
 	for i := range file.Rules { // millions of lines
 		file.Rules[i].Listed, file.Rules[i].ListedNames = nil, rules.Names{}
 	}
-	if before != nil && reflect.DeepEqual(file.Outbounds, before.file.Outbounds) && reflect.DeepEqual(file.Groups, before.file.Groups) {
-		w.outbounds, w.groups, w.scores, w.byName, w.before = before.outbounds, before.groups, before.scores, before.byName, before.before
-	} else if err := in.setOutbounds(w, before); err != nil {
+	if err := in.setOutbounds(w, before); err != nil {
 		return nil, err
 	}
 	w.judge, err = in.newJudge(file)
 	return w, err
 }
 
-// setOutbounds makes new outbounds and groups.
+// setOutbounds makes the outbounds and groups that do not stay.
 func (in *instance) setOutbounds(w, before *ways) (err error) {
 	var capture []dialer.Mark
-	for _, r := range in.routes {
+	for _, r := range w.file.Routes() {
 		capture = append(capture, dialer.Mark{Value: r.Mark, Mask: r.Mask})
 	}
+	kept := map[string]dialer.Hop{}
+	w.scores = group.NewScores(in.log, in.metrics)
+	stays := func(string) bool { return false }
+	if before != nil {
+		stays = sameWays(w.file, before.file)
+		w.scores = before.scores.Next(stays)
+		w.before = before.dropped(stays)
+		for _, o := range before.outbounds {
+			if stays(o.Name()) {
+				kept[o.Name()] = o
+			}
+		}
+		for _, g := range before.groups {
+			if stays(g.Name()) {
+				w.byName[g.Name()] = g
+			}
+		}
+	}
 	configs := append([]dialer.Config{{Name: rules.UseDirect, Type: dialer.TypeDirect}}, w.file.Outbounds...)
-	if w.outbounds, err = dialer.New(configs, in.log, capture...); err != nil {
+	if w.outbounds, err = dialer.New(configs, kept, in.log, capture...); err != nil {
 		return err
 	}
 	for _, o := range w.outbounds {
 		w.byName[o.Name()] = o
 	}
-	if err := w.setGroups(in.log, in.metrics); err != nil {
+	if err := w.setGroups(in.log); err != nil {
 		return err
 	}
-	if before != nil {
-		w.before = before.stats()
-	}
 	return dialer.Link(w.outbounds, w.byName)
+}
+
+// sameWays tells which outbounds and groups of a file are those of another one:
+// as are all that they lead through.
+func sameWays(file, before *config.File) (same func(name string) bool) {
+	known := map[string]bool{rules.UseDirect: true}
+	outbounds, groups := map[string]*dialer.Config{}, map[string]*group.Config{}
+	for i := range before.Outbounds {
+		outbounds[before.Outbounds[i].Name] = &before.Outbounds[i]
+	}
+	for i := range before.Groups {
+		groups[before.Groups[i].Name] = &before.Groups[i]
+	}
+	is := map[string]func() bool{} // of the file; it has no circles
+	for i := range file.Outbounds {
+		o := &file.Outbounds[i]
+		is[o.Name] = func() bool {
+			old := outbounds[o.Name]
+			return old != nil && old.Equal(o) && (o.Via == "" || same(o.Via))
+		}
+	}
+	for i := range file.Groups {
+		g := &file.Groups[i]
+		is[g.Name] = func() bool {
+			old := groups[g.Name]
+			return old != nil && reflect.DeepEqual(old, g) && !slices.ContainsFunc(g.Outbounds, func(name string) bool { return !same(name) })
+		}
+	}
+	same = func(name string) bool {
+		if _, ok := known[name]; !ok {
+			known[name] = is[name] != nil && is[name]()
+		}
+		return known[name]
+	}
+	return same
 }
 
 // newJudge makes the judge of destinations. It is asked when the manager is
@@ -99,15 +148,26 @@ func (in *instance) newJudge(file *config.File) (*policy.Judge, error) {
 
 // use puts ways in force, all at once for each flow that begins from now on.
 func (in *instance) use(w *ways) {
-	if before := in.now.Load(); before == nil || before.scores != w.scores {
+	if in.now.Load() == nil {
 		w.scores.SetRoom(in.router)
 	}
+	w.scores.Use(w.groups)
 	in.now.Store(w)
 	in.guard.set(w.judge)
 	in.guard.LookAgain() // what has changed since it was made, only the one before was told
 	in.resolver.Reload(w.file.DNS, w.byName)
 	in.router.Reload(w.set, w.byName)
-	in.fresh <- w // there is room, or runWays makes it
+	in.hand(w)
+}
+
+// hand gives ways to runWays, and does not wait: older ones that it has not begun
+// with, or never will, are left out.
+func (in *instance) hand(w *ways) {
+	select {
+	case <-in.fresh:
+	default:
+	}
+	in.fresh <- w
 }
 
 // runWays runs what has goroutines of the ways in force, until ctx ends. Those
