@@ -6,7 +6,6 @@ import (
 	"net"
 	"net/netip"
 	"slices"
-	"strings"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -54,7 +53,7 @@ func lookOnce(device string, interfaces []string) (*surroundings, error) {
 	selected := map[int]bool{}
 	s.others = devicesIn(links)
 	for _, l := range links {
-		if l.Attrs().Name == device {
+		if l.Attrs().Name == device && tun.IsOurs(l) {
 			s.device, s.down = l.Attrs().Index, l.Attrs().Flags&net.FlagUp == 0
 		}
 		selected[l.Attrs().Index] = slices.Contains(interfaces, l.Attrs().Name)
@@ -107,12 +106,11 @@ func lookOnce(device string, interfaces []string) (*surroundings, error) {
 }
 
 // devicesIn are those of links that packets can leave a namespace by: all but
-// loopback and the tuns of cgtun. Who may name a device cannot make it a tun.
+// loopback and the tuns of cgtun.
 func devicesIn(links []netlink.Link) (devices []cgroupsel.Device) {
 	for _, l := range links {
 		a := l.Attrs()
-		ours := l.Type() == "tuntap" && strings.HasPrefix(a.Alias, tun.AliasPrefix)
-		if a.Flags&net.FlagLoopback == 0 && !ours {
+		if a.Flags&net.FlagLoopback == 0 && !tun.IsOurs(l) {
 			devices = append(devices, cgroupsel.Device{Index: a.Index, Ethernet: a.EncapType == "ether"})
 		}
 	}

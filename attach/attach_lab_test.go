@@ -122,11 +122,7 @@ func TestDeviceAtHomeIsMadeAgain(t *testing.T) {
 		var serving [2]atomic.Int32 // how often it has begun
 		var lingers atomic.Bool     // who serves takes time to end
 		o := options()
-		o.Routes = append(o.Routes, attach.Route{
-			Name: "other", Instance: "102",
-			Tun:  tun.Options{Name: "tun1", Table: 102},
-			Plan: steer.Plan{Mark: 102, Mask: 0xffffffff, Table: 102, Priority: 10102},
-		})
+		o.Routes = append(o.Routes, otherRoute())
 		o.Serve = func(ctx context.Context, a *attach.Attachment) error {
 			stop := context.AfterFunc(ctx, func() { a.Device.Queues()[0].SetReadDeadline(time.Unix(1, 0)) })
 			defer stop()
@@ -159,19 +155,64 @@ func TestDeviceAtHomeIsMadeAgain(t *testing.T) {
 		if out, _ := tool("ip", "link show gone0"); !strings.Contains(out, "does not exist") {
 			t.Errorf("the device of another name is left: %s", out)
 		}
-		// The name is taken for a while: the steering stays.
+		// The name is taken for a while: the steering stays, and who has the name
+		// is not touched.
 		lingers.Store(true)
 		ip(t, "link del tun0")
 		ip(t, "tuntap add dev tun0 mode tun")
-		lingers.Store(false)
 		labtest.Eventually(t, 10*time.Second, func() bool { return r.home().Err != nil }, "an error in the state")
+		lingers.Store(false)
 		if got := steered(); got != "rule rule6 nft" {
 			t.Errorf("while its name is taken there is %q", got)
+		}
+		if got := ip(t, "addr show tun0"); strings.Contains(got, "inet") {
+			t.Errorf("another's device has our addresses: %s", got)
 		}
 		ip(t, "link del tun0")
 		labtest.Eventually(t, 20*time.Second, func() bool { return back(5) }, "back when the name is free")
 		if n := serving[1].Load(); n != 1 {
 			t.Errorf("the other route was served %d times", n)
+		}
+		if err := r.stop(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// A stop ends what serves devices that were made again, also those that are not
+// there any more and take time to end.
+func TestStopAfterDevicesWereMadeAgain(t *testing.T) {
+	atHome(t, func(t *testing.T) {
+		o := options()
+		o.Routes = append(o.Routes, otherRoute())
+		var serving, asked atomic.Int32
+		o.Serve = func(ctx context.Context, a *attach.Attachment) error {
+			serving.Add(1)
+			defer serving.Add(-1)
+			if a.Route == "default" {
+				<-ctx.Done() // it notices nothing else
+				return nil
+			}
+			asked.Add(1)
+			stop := context.AfterFunc(ctx, func() { a.Device.Queues()[0].SetReadDeadline(time.Unix(1, 0)) })
+			defer stop()
+			for {
+				if _, _, err := a.Device.Queues()[0].ReadPacket([][]byte{make([]byte, 70000)}); tun.IsEnd(err) || ctx.Err() != nil {
+					return err
+				}
+			}
+		}
+		r := run(t, o)
+		for i := range int32(2) {
+			ip(t, "link del tun0")
+			labtest.Eventually(t, 10*time.Second, func() bool { return r.home().Err != nil }, "the loss is noticed")
+			ip(t, "link del tun1")
+			labtest.Eventually(t, 10*time.Second, func() bool {
+				return r.home().Err == nil && steered() == all && asked.Load() == i+2
+			}, "both are back")
+		}
+		if n := serving.Load(); n != 4 {
+			t.Errorf("%d serve, want the three of tun0 and that of tun1", n)
 		}
 		if err := r.stop(); err != nil {
 			t.Error(err)

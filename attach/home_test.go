@@ -68,6 +68,15 @@ func options() attach.Options {
 	}
 }
 
+// otherRoute is a second one for options.
+func otherRoute() attach.Route {
+	return attach.Route{
+		Name: "other", Instance: "102",
+		Tun:  tun.Options{Name: "tun1", Table: 102},
+		Plan: steer.Plan{Mark: 102, Mask: 0xffffffff, Table: 102, Priority: 10102},
+	}
+}
+
 // serveNothing is a netstack that lets the packets lie.
 func serveNothing(ctx context.Context, _ *attach.Attachment) error {
 	<-ctx.Done()

@@ -24,9 +24,14 @@ func (s *site) serve(ctx context.Context, inForce func()) error {
 	var work sync.WaitGroup
 	defer work.Wait()
 	defer cancel()
-	served := make(chan ended, len(s.attached))
+	served := make(chan ended)
 	begin := func(a *Attachment) {
-		work.Go(func() { served <- ended{a, s.m.opts.Serve(ctx, a)} })
+		work.Go(func() {
+			select {
+			case served <- ended{a, s.m.opts.Serve(ctx, a)}:
+			case <-ctx.Done(): // nobody asks any more
+			}
+		})
 	}
 	for _, a := range s.attached {
 		if a.Device != nil {

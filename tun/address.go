@@ -138,6 +138,9 @@ func addAddress(h *netlink.Handle, link netlink.Link, p netip.Prefix) error {
 func (d *Device) Restore() error {
 	err := inside(d.ns, func(h *netlink.Handle) error {
 		link, err := h.LinkByName(d.name)
+		if err == nil && !IsOurs(link) {
+			err = errors.New("somebody else has its name")
+		}
 		if err == nil {
 			err = h.LinkSetUp(link)
 		}

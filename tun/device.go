@@ -36,6 +36,12 @@ const AliasPrefix = "cgtun_"
 // this table from all others.
 func Alias(table uint32) string { return AliasPrefix + strconv.FormatUint(uint64(table), 10) }
 
+// IsOurs says whether a device is a tun of some cgtun. Who may name a device
+// cannot make it a tun.
+func IsOurs(l netlink.Link) bool {
+	return l.Type() == "tuntap" && strings.HasPrefix(l.Attrs().Alias, AliasPrefix)
+}
+
 // TakenError says that the machine already uses what the device would need.
 // Nothing was changed.
 type TakenError struct {
