@@ -77,8 +77,7 @@ type spaces struct {
 	excess uint64
 	above  bool // some are above the bounds, and that was said
 	waived uint64
-	lost   uint64            // countLost at the last scan
-	told   map[uint32]uint64 // who is stopped, by his tgid: stopped.Since
+	lost   uint64 // countLost at the last scan
 }
 
 // openSpaces attaches discovery: from here on no namespace is missed. Nothing
@@ -114,7 +113,7 @@ func (s *Selector) openSpaces() (*spaces, error) {
 	d := &spaces{
 		s: s, m: m, home: home.Cookie(), news: make(chan struct{}, 1),
 		program: &spaceProgram{sel: s.maps, m: m, l: l, t: t, own: uint32(os.Getpid()), closed: closed},
-		by:      make(map[uint64]*space), exempt: make(map[uint64]bool), told: make(map[uint32]uint64),
+		by:      make(map[uint64]*space), exempt: make(map[uint64]bool),
 	}
 	d.findCookies()
 	err = d.spare(home)

@@ -304,14 +304,18 @@ func (p *spaceProgram) stop(done string) asm.Instructions {
 		asm.FnSendSignal.Call(),
 		asm.JNE.Imm(asm.R0, 0, "undo"),
 	)
+	// Who lets it go takes the entry out first: if that is still there now, the
+	// signal to go on comes after this one to stop.
+	ins = append(ins, mapCall(p.m.held.FD(), slotPids, asm.FnMapLookupElem)...)
+	ins = append(ins, asm.JEq.Imm(asm.R0, 0, "goOn"))
 	// Whoever ends the hold takes the sign of life away and continues all after
 	// that: if it is still there now, this task is among them.
 	ins = append(ins, mapCall(p.m.beat.FD(), slotIndex, asm.FnMapLookupElem)...)
 	ins = append(ins,
-		asm.JEq.Imm(asm.R0, 0, "undo"),
+		asm.JEq.Imm(asm.R0, 0, "goOn"),
 		asm.LoadMem(asm.R1, asm.R0, 0, asm.DWord),
 		asm.JNE.Imm(asm.R1, 0, "stopped"),
-		asm.Mov.Imm(asm.R1, int32(unix.SIGCONT)),
+		asm.Mov.Imm(asm.R1, int32(unix.SIGCONT)).WithSymbol("goOn"),
 		asm.FnSendSignal.Call(),
 	)
 	undo := mapCall(p.m.held.FD(), slotPids, asm.FnMapDeleteElem)

@@ -151,12 +151,5 @@ func FeatureRows() (rows []string) {
 	return rows
 }
 
-// BeginHold does what the kernel's side does before it stops a process, and
-// Told what the reader does with the record that follows.
-func (s *Selector) BeginHold(pid int, cookie uint64) error {
-	return s.spaces.m.held.Put(uint32(pid), stopped{Cookie: cookie, Since: now()})
-}
-
-func (s *Selector) Told(pid int, cookie, cgroup uint64) {
-	s.spaces.take(record{Cookie: cookie, Cgroup: cgroup, PID: uint32(pid), TID: uint32(pid), Held: 1})
-}
+// LetGo lets a process go that is held.
+func (s *Selector) LetGo(pid int) { s.spaces.letGo(uint32(pid)) }

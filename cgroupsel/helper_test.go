@@ -31,6 +31,8 @@ func TestMain(m *testing.M) {
 		err = helperSend()
 	case "first":
 		err = helperFirst()
+	case "open":
+		err = helperOpen()
 	case "stay":
 		err = helperStay()
 	case "sender":

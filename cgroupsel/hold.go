@@ -19,9 +19,9 @@ import (
 // do so only while the reader gives signs of life, and write who it is into the
 // map held first. An entry goes when the process is let go, or ends.
 //
-// The entry is there a little before the signal is: who were let go in between
-// would be stopped after it, for good. So nobody is let go before his record has
-// been read, which comes after the signal (told).
+// The entry is there a little before the signal is: who is let go in between
+// would be stopped after it, for good. So the program looks for its entry again
+// after the signal, and continues its task itself if it has been taken out.
 //
 // Whoever takes an entry out lets the process go (SIGCONT):
 //
@@ -304,35 +304,24 @@ func (d *spaces) held() map[uint32]stopped {
 	return all
 }
 
-// letGoIn lets those go who are held in a namespace. Whose record has not been
-// read yet is let go by who reads it. It wants d.mu.
+// letGoIn lets those go who are held in a namespace. It wants d.mu.
 func (d *spaces) letGoIn(cookie uint64) {
-	held := d.held()
-	for tgid, s := range held {
-		if s.Cookie == cookie && d.told[tgid] == s.Since {
+	for tgid, s := range d.held() {
+		if s.Cookie == cookie {
 			d.letGo(tgid)
-		}
-	}
-	for tgid, since := range d.told {
-		if held[tgid].Since != since {
-			delete(d.told, tgid) // it has ended, or gone on
 		}
 	}
 }
 
-// noteStop notes that a process is stopped now, or lets it go where its namespace
-// was decided about meanwhile.
+// noteStop lets a process go that was held while its namespace was decided about.
+// A record can be old: by now somebody else can have stopped the process, or it
+// can be held in another namespace.
 func (d *spaces) noteStop(r record) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	var s stopped
-	err := d.m.held.Lookup(r.PID, &s)
-	switch {
-	case !d.decided(r.Cookie) && err == nil:
-		d.told[r.PID] = s.Since
-	case !d.letGo(r.PID):
-		// Somebody took it out before the signal came.
-		d.goOn(r.PID)
+	if d.m.held.Lookup(r.PID, &s) == nil && s.Cookie == r.Cookie && d.decided(r.Cookie) {
+		d.letGo(r.PID)
 	}
 }
 
@@ -342,29 +331,18 @@ func (d *spaces) letGoAll() {
 	}
 }
 
-// letGo continues a process that is held, and says whether it was. The entry goes with a process that
+// letGo continues a process that is held. The entry goes with a process that
 // ends, before another can have its number: so if it is still there after the
 // pidfd was opened, the pidfd is that of the process which was stopped. And it
 // is taken out before the signal: the process can be held again right after.
-func (d *spaces) letGo(tgid uint32) bool {
+func (d *spaces) letGo(tgid uint32) {
 	fd, err := unix.PidfdOpen(int(tgid), 0)
 	if err == nil {
 		defer unix.Close(fd)
 	}
-	if d.m.held.Delete(tgid) != nil {
-		return false
+	if d.m.held.Delete(tgid) == nil {
+		d.signal(tgid, fd, err)
 	}
-	d.signal(tgid, fd, err)
-	return true
-}
-
-// goOn continues a process that is in held no more.
-func (d *spaces) goOn(tgid uint32) {
-	fd, err := unix.PidfdOpen(int(tgid), 0)
-	if err == nil {
-		defer unix.Close(fd)
-	}
-	d.signal(tgid, fd, err)
 }
 
 // signal continues a process by its pidfd; err says why there is none.

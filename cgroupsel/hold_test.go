@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -281,34 +282,56 @@ func TestOthersAreLeftAlone(t *testing.T) {
 	}
 }
 
-// A decision that falls between the kernel's note of a hold and its signal lets
-// nobody go who is stopped only then: who reads of it does.
-func TestDecisionBeforeTheSignalLeavesNobodyStopped(t *testing.T) {
+// Who is let go between the kernel's note of a hold and its signal is not
+// stopped by that for good.
+func TestWhoIsLetGoBeforeTheSignalGoesOn(t *testing.T) {
+	lab, sel, s := armed(t, undecided())
+	space, _ := newSpace(lab, "s")
+	cmd := exec.Command(self(t), space.Path)
+	cmd.Env = helperEnviron("open")
+	p := lab.StartCommand(sel.Command(cmd))
+	end := make(chan struct{})
+	var letting sync.WaitGroup
+	defer letting.Wait()
+	defer close(end)
+	letting.Go(func() {
+		for {
+			select {
+			case <-end:
+				return
+			default:
+				s.LetGo(p.Pid)
+			}
+		}
+	})
+	says(t, p, "opened")
+	// Some were let go before, and did not stop at all.
+	if n := s.Counters().Held; n < 50 || n > 950 {
+		t.Errorf("it was stopped %d times at 1000 sockets", n)
+	}
+}
+
+// What is read late of a hold that is over continues nobody whom somebody else
+// has stopped meanwhile.
+func TestStoppedByOthersStaysStopped(t *testing.T) {
 	m := undecided()
 	lab, sel, s := armed(t, m)
 	space, _ := newSpace(lab, "s")
-	p := stopFirst(t, lab, space, sel, false)
-	labtest.Eventually(t, 10*time.Second, func() bool { _, ok := m.find(space); return ok })
-	ns, _ := m.find(space)
-	other := lab.StartCommand(sel.Command(exec.Command("sleep", "60")))
-	for _, first := range []string{"the decision", "the end of patience"} {
-		if err := s.BeginHold(other.Pid, ns.Ref.Cookie()); err != nil {
-			t.Fatal(err)
-		}
-		if first == "the decision" {
-			if err := s.Admit(ns.Ref, cgroupsel.Admission{}); err != nil {
-				t.Fatal(err)
-			}
-		} else {
-			labtest.Eventually(t, 10*time.Second, func() bool { _, _, held := s.Entries(); return held == 0 })
-		}
-		other.Signal(syscall.SIGSTOP)
-		labtest.Eventually(t, 10*time.Second, func() bool { return state(other.Pid) == 'T' })
-		s.Told(other.Pid, ns.Ref.Cookie(), sel.ID)
-		labtest.Eventually(t, 10*time.Second, func() bool { return state(other.Pid) != 'T' }, "it goes on after "+first)
+	next, _ := newSpace(lab, "n")
+	goOn := sync.OnceFunc(s.Stall())
+	defer goOn()
+	p := startBehind(t, lab, space, sel, []string{"sh", "-c", `exec "$0"`}, "stay")
+	labtest.Eventually(t, 10*time.Second, func() bool { return state(p.proc.Pid) == 'T' }, "the task is held")
+	if got := p.line(); got != "there" { // it is let go in time
+		t.Fatal(got)
 	}
-	says(t, p, "sent")
-	if _, _, held := s.Entries(); held != 0 {
-		t.Errorf("%d are held", held)
+	p.proc.Signal(syscall.SIGSTOP)
+	labtest.Eventually(t, 10*time.Second, func() bool { return state(p.proc.Pid) == 'T' }, "the task is stopped")
+	goOn()
+	startHelper(t, lab, next, sel, "stay") // read after what is of the first
+	labtest.Eventually(t, 10*time.Second, func() bool { _, ok := m.find(next); return ok }, "the records are read")
+	if got := state(p.proc.Pid); got != 'T' {
+		t.Errorf("the process that was stopped by others is in state %c", got)
 	}
+	p.proc.Signal(syscall.SIGCONT)
 }

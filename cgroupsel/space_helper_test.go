@@ -33,15 +33,37 @@ const far = "10.9.0.2:7000"
 func helperFirst() error {
 	runtime.LockOSThread()
 	if len(os.Args) > 1 {
-		fd, err := unix.Open(os.Args[1], unix.O_RDONLY|unix.O_CLOEXEC, 0)
-		if err != nil {
-			return err
-		}
-		if err := unix.Setns(fd, unix.CLONE_NEWNET); err != nil {
+		if err := goTo(os.Args[1]); err != nil {
 			return err
 		}
 	}
 	fmt.Println(sendFar())
+	return nil
+}
+
+func goTo(space string) error {
+	fd, err := unix.Open(space, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	return unix.Setns(fd, unix.CLONE_NEWNET)
+}
+
+// helperOpen goes to the network namespace in its first argument and opens a
+// thousand sockets there, one after the other.
+func helperOpen() error {
+	runtime.LockOSThread()
+	if err := goTo(os.Args[1]); err != nil {
+		return err
+	}
+	for range 1000 {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return err
+		}
+		unix.Close(fd)
+	}
+	fmt.Println("opened")
 	return nil
 }
 
