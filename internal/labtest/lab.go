@@ -159,6 +159,10 @@ func (l *Lab) close() {
 // let go of them. Their names say nothing about that: an open socket, a tun or
 // a descriptor keeps a nameless one alive. So each gets one end of a veth pair
 // whose other end is in a namespace of the lab's own: it goes with the first.
+//
+// Connections that nobody has open any more keep it alive, too, for minutes: those
+// whose FIN is never answered, because the other side was killed or cut off. They are
+// nothing that a program left, and are ended first.
 func removeNamespaces(prefix string, hosts []*Host) (err error) {
 	if len(hosts) == 0 {
 		return nil
@@ -174,6 +178,8 @@ func removeNamespaces(prefix string, hosts []*Host) (err error) {
 	for i, h := range hosts {
 		end := fmt.Sprintf("w%d", i)
 		_, e := output("ip", "-n", witness, "link", "add", end, "type", "veth", "peer", "name", "labwitness", "netns", h.Name)
+		// A kernel that cannot end them says so.
+		_, _ = output("ip", "netns", "exec", h.Name, "ss", "-K", "state", "fin-wait-1", "state", "closing", "state", "last-ack")
 		_, e2 := output("ip", "netns", "del", h.Name)
 		err = errors.Join(err, e, e2)
 	}

@@ -231,6 +231,22 @@ func TestLabSeesNamespaceHeldOpen(t *testing.T) {
 	}
 }
 
+// A connection that was closed, and whose FIN is lost, is left by nobody.
+func TestLabEndsConnectionsThatNobodyHas(t *testing.T) {
+	labtest.Need(t, labtest.Root, labtest.Tool("nft"), labtest.Tool("ss"))
+	lab := labtest.New(t)
+	h := lab.Host("h")
+	h.ServeEcho("127.0.0.1:7000")
+	c, err := h.Dial("tcp", "127.0.0.1:7000")
+	if err != nil {
+		t.Fatal(err)
+	}
+	h.LeavesBehind()
+	h.Run("nft", "add table inet cut; add chain inet cut out { type filter hook output priority 0; policy drop; }")
+	c.Close()
+	t.Cleanup(labtest.SetGoneWithin(2 * time.Second))
+}
+
 func TestWhatKilledTestsLeftIsTakenAway(t *testing.T) {
 	labtest.Need(t, labtest.Root, labtest.Tool("ip"))
 	ended := exec.Command("true")
