@@ -38,8 +38,15 @@ func openAsker() (*asker, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open socket for sock_diag: %w", err)
 	}
+	if err := s.SetReceiveTimeout(&askTime); err != nil {
+		s.Close()
+		return nil, fmt.Errorf("bound answers of sock_diag: %w", err)
+	}
 	return &asker{&nl.SocketHandle{Socket: s}}, nil
 }
+
+// askTime is how long the kernel may take for an answer: it has them ready.
+var askTime = unix.Timeval{Sec: 1}
 
 // close lets questions under way fail.
 func (a *asker) close() { a.socket.Close() }
@@ -130,11 +137,14 @@ func parseSocket(msg []byte, f *flow.Flow) (*socket, error) {
 }
 
 // Owner says whose flow it is, by sock_diag in the flow's namespace. Nil
-// without an error: the socket has gone, or there never was one. Safe for
-// concurrent use.
-func (m *Manager) Owner(_ context.Context, f *flow.Flow) (*flow.Owner, error) {
+// without an error: the socket has gone, or there never was one. It takes a
+// second at most, and does not begin after ctx has ended. Safe for concurrent use.
+func (m *Manager) Owner(ctx context.Context, f *flow.Flow) (*flow.Owner, error) {
 	if f.Proto != flow.TCP && f.Proto != flow.UDP {
 		return nil, nil
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, fmt.Errorf("ask for the owner of %s: %w", f.Src, err)
 	}
 	a := m.find(f.Attachment)
 	if a == nil {
