@@ -51,6 +51,7 @@ var imports = map[string][]string{
 	"config":           {"attach", "cgroupsel", "control", "dialer", "dns", "flow", "group", "policy", "router", "rules", "stack", "steer", "tun"},
 	"cmd/cgtun":        {"*"},
 	"bench":            {},
+	"bench/survival":   {},
 	"internal/arch":    {},
 	"internal/demo":    {},
 	"internal/labtest": {},
