@@ -136,6 +136,16 @@ func (g *Group) Usual(outbound string) time.Duration {
 	return 0
 }
 
+// Down is for how long an outbound cannot be used at all; 0: it can, or nobody knows.
+func (g *Group) Down(outbound string) time.Duration {
+	g.scores.mu.Lock()
+	defer g.scores.mu.Unlock()
+	if p := g.scores.paths[outbound]; p != nil && p.down != "" {
+		return time.Since(p.downSince)
+	}
+	return 0
+}
+
 // Hide counts a failure of an outbound that the client did not see.
 func (g *Group) Hide(outbound string, kind dialer.Hidden) { g.scores.Hide(outbound, kind) }
 

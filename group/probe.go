@@ -281,6 +281,7 @@ func (s *Scores) setDown(p *path, why string) {
 		}
 	case why != "":
 		if was == "" {
+			p.downSince = now
 			s.log.Warn("outbound is down", "outbound", p.name, "why", why)
 		}
 		for t := range p.inFlight {

@@ -167,6 +167,7 @@ type path struct {
 	ejectedBy int       // the level
 	ejections int       // since it was last good
 	down      string    // why it cannot be used at all; empty: it can
+	downSince time.Time
 
 	inFlight map[*try]bool
 

@@ -2,8 +2,11 @@ package router
 
 import (
 	"context"
+	"fmt"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"cgtun/dialer"
 	"cgtun/flow"
@@ -12,7 +15,9 @@ import (
 // Flows of groups that fall silent in the midst of something are asked for a sign
 // of life (dialer.Pulse). One that gives none is told to its group, while it
 // lasts: new flows take another path seconds before the kernel gives this one
-// up. Nothing is done to the flow itself.
+// up. Nothing is done to the flow itself, but where the kernel says that there is no
+// way out by its path for a while: then it is over, and its client is told, so that it
+// can try again.
 
 const (
 	quietEvery = time.Second
@@ -22,7 +27,13 @@ const (
 	lookTimes = 4
 	// maxPulsing bounds the flows that are asked at a time.
 	maxPulsing = 1024
+	// lostAfter is how long a path may be down before its flows end: a cable or a radio
+	// that comes back in time costs nothing.
+	lostAfter = 5 * time.Second
 )
+
+// errPathDown ends a flow whose path has been down for that long.
+var errPathDown = fmt.Errorf("the path of the flow is down: %w", unix.ENETDOWN)
 
 // watched are the flows of groups that are under way.
 type watched struct {
@@ -33,19 +44,20 @@ type watched struct {
 // quiet is what is known of one of them. Under watched.mu.
 type quiet struct {
 	conn  *dialer.Conn
+	by    rescuer // that has made conn
 	bytes int64
 	looks int // without a byte; -1: it has not moved yet
 	pulse dialer.Pulse
 }
 
 // watch begins to look after a flow by conn; who calls it calls unwatch.
-func (w *watched) watch(e *entry, c *dialer.Conn) {
+func (w *watched) watch(e *entry, c *dialer.Conn, by rescuer) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.flows == nil {
 		w.flows = make(map[*entry]*quiet)
 	}
-	w.flows[e] = &quiet{conn: c, looks: -1}
+	w.flows[e] = &quiet{conn: c, by: by, looks: -1}
 }
 
 func (w *watched) unwatch(e *entry) {
@@ -83,6 +95,9 @@ func (w *watched) look() {
 		if q.look(e.up.Load()+e.down.Load(), pulsing < maxPulsing) {
 			pulsing++
 		}
+		if q.looks > quietAfter && q.by.Down(q.conn.Path[len(q.conn.Path)-1]) >= lostAfter {
+			e.stop(errPathDown)
+		}
 	}
 }
 
@@ -96,12 +111,12 @@ func (q *quiet) look(bytes int64, mayAsk bool) bool {
 		q.bytes, q.looks = bytes, 0
 		return false
 	}
-	if q.looks < 0 || socket == nil {
+	if q.looks < 0 {
 		return false
 	}
 	q.looks++
 	switch {
-	case q.looks <= quietAfter:
+	case q.looks <= quietAfter || socket == nil:
 	case q.looks == quietAfter+1:
 		if !mayAsk {
 			q.looks--

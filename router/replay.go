@@ -18,6 +18,8 @@ type rescuer interface {
 	// Usual is how long a first byte takes by one of its outbounds; 0: nobody
 	// knows.
 	Usual(outbound string) time.Duration
+	// Down is for how long one of its outbounds cannot be used at all; 0: it can.
+	Down(outbound string) time.Duration
 	// Hide counts a failure of one of its outbounds that the client did not see.
 	Hide(outbound string, kind dialer.Hidden)
 }
@@ -53,7 +55,7 @@ func (r *Router) untilAnswer(ctx context.Context, e *entry, ends *streamEnds) bo
 	}
 	if !res.Over {
 		ends.watched = true
-		r.quiets.watch(e, res.Server)
+		r.quiets.watch(e, res.Server, g)
 	}
 	return !res.Over
 }

@@ -53,7 +53,7 @@ func (r *Router) shed(live []*entry, now time.Time) {
 	most = slices.DeleteFunc(most, func(e *entry) bool { return now.Sub(e.movedAt) < shedIdle })
 	slices.SortFunc(most, func(a, b *entry) int { return a.movedAt.Compare(b.movedAt) })
 	for _, e := range most[:min(part, len(most))] {
-		e.stop()
+		e.stop(context.Canceled)
 	}
 	if n := min(part, len(most)); n > 0 {
 		r.counts.shed.Add(uint64(n))
@@ -69,18 +69,18 @@ func (e *entry) open() bool {
 }
 
 // stoppedBy says how the flow is ended.
-func (e *entry) stoppedBy(cancel context.CancelFunc) {
+func (e *entry) stoppedBy(cancel context.CancelCauseFunc) {
 	e.mu.Lock()
 	e.cancel = cancel
 	e.mu.Unlock()
 }
 
 // stop ends the flow: both ends are reset.
-func (e *entry) stop() {
+func (e *entry) stop(why error) {
 	e.mu.Lock()
 	cancel := e.cancel
 	e.mu.Unlock()
 	if cancel != nil {
-		cancel()
+		cancel(why)
 	}
 }

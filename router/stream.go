@@ -28,8 +28,8 @@ func (r *Router) ServeStream(ctx context.Context, s flow.Stream) {
 	if !r.untilAnswer(ctx, e, &ends) {
 		return
 	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
 	e.stoppedBy(cancel)
 	result := relay.Streams(ctx, ends.client, ends.server.Conn, relay.Options{
 		Up: &e.up, Down: &e.down, Half: e.closing, First: ends.first, Gone: ends.gone, Broken: ends.broken,

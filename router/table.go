@@ -64,8 +64,8 @@ type entry struct {
 	hops   []string // the path
 	ended  time.Time
 
-	cancel   context.CancelFunc // ends the flow; nil: its ends are not connected
-	kernel   *net.TCPConn       // the server's end, if it is a kernel socket
+	cancel   context.CancelCauseFunc // ends the flow; nil: its ends are not connected
+	kernel   *net.TCPConn            // the server's end, if it is a kernel socket
 	patience dialer.Patience
 
 	moved   int64 // bytes, and 1, as of movedAt; Run's
