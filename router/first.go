@@ -80,15 +80,19 @@ func heard(facts *rules.Facts, look func([]byte) (name, from string, err error),
 	return from
 }
 
-// nameIn finds the name in the first datagram of a flow.
-func nameIn(facts *rules.Facts, data []byte) (from string) {
-	return heard(facts, func(data []byte) (string, string, error) {
-		if facts.Flow.Proto != flow.UDP {
-			return "", "", sniff.ErrNone
-		}
-		name, err := sniff.Datagram(data)
+// nameIn finds the name in the first datagrams of a flow. short: it may be in one
+// that follows.
+func nameIn(facts *rules.Facts, held [][]byte) (from string, short bool) {
+	if facts.Flow.Proto != flow.UDP {
+		facts.Known |= rules.FactName
+		return "", false
+	}
+	from = heard(facts, func([]byte) (string, string, error) {
+		name, err := sniff.Datagrams(held...)
+		short = errors.Is(err, sniff.ErrShort)
 		return name, sniff.FromQUIC, err
-	}, data)
+	}, nil)
+	return from, short
 }
 
 // connectLate connects a flow whose client is connected already. If it returns

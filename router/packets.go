@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -148,6 +149,10 @@ type peer struct {
 	until time.Time
 	// judged is the version of the guard that let it pass.
 	judged uint64
+	// held are copies of the first datagrams, while nothing is decided: a rule
+	// hangs on a name that the client has not said to its end. Not nil then.
+	held  []flow.Datagram
+	since time.Time // of the first of them
 
 	// Guarded by source.mu.
 	place *list.Element
@@ -191,6 +196,12 @@ func (s *source) forward(ctx context.Context, dgs []flow.Datagram) {
 		}
 		if p == nil || p.addr != d.Peer {
 			p = s.peer(ctx, d, now)
+		}
+		if p.held != nil {
+			s.send(run, dgs[start:i])
+			run, start = nil, i+1
+			s.hear(ctx, p, d, now)
+			continue
 		}
 		p.e.up.Add(int64(len(d.Data)))
 		if p.out == run {
@@ -261,6 +272,9 @@ func (s *source) peer(ctx context.Context, d *flow.Datagram, now time.Time) *pee
 
 // holds says whether what was decided about a peer still stands.
 func (p *peer) holds(now time.Time) bool {
+	if p.held != nil {
+		return true
+	}
 	if p.out == nil {
 		return now.Before(p.until)
 	}
@@ -302,21 +316,56 @@ func (s *source) newPeer(ctx context.Context, d *flow.Datagram, now time.Time) *
 			p.e.end(flow.Unknown)
 		}
 	}()
-	s.settle(ctx, p, f, d.Data, now)
+	s.lookUpOwner(ctx, f, now)
+	facts := p.e.facts(s.owner)
+	if verdict, outbound, missing := s.r.match(facts); missing == 0 {
+		s.settle(ctx, p, facts, "", verdict, outbound, now)
+	} else {
+		p.held, p.since = []flow.Datagram{}, now
+	}
 	settled = true
 	return p
 }
 
-// settle decides about a new peer, to which the client has sent data.
-func (s *source) settle(ctx context.Context, p *peer, f *flow.Flow, data []byte, now time.Time) {
-	s.lookUpOwner(ctx, f, now)
-	facts := p.e.facts(s.owner)
-	verdict, outbound, missing := s.r.match(facts)
-	from := ""
-	if missing != 0 {
-		from = nameIn(facts, data)
-		verdict, outbound, _ = s.r.match(facts)
+// What is held of a flow before something is decided. There is no timer: a
+// client that gets no answer sends again.
+const (
+	maxHeld      = 8
+	maxHeldBytes = 16 << 10
+)
+
+// hear looks at one of the first datagrams of a client to a peer for the name
+// that a rule hangs on, and sends all of them as soon as it is decided.
+func (s *source) hear(ctx context.Context, p *peer, d *flow.Datagram, now time.Time) {
+	one := *d
+	one.Data = slices.Clone(d.Data)
+	p.held = append(p.held, one)
+	var all [][]byte
+	bytes := 0
+	for i := range p.held {
+		all = append(all, p.held[i].Data)
+		bytes += len(p.held[i].Data)
 	}
+	s.lookUpOwner(ctx, p.e.flow, now)
+	facts := p.e.facts(s.owner)
+	from, short := nameIn(facts, all)
+	if short && len(p.held) < maxHeld && bytes < maxHeldBytes && now.Sub(p.since) < firstWithin {
+		return
+	}
+	held := p.held
+	p.held = nil
+	verdict, outbound, _ := s.r.match(facts)
+	s.settle(ctx, p, facts, from, verdict, outbound, now)
+	p.e.up.Add(int64(bytes))
+	if p.out == nil {
+		s.unreachable(d.Peer, p.tell, nil)
+	}
+	s.send(p.out, held)
+}
+
+// settle carries out what is decided about a new peer.
+func (s *source) settle(ctx context.Context, p *peer, facts *rules.Facts, from string, verdict rules.Verdict, outbound out, now time.Time) {
+	f := p.e.flow
 	p.e.decided(verdict, facts, from)
 	if outbound.Outbound == nil {
 		p.refuse(s.r, verdict, now)

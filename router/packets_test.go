@@ -1,11 +1,13 @@
 package router_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net/netip"
+	"os"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -449,4 +451,65 @@ func (panickingOutbound) DialStream(context.Context, dialer.Target) (*dialer.Con
 }
 func (panickingOutbound) OpenPackets(context.Context, dialer.Target) (*dialer.PacketConn, error) {
 	panic("packets")
+}
+
+// initials are the first two datagrams of a client of QUIC 2 to quic.example, with
+// X25519MLKEM768: the name is in neither of them alone.
+func initials(t *testing.T) (all [2][]byte) {
+	t.Helper()
+	for i := range all {
+		b, err := os.ReadFile(fmt.Sprintf("../testdata/quic/initial%d", i+1))
+		if err != nil {
+			t.Fatal(err)
+		}
+		all[i] = b
+	}
+	return all
+}
+
+// A rule by name holds for a client of QUIC whose first message is in two
+// datagrams: both go the way that it says, in their order. What the client does
+// not say in time goes by the rules for no name.
+func TestNameInTwoDatagrams(t *testing.T) {
+	both := initials(t)
+	list := []rules.Config{{Domain: []string{"quic.example"}, Use: "named"}, {Use: "others"}}
+	for _, tt := range []struct {
+		name string
+		sent [][]byte
+		late time.Duration // between them
+		want string
+	}{
+		{"two", both[:], 0, "named"},
+		{"the second first", [][]byte{both[1], both[0]}, 10 * time.Millisecond, "named"},
+		{"the first again and again", [][]byte{both[0], both[0]}, time.Second, "others"},
+		{"no QUIC", [][]byte{[]byte("x")}, 0, "others"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			named, others := newPacketOutbound("named"), newPacketOutbound("others")
+			outs := map[string]dialer.Outbound{"named": named, "others": others}
+			servePackets(t, router.Options{}, list, outs, func(r *router.Router, c *packetClient, _ context.CancelFunc) {
+				size := 0
+				for _, b := range tt.sent {
+					c.sent <- flow.Datagram{Peer: peerN(1), Data: b}
+					size += len(b)
+					time.Sleep(tt.late)
+				}
+				synctest.Wait()
+				out := map[string]*packetOutbound{"named": named, "others": others}[tt.want]
+				if len(named.open)+len(others.open) != 1 || len(out.open) != 1 {
+					t.Fatalf("%d sockets of named, %d of others", len(named.open), len(others.open))
+				}
+				s := <-out.open
+				for i, b := range tt.sent {
+					if d := <-s.out; !bytes.Equal(d.Data, b) || d.Peer != peerN(1) {
+						t.Errorf("datagram %d: got %d bytes for %v", i, len(d.Data), d.Peer)
+					}
+				}
+				f := r.Flows()[0]
+				if tt.want == "named" && (f.Name == nil || *f.Name != "quic.example" || *f.NameFrom != "quic") || f.UpBytes != int64(size) {
+					t.Errorf("flow %+v", f)
+				}
+			})
+		})
+	}
 }

@@ -30,21 +30,24 @@ var versions = map[uint32]version{
 const (
 	maxConnID  = 20
 	sampleSize = 16
-	// maxPieces bounds the CRYPTO frames of one datagram.
+	// maxPieces bounds the CRYPTO frames of a flow.
 	maxPieces = 64
 )
 
-// Datagram looks at the first datagram of a flow. ErrShort: it is QUIC's, and
-// the name is in one that follows.
-func Datagram(b []byte) (name string, err error) {
+// Datagrams looks at the first datagrams of a flow, in whatever order. ErrShort:
+// they are QUIC's, and the name is in one that follows: a ClientHello with the
+// keys of the time after quanta does not fit into one.
+func Datagrams(all ...[]byte) (name string, err error) {
 	var c crypto
-	for len(b) > 0 {
-		payload, rest, err := initial(b)
-		if err != nil {
-			break
+	for _, b := range all {
+		for len(b) > 0 {
+			payload, rest, err := initial(b)
+			if err != nil {
+				break
+			}
+			c.frames(payload)
+			b = rest
 		}
-		c.frames(payload)
-		b = rest
 	}
 	if !c.any {
 		return "", ErrNone

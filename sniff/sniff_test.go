@@ -13,6 +13,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -126,8 +127,24 @@ func TestKeys(t *testing.T) {
 	}
 }
 
-// A real client's first datagram has the name.
+// The first datagrams of a real client have the name: one, and with the keys of
+// the time after quanta two.
 func TestRealQUIC(t *testing.T) {
+	for curve, want := range map[stdtls.CurveID]int{stdtls.X25519: 1, stdtls.X25519MLKEM768: 2} {
+		got := firstOf(t, curve, want)
+		if _, err := Datagrams(got[want-1]); want > 1 && !errors.Is(err, ErrShort) {
+			t.Errorf("%v: of the last one: %v", curve, err)
+		}
+		slices.Reverse(got)
+		if name, err := Datagrams(got...); name != "quic.example" || err != nil {
+			t.Errorf("%v: %q, %v", curve, name, err)
+		}
+	}
+}
+
+// firstOf returns the first n datagrams of a client.
+func firstOf(t *testing.T, curve stdtls.CurveID, n int) (all [][]byte) {
+	t.Helper()
 	pc, err := net.ListenPacket("udp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -142,21 +159,23 @@ func TestRealQUIC(t *testing.T) {
 	go func() {
 		defer close(dialled)
 		_, _ = e.Dial(ctx, "udp", pc.LocalAddr().String(), &quic.Config{TLSConfig: &stdtls.Config{
-			ServerName: "quic.Example", MinVersion: stdtls.VersionTLS13, CurvePreferences: []stdtls.CurveID{stdtls.X25519}, NextProtos: []string{"h3"}}})
+			ServerName: "quic.Example", MinVersion: stdtls.VersionTLS13, CurvePreferences: []stdtls.CurveID{curve}, NextProtos: []string{"h3"}}})
 	}()
-	b := make([]byte, 2000)
-	n, _, err := pc.ReadFrom(b)
-	if err != nil {
-		t.Fatal(err)
+	_ = pc.SetReadDeadline(time.Now().Add(10 * time.Second))
+	for range n {
+		b := make([]byte, 2000)
+		n, _, err := pc.ReadFrom(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, b[:n])
 	}
 	cancel()
 	<-dialled
 	gone, stop := context.WithTimeout(context.Background(), time.Second)
 	defer stop()
 	_ = e.Close(gone)
-	if name, err := Datagram(b[:n]); name != "quic.example" || err != nil {
-		t.Errorf("%q, %v", name, err)
-	}
+	return all
 }
 
 // seal makes an Initial of frames, as a client does.
@@ -215,18 +234,27 @@ func TestQUICInPieces(t *testing.T) {
 			{"an unknown frame", seal(number, id, append([]byte{0x1d}, cryptoFrame(0, hello)...)), "", ErrShort},
 		}
 		for _, tt := range tests {
-			if name, err := Datagram(tt.b); name != tt.want || !errors.Is(err, tt.err) {
+			if name, err := Datagrams(tt.b); name != tt.want || !errors.Is(err, tt.err) {
 				t.Errorf("%#x: %s: %q, %v", number, tt.name, name, err)
+			}
+		}
+		one, two := seal(number, id, cryptoFrame(60, hello[60:])), seal(number, id, cryptoFrame(0, hello[:60]))
+		for _, all := range [][][]byte{{one, two}, {two, one}, {one, one, []byte("x"), two}} {
+			if _, err := Datagrams(all[0]); !errors.Is(err, ErrShort) {
+				t.Errorf("%#x: of one of two datagrams: %v", number, err)
+			}
+			if name, err := Datagrams(all...); name != "quic.example" || err != nil {
+				t.Errorf("%#x: of two datagrams: %q, %v", number, name, err)
 			}
 		}
 		spoiled := seal(number, id, cryptoFrame(0, hello))
 		spoiled[len(spoiled)-1]++
-		if _, err := Datagram(spoiled); !errors.Is(err, ErrNone) {
+		if _, err := Datagrams(spoiled); !errors.Is(err, ErrNone) {
 			t.Errorf("%#x: spoiled: %v", number, err)
 		}
 	}
 	for _, b := range []string{"", "x", strings.Repeat("\xff", 1200), "\xc0\x00\x00\x00\x01", "\xc0\x00\x00\x00\x00\x08aaaaaaaa"} {
-		if _, err := Datagram([]byte(b)); !errors.Is(err, ErrNone) {
+		if _, err := Datagrams([]byte(b)); !errors.Is(err, ErrNone) {
 			t.Errorf("%.10q: %v", b, err)
 		}
 	}
@@ -269,7 +297,7 @@ func FuzzDatagram(f *testing.F) {
 		}
 		kept := bytes.Clone(b)
 		for _, datagram := range [][]byte{b, seal(1, []byte("connid00"), append(frames, make([]byte, 20)...))} {
-			if name, err := Datagram(datagram); err == nil {
+			if name, err := Datagrams(datagram); err == nil {
 				fine(t, name)
 			}
 		}
