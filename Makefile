@@ -36,6 +36,7 @@ soak: deps
 
 bench: deps
 	go test -run '^$$' -bench '$(PATTERN)' -benchmem -p 1 -timeout 60m $(BENCH)
+	test "$(BENCH)" != ./... || CGTUN_SOAK=1 go test -count=1 -run '^TestCachedQueriesASecond$$' -v ./cmd/cgtun
 
 bench-compare:
 	@test -n "$(BASE)" || { echo "usage: make bench-compare BASE=COMMIT [BENCH=./stack]" >&2; exit 2; }

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"cgtun/cgroupsel"
+	"cgtun/steer"
 	"cgtun/tun"
 )
 
@@ -137,6 +138,31 @@ func (s *surroundings) own() []netip.Prefix {
 	}
 	slices.SortFunc(own, comparePrefix)
 	return own
+}
+
+// onLink are the connected prefixes without what is left alone, and without
+// loopback, link-local and multicast addresses, which are not one network's.
+func (s *surroundings) onLink(alone []netip.Prefix) (on []netip.Prefix) {
+	for _, p := range s.connected {
+		on = append(on, without(p, slices.Concat(steer.Builtin(), alone))...)
+	}
+	return on
+}
+
+// without cuts others out of a prefix.
+func without(p netip.Prefix, others []netip.Prefix) []netip.Prefix {
+	i := slices.IndexFunc(others, p.Overlaps)
+	switch {
+	case i < 0:
+		return []netip.Prefix{p}
+	case others[i].Bits() <= p.Bits():
+		return nil
+	}
+	low := netip.PrefixFrom(p.Addr(), p.Bits()+1)
+	half := p.Addr().AsSlice()
+	half[p.Bits()/8] |= 0x80 >> (p.Bits() % 8)
+	addr, _ := netip.AddrFromSlice(half)
+	return append(without(low, others), without(netip.PrefixFrom(addr, low.Bits()), others)...)
 }
 
 // has says whether an address is of the namespace or routed to a selected

@@ -65,6 +65,8 @@ type Route struct {
 	// Plan is what is steered. Device, Cgroups, All and the prefixes of the
 	// namespace are filled in.
 	Plan steer.Plan
+	// OnLink, see Change.
+	OnLink bool
 }
 
 // Gate is what holds back the selected tasks of namespaces that are not attached
@@ -151,7 +153,7 @@ func New(o Options) *Manager {
 	m.picked.Store(&cgroupsel.Snapshot{})
 	changes := make([]Change, len(o.Routes))
 	for i, r := range o.Routes {
-		changes[i] = Change{r.Plan.Bypass, r.Plan.Resolver}
+		changes[i] = Change{Bypass: r.Plan.Bypass, Resolver: r.Plan.Resolver, OnLink: r.OnLink}
 	}
 	m.changes.Store(&changes)
 	return m
@@ -161,6 +163,7 @@ func New(o Options) *Manager {
 type Change struct {
 	Bypass   []netip.Prefix
 	Resolver uint16
+	OnLink   bool // what is asked of resolvers on home's own networks goes to Resolver, too
 }
 
 // Change puts other values in force, one for each route, and waits until they

@@ -348,6 +348,8 @@ func (s *site) wanted(a *Attachment, around *surroundings) steer.Plan {
 	plan.Bypass = slices.Concat(plan.Bypass, around.connected)
 	if !s.home() {
 		plan.Bypass = append(plan.Bypass, s.m.homeAddresses()...)
+	} else if changed.OnLink {
+		plan.OnLink = around.onLink(changed.Bypass)
 	}
 	if !s.home() && !s.named() {
 		plan.No4, plan.No6 = !around.default4, !around.default6

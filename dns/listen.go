@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -18,8 +19,9 @@ import (
 )
 
 // Listener answers the queries that processes of this namespace send to
-// resolvers on its loopback, which never come out of a tun: the nft table
-// gives them to the Listener's port, and leaves the address as it is.
+// resolvers on its loopback, and on the networks that it is connected to, which
+// never come out of a tun: the nft table gives them to the Listener's port. The
+// address is as it was, if that is one of loopback.
 //
 // What is asked is any address of 127.0.0.0/8, so that the sockets are bound to
 // the device and answer from the address that was asked. What is not to be
@@ -27,20 +29,25 @@ import (
 type Listener struct {
 	r          *Resolver
 	attachment string
+	origin     Origin
 	packets    []*net.UDPConn // of IPv4, and of IPv6 where there is that
 	streams    []*net.TCPListener
 	port       uint16
 }
 
+// Origin says whom a client meant whose query was led to loopback.
+type Origin func(proto flow.Proto, from, here netip.AddrPort) (netip.AddrPort, error)
+
 // listenTries is how many ports are tried that are free for all sockets.
 const listenTries = 16
 
 // Listen opens the sockets in the namespace of the calling thread. Flows are
-// those of the attachment. Run closes the Listener, or Close.
-func (r *Resolver) Listen(attachment string) (*Listener, error) {
+// those of the attachment. Without an origin clients are answered that have an
+// address of loopback, and no others. Run closes the Listener, or Close.
+func (r *Resolver) Listen(attachment string, origin Origin) (*Listener, error) {
 	var err error
 	for range listenTries {
-		l := &Listener{r: r, attachment: attachment}
+		l := &Listener{r: r, attachment: attachment, origin: origin}
 		if err = l.open(); err == nil {
 			return l, nil
 		}
@@ -73,9 +80,13 @@ func (l *Listener) open() error {
 	return nil
 }
 
-// onLoopback lets a socket hear of nothing but lo, and say which of its
-// addresses was asked (ip(7)).
+// onLoopback lets a socket of IPv4 hear of nothing but lo, and say which of its
+// addresses was asked (ip(7)). One of IPv6 is bound to ::1, which nobody else
+// reaches; by lo alone it could not answer other addresses of this machine.
 func onLoopback(network, _ string, c syscall.RawConn) error {
+	if strings.HasSuffix(network, "6") {
+		return nil
+	}
 	var failed error
 	err := c.Control(func(fd uintptr) {
 		failed = unix.BindToDevice(int(fd), "lo")
@@ -130,12 +141,13 @@ func (l *Listener) servePackets(ctx context.Context, c *net.UDPConn, way func(co
 		}
 		to := netip.IPv6Loopback()
 		if from.Addr().Unmap().Is4() {
-			if to = askedAddr(oob[:m]); !to.IsLoopback() {
-				continue
-			}
+			to = askedAddr(oob[:m])
 		}
-		from = netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
-		f := flow.New(flow.UDP, from, netip.AddrPortFrom(to, port), l.attachment)
+		f := l.flow(flow.UDP, from, to)
+		if f == nil {
+			continue
+		}
+		from = f.Src
 		reply := func(b []byte) {
 			if b != nil {
 				_, _, _ = c.WriteMsgUDPAddrPort(b, answerFrom(to), from)
@@ -159,6 +171,26 @@ func (l *Listener) servePackets(ctx context.Context, c *net.UDPConn, way func(co
 		}
 		waiting.Go(func() { wait(ctx, reply) })
 	}
+}
+
+// flow is what a client sends to the resolver that it means; nil: nobody knows
+// which.
+func (l *Listener) flow(proto flow.Proto, from netip.AddrPort, here netip.Addr) *flow.Flow {
+	from, here = netip.AddrPortFrom(from.Addr().Unmap(), from.Port()), here.Unmap()
+	to := netip.AddrPortFrom(here, port)
+	if !from.Addr().IsLoopback() {
+		if l.origin == nil {
+			return nil
+		}
+		var err error
+		if to, err = l.origin(proto, from, netip.AddrPortFrom(here, l.port)); err != nil {
+			l.r.log.Debug("a query of nobody knows whom", "src", from, "err", err)
+			return nil
+		}
+	} else if !here.IsLoopback() {
+		return nil
+	}
+	return flow.New(proto, from, to, l.attachment)
 }
 
 // way is what the rules say on behalf of a client, who is looked up when that is
@@ -218,9 +250,11 @@ func (l *Listener) serveStreams(ctx context.Context, ln *net.TCPListener, way fu
 		serving.Go(func() {
 			defer func() { <-room }()
 			defer c.Close()
-			from, to := c.RemoteAddr().(*net.TCPAddr).AddrPort(), c.LocalAddr().(*net.TCPAddr).AddrPort()
-			f := flow.New(flow.TCP, netip.AddrPortFrom(from.Addr().Unmap(), from.Port()), netip.AddrPortFrom(to.Addr().Unmap(), port), l.attachment)
-			if read, pass, _ := l.r.Serve(ctx, f, c, l.way(ctx, f, way)); pass && f.Dst.Addr().IsLoopback() {
+			f := l.flow(flow.TCP, c.RemoteAddr().(*net.TCPAddr).AddrPort(), c.LocalAddr().(*net.TCPAddr).AddrPort().Addr())
+			if f == nil {
+				return
+			}
+			if read, pass, _ := l.r.Serve(ctx, f, c, l.way(ctx, f, way)); pass {
 				l.splice(ctx, c, f.Dst, read)
 			}
 		})

@@ -18,7 +18,7 @@ func TestSlowOwnerDelaysNobodyElse(t *testing.T) {
 		c.Upstreams = []string{"udp://203.0.113.53"}
 		c.Hosts = map[string][]netip.Addr{"fixed.example": {netip.MustParseAddr("192.0.2.1")}}
 	})
-	listener, err := l.r.Listen("home")
+	listener, err := l.r.Listen("home", nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -47,6 +48,9 @@ func TestAnswers(t *testing.T) {
 		{name: "wrong type, then the true one", udp: forged(v4, func(m *wire.Msg) { m.Question[0].Qtype++ }), want: "NOERROR 300 192.0.2.7", asked: 1},
 		{name: "a question for an answer", udp: forged(v4, func(m *wire.Msg) { m.Response = false }), want: "NOERROR 300 192.0.2.7", asked: 1},
 		{name: "all dead", udp: silent, udp2: silent, want: "SERVFAIL", took: giveUp},
+		{name: "an alias of itself", udp: answers(0, "300 CNAME name.example.", "300 CNAME name.example."), want: "NOERROR 300 name.example. 300 name.example.", asked: 1},
+		{name: "loopback for a public name", udp: answers(0, "300 A 127.0.0.1"), want: "NOERROR 300 127.0.0.1", asked: 1},
+		{name: "4 kB", udp: answers(0, slices.Repeat([]string{"300 A 192.0.2.7"}, 250)...), want: "NOERROR truncated", asked: 1},
 		{name: "alias", udp: answers(0, "300 CNAME www.example."), want: "NOERROR 300 www.example.", asked: 1},
 	}
 	for _, tt := range tests {
@@ -68,6 +72,44 @@ func TestAnswers(t *testing.T) {
 			})
 		})
 	}
+}
+
+// What cannot be read is no answer, whatever else it has.
+func TestAnswersThatAreNone(t *testing.T) {
+	q, ok := parseQuery(mustPack(question("name.example", wire.TypeA)), false)
+	if !ok {
+		t.Fatal("no question")
+	}
+	head := q.upstream(7, false)
+	head[2] |= 0x80
+	record := func(name string) string { return name + "\x00\x01\x00\x01\x00\x00\x01\x2c\x00\x04\xc0\x00\x02\x07" }
+	at := string([]byte{0xc0, byte(len(head))}) // a pointer to the record itself
+	for _, tt := range []struct {
+		name, rest string
+		good       bool
+	}{
+		{"a record", record("\xc0\x0c"), true},
+		{"a name that points to itself", record(at), false},
+		{"a name that points ahead", record("\xc0\xff"), false},
+		{"a name that begins with itself", record("\x01a" + at), false},
+		{"a record that is cut off", record("\xc0\x0c")[:10], false},
+		{"nothing", "", false},
+		{"more than is said", record("\xc0\x0c") + record("\xc0\x0c"), false},
+	} {
+		msg := append(append([]byte(nil), head...), tt.rest...)
+		msg[7] = 1 // answers
+		if _, err := q.parseAnswer(msg, 7); (err == nil) != tt.good {
+			t.Errorf("%s: %v", tt.name, err)
+		}
+	}
+}
+
+func mustPack(m *wire.Msg) []byte {
+	b, err := m.Pack()
+	if err != nil {
+		panic(err)
+	}
+	return b
 }
 
 func truncated(q *wire.Msg, send func(*wire.Msg)) {

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"net/netip"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -325,42 +324,6 @@ func (s *source) newPeer(ctx context.Context, d *flow.Datagram, now time.Time) *
 	}
 	settled = true
 	return p
-}
-
-// What is held of a flow before something is decided. There is no timer: a
-// client that gets no answer sends again.
-const (
-	maxHeld      = 8
-	maxHeldBytes = 16 << 10
-)
-
-// hear looks at one of the first datagrams of a client to a peer for the name
-// that a rule hangs on, and sends all of them as soon as it is decided.
-func (s *source) hear(ctx context.Context, p *peer, d *flow.Datagram, now time.Time) {
-	one := *d
-	one.Data = slices.Clone(d.Data)
-	p.held = append(p.held, one)
-	var all [][]byte
-	bytes := 0
-	for i := range p.held {
-		all = append(all, p.held[i].Data)
-		bytes += len(p.held[i].Data)
-	}
-	s.lookUpOwner(ctx, p.e.flow, now)
-	facts := p.e.facts(s.owner)
-	from, short := nameIn(facts, all)
-	if short && len(p.held) < maxHeld && bytes < maxHeldBytes && now.Sub(p.since) < firstWithin {
-		return
-	}
-	held := p.held
-	p.held = nil
-	verdict, outbound, _ := s.r.match(facts)
-	s.settle(ctx, p, facts, from, verdict, outbound, now)
-	p.e.up.Add(int64(bytes))
-	if p.out == nil {
-		s.unreachable(d.Peer, p.tell, nil)
-	}
-	s.send(p.out, held)
 }
 
 // settle carries out what is decided about a new peer.

@@ -38,7 +38,8 @@
 // names it.
 //
 // Chain names, in home, gives what selected cgroups ask of resolvers on loopback
-// to a port of our own and leaves the address as it is. It comes behind docker's
+// to a port of our own and leaves the address as it is; and what they ask of
+// those on home's own networks to that port of 127.0.0.1 or ::1. It comes behind docker's
 // chain, of priority -100, so that 127.0.0.11 stays docker's.
 //
 // # The routes

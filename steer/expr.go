@@ -176,6 +176,19 @@ func dnatPort(port uint16) part {
 
 // hasSocket is true of what a program sent: the kernel's own sockets have no
 // user.
+// dnatTo changes address and port.
+func dnatTo(to netip.AddrPort) part {
+	family := uint32(unix.NFPROTO_IPV4)
+	if to.Addr().Is6() {
+		family = unix.NFPROTO_IPV6
+	}
+	return part{
+		&expr.Immediate{Register: 1, Data: to.Addr().AsSlice()},
+		&expr.Immediate{Register: 2, Data: binaryutil.BigEndian.PutUint16(to.Port())},
+		&expr.NAT{Type: expr.NATTypeDestNAT, Family: family, RegAddrMin: 1, RegProtoMin: 2, Specified: true},
+	}
+}
+
 func hasSocket() part { return part{meta(expr.MetaKeySKUID), differs(host32(^uint32(0)))} }
 
 // sourceAsIs is snat to the source that the packet has, so that no later nat

@@ -52,6 +52,10 @@ type Plan struct {
 	// Resolver is the port, of all addresses of loopback, to which goes what the
 	// Cgroups ask resolvers on loopback. Home only; 0: nothing does.
 	Resolver uint16
+	// OnLink are prefixes of home's own networks: what the Cgroups ask resolvers
+	// there goes to Resolver, too, at 127.0.0.1 and ::1. Origins tells who was
+	// meant.
+	OnLink []netip.Prefix
 	// Bypass is left alone besides Builtin: the connected prefixes of the
 	// namespace, home's addresses and the user's list, in any order and
 	// overlapping as they may.

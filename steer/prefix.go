@@ -7,11 +7,14 @@ import (
 	"github.com/google/nftables"
 )
 
-// bypassOf returns the built-in and the plan's bypassed prefixes, sorted by
-// address, without those inside of others.
-func bypassOf(p *Plan) []netip.Prefix {
-	all := Builtin()
-	for _, prefix := range p.Bypass {
+// bypassOf returns the built-in and the plan's bypassed prefixes, as outermost
+// does.
+func bypassOf(p *Plan) []netip.Prefix { return outermost(slices.Concat(builtin, p.Bypass)) }
+
+// outermost returns prefixes sorted by address, without those inside of others.
+func outermost(prefixes []netip.Prefix) []netip.Prefix {
+	var all []netip.Prefix
+	for _, prefix := range prefixes {
 		if !prefix.IsValid() {
 			continue
 		}

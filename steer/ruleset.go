@@ -2,6 +2,7 @@ package steer
 
 import (
 	"fmt"
+	"net/netip"
 	"slices"
 
 	"github.com/google/nftables"
@@ -224,8 +225,8 @@ func (r *ruleset) out(p *Plan, at place, bypass []*nftables.Set) {
 	}
 }
 
-// names gives queries to resolvers on loopback, which no route leads to us, to
-// our own. Docker's chain comes before it: 127.0.0.11 stays docker's.
+// names gives queries to resolvers on loopback, and on home's own networks, which
+// no route leads to us, to our own. Docker's chain comes before it: 127.0.0.11 stays docker's.
 func (r *ruleset) names(p *Plan, levels []int, sets []*nftables.Set) {
 	names := r.hook("names", nftables.ChainHookOutput, nftables.ChainPriorityRef(*nftables.ChainPriorityNATDest+1))
 	names.Type = nftables.ChainTypeNAT
@@ -236,6 +237,20 @@ func (r *ruleset) names(p *Plan, levels []int, sets []*nftables.Set) {
 		for i, set := range sets {
 			r.add(names, onLoopback(is6), tcp(), toPort53(), cgroupIn(levels[i], set), dnatPort(p.Resolver))
 			r.add(names, onLoopback(is6), udp(), toPort53(), cgroupIn(levels[i], set), dnatPort(p.Resolver))
+		}
+	}
+	v4, v6 := split(outermost(p.OnLink))
+	for _, on := range []struct {
+		set  *nftables.Set
+		loop netip.Addr
+	}{
+		{r.set(&nftables.Set{Name: "on4", KeyType: nftables.TypeIPAddr, Interval: true}, intervals(v4)), netip.AddrFrom4([4]byte{127, 0, 0, 1})},
+		{r.set(&nftables.Set{Name: "on6", KeyType: nftables.TypeIP6Addr, Interval: true}, intervals(v6)), netip.IPv6Loopback()},
+	} {
+		to := dnatTo(netip.AddrPortFrom(on.loop, p.Resolver))
+		for i, set := range sets {
+			r.add(names, daddrIn(on.set), tcp(), toPort53(), cgroupIn(levels[i], set), to)
+			r.add(names, daddrIn(on.set), udp(), toPort53(), cgroupIn(levels[i], set), to)
 		}
 	}
 }

@@ -26,6 +26,7 @@ import (
 	"cgtun/control"
 	"cgtun/dns"
 	"cgtun/docker"
+	"cgtun/flow"
 	"cgtun/internal/netns"
 	"cgtun/metrics"
 	"cgtun/router"
@@ -47,7 +48,8 @@ type instance struct {
 	router    *router.Router
 	guard     guard
 	resolver  *dns.Resolver
-	loopback  *dns.Listener // nil: there is none
+	loopback  *dns.Listener  // nil: there is none
+	origins   *steer.Origins // nil: the kernel does not tell
 	load      func() (*config.File, error)
 	level     *slog.LevelVar // of log
 	now       atomic.Pointer[ways]
@@ -136,6 +138,9 @@ func runDaemon(ctx context.Context, from source, log *slog.Logger, level *slog.L
 	in.listenLoopback()
 	if in.loopback != nil {
 		defer in.loopback.Close()
+	}
+	if in.origins != nil {
+		defer in.origins.Close()
 	}
 	in.setManager(routes)
 	return in.run(ctx, server, scraped)
@@ -276,9 +281,19 @@ func (in *instance) setRouter() error {
 }
 
 // listenLoopback opens the sockets for what is asked of resolvers on home's
-// loopback. Without them those are asked as if there were no cgtun.
+// loopback and its own networks. Without them those are asked as if there were no
+// cgtun.
 func (in *instance) listenLoopback() {
-	l, err := in.resolver.Listen(attach.Home)
+	var origin dns.Origin
+	var err error
+	if in.origins, err = steer.OpenOrigins(); err != nil {
+		in.log.Warn("resolvers on the machine's own networks are asked the ordinary way", "err", err)
+	} else {
+		origin = func(proto flow.Proto, from, here netip.AddrPort) (netip.AddrPort, error) {
+			return in.origins.Of(uint8(proto), from, here)
+		}
+	}
+	l, err := in.resolver.Listen(attach.Home, origin)
 	if err != nil {
 		in.log.Warn("resolvers on loopback are asked the ordinary way", "err", err)
 		return
@@ -288,7 +303,7 @@ func (in *instance) listenLoopback() {
 
 func (in *instance) setManager(routes []attach.Route) {
 	for i, c := range in.changes(in.file) {
-		routes[i].Plan.Resolver = c.Resolver
+		routes[i].Plan.Resolver, routes[i].OnLink = c.Resolver, c.OnLink
 	}
 	if self, ok := in.selector.Self(); ok {
 		for i := range routes {

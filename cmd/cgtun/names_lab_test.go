@@ -1,6 +1,7 @@
 package main_test
 
 import (
+	"fmt"
 	"net"
 	"os"
 	"path/filepath"
@@ -73,6 +74,7 @@ func TestQueriesAreAnswered(t *testing.T) {
 		}
 	}
 	w.loopbackIsAnswered(dig)
+	w.onLinkIsAnswered(dig)
 	w.nothingAnswers(dig, asked, hosts)
 	if n := any53.Packets(); n != 0 {
 		t.Errorf("%d packets to port 53 left by the uplink", n)
@@ -117,6 +119,54 @@ func (w *world) loopbackIsAnswered(dig func(string) string) {
 		if out, err := w.try(inside, "unshare", "-m", "sh", "-c", script); err != nil || !strings.Contains(out, "192.0.2.88") {
 			w.t.Errorf("%s: %v %s", program, err, out)
 		}
+	}
+}
+
+// onLinkIsAnswered asks resolvers of a network that the machine is on: by both
+// families, two of them from one socket, and after they have gone.
+func (w *world) onLinkIsAnswered(dig func(string) string) {
+	w.t.Helper()
+	w.router.Run("ip", "addr", "add", "10.2.0.3/24", "dev", "eth1")
+	var servers []*labtest.Proc
+	addrs := []string{"10.2.0.1", "10.2.0.3", "fd02::1"}
+	for i, addr := range addrs {
+		servers = append(servers, w.zone(w.router, addr, fmt.Sprintf("192.0.2.%d", 51+i), "--auth-zone=zone.example", "--auth-server=ns.zone.example", "--host-record=h.zone.example,192.0.2.1", "--auth-peer=10.2.0.2"))
+	}
+	for _, addr := range addrs {
+		labtest.Eventually(w.t, 10*time.Second, func() bool {
+			c, err := w.machine.Dial("tcp", net.JoinHostPort(addr, "53"))
+			if err == nil {
+				c.Close()
+			}
+			return err == nil
+		}, "dnsmasq on %s", addr)
+	}
+	ask := func(args, want string) {
+		w.t.Helper()
+		if out := dig(args); !strings.Contains(out, want) {
+			w.t.Errorf("dig %s: %s, want %s", args, out, want)
+		}
+	}
+	for i, addr := range addrs {
+		want := fmt.Sprintf("192.0.2.%d", 51+i)
+		ask("+short name.example @"+addr, want)
+		ask("+short +tcp name.example @"+addr, want)
+	}
+	ask("+short -b 10.2.0.2#5353 name.example @10.2.0.1", "192.0.2.51")
+	ask("+short -b 10.2.0.2#5353 name.example @10.2.0.3", "192.0.2.52")
+	ask("+short CH TXT version.bind @10.2.0.1", "\"dnsmasq-")
+	ask("zone.example AXFR @10.2.0.1", "h.zone.example.")
+	for _, p := range servers {
+		if _, err := p.Stop(); err != nil {
+			w.t.Logf("dnsmasq ended with %v", err)
+		}
+	}
+	for i, addr := range addrs { // from the cache, or stale
+		ask("+short name.example @"+addr, fmt.Sprintf("192.0.2.%d", 51+i))
+	}
+	ask("+short other.example @10.2.0.1", "192.0.2.89") // the host's know it
+	if out, err := w.try(outside, "dig", "+tries=1", "+time=1", "name.example", "@10.2.0.1"); err == nil {
+		w.t.Errorf("outside: %s", out)
 	}
 }
 

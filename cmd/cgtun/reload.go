@@ -105,7 +105,7 @@ func (in *instance) changes(file *config.File) []attach.Change {
 	for i, r := range attachRoutes(routes) {
 		all[i].Bypass = routes[i].Select.Bypass
 		if in.loopback != nil && !r.Kernel && file.DNS.Mode == dns.ModeForward {
-			all[i].Resolver = in.loopback.Port()
+			all[i].Resolver, all[i].OnLink = in.loopback.Port(), in.origins != nil
 		}
 	}
 	return all
