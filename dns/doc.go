@@ -17,8 +17,8 @@
 //
 // A question that is not in the cache is put by the first client that asks it;
 // others with the same one wait for that (flight). Upstreams are raced: the best
-// one first, the next when it has failed or after the stagger, which follows its
-// round trips; each in a socket of its own, so that each has another port. One
+// one first, by each member of a group, the next when it has failed or after the
+// stagger, which follows its round trips; each in a socket of its own, so that each has another port. One
 // that did not answer while another one did goes last for a while (health). An
 // upstream that says SERVFAIL or REFUSED has failed, and its word is passed on
 // only if nobody has a better one.

@@ -106,8 +106,46 @@ func hostServers(addrs []netip.AddrPort) (all []*server) {
 	return all
 }
 
-// paths lists whom to ask and by what, the preferred one first.
+// maxPaths bounds the paths of a question.
+const maxPaths = 16
+
+// paths lists whom to ask and by what, the preferred one first: a server by each
+// member of a group before the next server.
 func (p *put) paths(ctx context.Context) (all []path) {
+	for _, one := range p.servedBy(ctx) {
+		all = append(all, one.each()...)
+	}
+	return all[:min(len(all), maxPaths)]
+}
+
+// members is what groups are: any of several outbounds.
+type members interface {
+	Order() []string     // as they would be asked now
+	Outbounds() []string // each once, those of groups inside as well
+}
+
+// each returns the paths to one server: of a datagram that a group's best member
+// loses nobody else hears.
+func (p *path) each() []path {
+	g, ok := p.out.(members)
+	if !ok || p.scheme == "https" {
+		p.beside = 1
+		return []path{*p}
+	}
+	order, names := g.Order(), slices.Clone(g.Outbounds())
+	slices.SortStableFunc(names, func(a, b string) int { return slices.Index(order, a) - slices.Index(order, b) })
+	var all []path
+	for _, name := range names {
+		one := *p
+		one.member, one.beside = name, len(names)
+		one.avoid = slices.DeleteFunc(slices.Clone(names), func(o string) bool { return o == name })
+		all = append(all, one)
+	}
+	return all
+}
+
+// servedBy lists the servers, each with its outbound.
+func (p *put) servedBy(ctx context.Context) (all []path) {
 	if p.servers != nil {
 		for _, s := range p.servers {
 			all = p.addServer(ctx, all, s)

@@ -15,7 +15,7 @@ const (
 	// again is when an upstream is asked once more that has not said anything:
 	// a datagram may have been lost.
 	again = time.Second
-	// maxAttempts bounds the sockets of one question.
+	// maxAttempts bounds the sockets of one question, if it has not more paths.
 	maxAttempts = 8
 )
 
@@ -39,7 +39,8 @@ func (r *Resolver) race(ctx context.Context, by clientKey, paths []path, q *quer
 	defer asking.Wait()
 	defer cancel()
 
-	results := make(chan result, maxAttempts)
+	most := max(maxAttempts, len(paths))
+	results := make(chan result, most)
 	began := make([]time.Time, len(paths))
 	started, running := 0, 0
 	// The first attempt waits for a place; beside one that runs, another one is
@@ -78,7 +79,7 @@ func (r *Resolver) race(ctx context.Context, by clientKey, paths []path, q *quer
 			r.lost(paths, began, nil)
 			return a, false
 		case <-next.C:
-			if started < maxAttempts {
+			if started < most {
 				start()
 			}
 			next.Reset(r.pause(paths, started))
@@ -106,10 +107,12 @@ func (r *Resolver) race(ctx context.Context, by clientKey, paths []path, q *quer
 	}
 }
 
-// pause is the time until the next attempt.
+// pause is the time until the next attempt. All paths to a server together get
+// the time that it has.
 func (r *Resolver) pause(paths []path, started int) time.Duration {
 	if started < len(paths) {
-		return r.health.stagger(&paths[started-1])
+		p := &paths[started-1]
+		return r.health.stagger(p) / time.Duration(p.beside)
 	}
 	return again
 }
@@ -130,7 +133,7 @@ func (r *Resolver) lost(paths []path, began []time.Time, by *path) {
 	now, hidden := time.Now(), false
 	for i := range paths {
 		p := &paths[i]
-		if p == by || began[i].IsZero() || now.Sub(began[i]) < r.health.stagger(p) {
+		if p == by || began[i].IsZero() || now.Sub(began[i]) < r.health.stagger(p)/time.Duration(p.beside) {
 			continue
 		}
 		r.health.failed(p, now)
@@ -147,7 +150,7 @@ type health struct {
 	known map[healthKey]*condition
 }
 
-type healthKey struct{ server, outbound string }
+type healthKey struct{ server, outbound, member string }
 
 type condition struct {
 	trip   time.Duration // average of the answers' times; 0: none yet
@@ -165,7 +168,7 @@ const (
 
 // of returns the condition of a path. Under mu.
 func (h *health) of(p *path) *condition {
-	key := healthKey{p.id(), p.out.Name()}
+	key := healthKey{p.id(), p.out.Name(), p.member}
 	c := h.known[key]
 	if c == nil {
 		if len(h.known) >= maxHealth {

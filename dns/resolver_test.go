@@ -415,3 +415,55 @@ func TestOneClientLeavesRoomForOthers(t *testing.T) {
 		}
 	})
 }
+
+// twoWays is a group of which a datagram goes by one member, the best that is not
+// to be avoided.
+type twoWays struct{ first, second *world }
+
+func (g twoWays) Name() string        { return "group" }
+func (g twoWays) Order() []string     { return []string{g.first.name, g.second.name} }
+func (g twoWays) Outbounds() []string { return []string{g.second.name, g.first.name} }
+func (g twoWays) pick(t dialer.Target) *world {
+	if slices.Contains(t.Avoid, g.first.name) {
+		return g.second
+	}
+	return g.first
+}
+func (g twoWays) DialStream(ctx context.Context, t dialer.Target) (*dialer.Conn, error) {
+	return g.pick(t).DialStream(ctx, t)
+}
+func (g twoWays) OpenPackets(ctx context.Context, t dialer.Target) (*dialer.PacketConn, error) {
+	return g.pick(t).OpenPackets(ctx, t)
+}
+
+// The server that was asked is asked by each path of a group, before another
+// server is; and a path that loses questions goes last from then on.
+func TestPathsOfAGroup(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLab(nil)
+		dead, good := &world{name: "dead", udp: map[netip.AddrPort]serve{}}, &world{name: "good", udp: map[netip.AddrPort]serve{}}
+		good.udp[asked], good.udp[other] = answers(0, "300 A 192.0.2.7"), answers(0, "300 A 192.0.2.9")
+		group := twoWays{dead, good}
+		ask := func(name string) (string, time.Duration) {
+			f := &flow.Flow{Proto: flow.UDP, Src: me, Dst: asked, Attachment: "home"}
+			began := time.Now()
+			var m wire.Msg
+			_, wait, _ := l.r.Take(f, mustPack(question(name, wire.TypeA)), func(netip.AddrPort, flow.Proto) (dialer.Outbound, error) { return group, nil })
+			wait(t.Context(), func(b []byte) {
+				if err := m.Unpack(b); err != nil {
+					t.Error(err)
+				}
+			})
+			return show(&m), time.Since(began)
+		}
+		for i, want := range []time.Duration{maxStagger / 2, 0} {
+			if got, took := ask(fmt.Sprintf("n%d.example", i)); got != "NOERROR 300 192.0.2.7" || took != want {
+				t.Errorf("question %d: %s after %v, want %v", i, got, took, want)
+			}
+		}
+		good.udp[asked] = silent
+		if got, took := ask("dead.example"); got != "NOERROR 300 192.0.2.9" || took > 300*time.Millisecond {
+			t.Errorf("where the server is dead: %s after %v", got, took)
+		}
+	})
+}

@@ -44,10 +44,13 @@ type path struct {
 	*server
 	out    dialer.Outbound
 	client *flow.Flow // on behalf of whom; nil: the administrator's own choice
+	member string     // of out, which is a group; "": out itself
+	avoid  []string   // its other members
+	beside int        // how many paths there are to the server, 1 at least
 }
 
 func (p *path) target(proto flow.Proto) dialer.Target {
-	t := dialer.Target{Addr: p.addr}
+	t := dialer.Target{Addr: p.addr, Avoid: p.avoid}
 	if p.client != nil {
 		f := *p.client
 		f.Proto, f.Dst = proto, p.addr

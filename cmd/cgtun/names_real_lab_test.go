@@ -89,7 +89,7 @@ remote-control:
 // no way out for one family, programs take the other one.
 func TestRealResolvers(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, "unbound", "dig", "curl", "wget", "busybox", "musl-gcc")
+	w := newWorld(t, "unbound", "dig", "curl", "wget", "busybox", "nc", "musl-gcc")
 	certificate := w.certificate(far4)
 	w.unbound(certificate)
 	w.listening(853)
@@ -151,8 +151,8 @@ func TestRealResolvers(t *testing.T) {
 			w.machine.Run("ip", "-6", "route", "flush", "default")
 			w.machine.Run("ip", "-6", "route", "flush", "table", "102")
 		}
-		for _, program := range []string{"curl -sS -m 10 http://both.example/", "wget -q -T 10 -t 1 -O - http://both.example/", "busybox wget -q -T 10 -O - http://both.example/"} {
-			if out, err := with("env -u http_proxy " + program); err != nil || !strings.Contains(out, "hello") {
+		for _, program := range []string{"curl -sS -m 10 http://both.example/", "wget -q -T 10 -t 1 -O - http://both.example/", "printf 'GET / HTTP/1.0\\r\\n\\r\\n' | nc -w 5 both.example 80"} {
+			if out, err := with("unset http_proxy; " + program); err != nil || !strings.Contains(out, "hello") {
 				t.Errorf("%s, where %s has a way out: %v %s", program, family, err, out)
 			}
 		}
