@@ -289,6 +289,19 @@ func TestStreams(t *testing.T) {
 	})
 }
 
+// What a client asks for can be any bytes; flows show it as zone files do.
+func TestNamesAreShownSafely(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLab(nil)
+		l.udp[asked] = answers(0, "300 A 192.0.2.7")
+		l.ask(question(`x\027[2J\010%s\"\195\164\226\128\174.example`, wire.TypeA))
+		f := &flow.Flow{Src: me, Dst: netip.MustParseAddrPort("192.0.2.7:80"), Attachment: "home"}
+		if name, _ := l.r.Name(f); name != `x\027[2j\010%s\"\195\164\226\128\174.example` {
+			t.Errorf("%q", name)
+		}
+	})
+}
+
 // A client that takes no answers is let go in time, and holds no end up.
 func TestUnreadAnswers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -224,13 +225,14 @@ func (l *Listener) passOn(ctx context.Context, to netip.AddrPort, msg []byte, re
 	}
 }
 
-// maxStreams bounds the connections at a time.
+// maxStreams bounds the connections at a time. One more takes the place of the
+// oldest: a query is over in a moment.
 const maxStreams = 256
 
 func (l *Listener) serveStreams(ctx context.Context, ln *net.TCPListener, way func(context.Context, *flow.Flow) Way) {
 	var serving sync.WaitGroup
 	defer serving.Wait()
-	room := make(chan struct{}, maxStreams)
+	var open streams
 	for {
 		c, err := ln.AcceptTCP()
 		switch {
@@ -240,15 +242,12 @@ func (l *Listener) serveStreams(ctx context.Context, ln *net.TCPListener, way fu
 			time.Sleep(time.Second / 10) // out of descriptors
 			continue
 		}
-		select {
-		case room <- struct{}{}:
-		default:
-			c.Close()
+		if oldest := open.add(c); oldest != nil {
+			oldest.Close()
 			l.r.counts.dropped.Add(1)
-			continue
 		}
 		serving.Go(func() {
-			defer func() { <-room }()
+			defer open.remove(c)
 			defer c.Close()
 			f := l.flow(flow.TCP, c.RemoteAddr().(*net.TCPAddr).AddrPort(), c.LocalAddr().(*net.TCPAddr).AddrPort().Addr())
 			if f == nil {
@@ -259,6 +258,29 @@ func (l *Listener) serveStreams(ctx context.Context, ln *net.TCPListener, way fu
 			}
 		})
 	}
+}
+
+// streams are the connections that are open, the oldest first.
+type streams struct {
+	mu  sync.Mutex
+	all []*net.TCPConn
+}
+
+// add takes one in, and out the one that is too many.
+func (s *streams) add(c *net.TCPConn) (oldest *net.TCPConn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.all) == maxStreams {
+		oldest, s.all = s.all[0], slices.Delete(s.all, 0, 1)
+	}
+	s.all = append(s.all, c)
+	return oldest
+}
+
+func (s *streams) remove(c *net.TCPConn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.all = slices.DeleteFunc(s.all, func(o *net.TCPConn) bool { return o == c })
 }
 
 // splice brings a connection to the resolver that was meant.

@@ -12,26 +12,38 @@ import (
 	"cgtun/flow"
 )
 
+// listen has a Listener run until the test ends, and returns its address.
+func (l *lab) listen(t *testing.T, way func(context.Context, *flow.Flow) Way) string {
+	t.Helper()
+	listener, err := l.r.Listen("home", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error)
+	go func() { ended <- listener.Run(ctx, way) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	})
+	return netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), listener.Port()).String()
+}
+
 // A client whose owner takes long to be found makes no other one wait.
 func TestSlowOwnerDelaysNobodyElse(t *testing.T) {
 	l := newLab(func(c *Config) {
 		c.Upstreams = []string{"udp://203.0.113.53"}
 		c.Hosts = map[string][]netip.Addr{"fixed.example": {netip.MustParseAddr("192.0.2.1")}}
 	})
-	listener, err := l.r.Listen("home", nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	looking, ended := make(chan struct{}), make(chan error)
-	go func() {
-		ended <- listener.Run(ctx, func(ctx context.Context, _ *flow.Flow) Way {
-			close(looking)
-			<-ctx.Done()
-			return l.way
-		})
-	}()
-	c, err := net.Dial("udp", netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), listener.Port()).String())
+	looking := make(chan struct{})
+	at := l.listen(t, func(ctx context.Context, _ *flow.Flow) Way {
+		close(looking)
+		<-ctx.Done()
+		return l.way
+	})
+	c, err := net.Dial("udp", at)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -58,8 +70,30 @@ func TestSlowOwnerDelaysNobodyElse(t *testing.T) {
 	if err := m.Unpack(b[:n]); err != nil || show(m) != "NOERROR 60 192.0.2.1" {
 		t.Errorf("answer %s, %v", show(m), err)
 	}
-	cancel()
-	if err := <-ended; err != nil {
-		t.Error(err)
+}
+
+// Connections that are held open and idle keep nobody out.
+func TestIdleConnectionsMakeRoom(t *testing.T) {
+	l := newLab(func(c *Config) {
+		c.Hosts = map[string][]netip.Addr{"fixed.example": {netip.MustParseAddr("192.0.2.1")}}
+	})
+	at := l.listen(t, func(context.Context, *flow.Flow) Way { return l.way })
+	ask := func(c net.Conn) error {
+		if err := writeMessage(c, mustPack(question("fixed.example", wire.TypeA))); err != nil {
+			return err
+		}
+		_ = c.SetReadDeadline(time.Now().Add(10 * time.Second))
+		_, err := readMessage(c)
+		return err
+	}
+	for i := range maxStreams + 10 {
+		c, err := net.Dial("tcp", at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		if err := ask(c); err != nil {
+			t.Fatalf("connection %d: %v", i, err)
+		}
 	}
 }

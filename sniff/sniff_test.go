@@ -70,6 +70,8 @@ func TestStream(t *testing.T) {
 		{"TLS in records of one byte", string(inRecords(hello, 1)), "www.example.org", "sni"},
 		{"TLS without a name", string(helloOf(t, "")), "", ""},
 		{"TLS, an address", string(helloOf(t, "192.0.2.1")), "", ""},
+		{"TLS, escapes", string(helloOf(t, "a\x1b[31m%n\n.example")), "", ""},
+		{"TLS, 10 kB", string(helloOf(t, strings.Repeat("a.", 5000)+"example")), "", ""},
 		{"an alert", "\x15\x03\x01\x00\x02\x02\x28", "", ""},
 		{"a record too long", "\x16\x03\x01\xff\xff\x01", "", ""},
 		{"HTTP", "GET / HTTP/1.1\r\nAccept: */*\r\nhOST:  a.Example:8080 \r\n\r\n", "a.example", "host"},
