@@ -28,10 +28,12 @@ const (
 // giveSockets gives some back.
 func (r *Router) takeSocket() error {
 	if r.scarce.Load() {
+		r.turnedAway.Store(true)
 		return errNoMemory
 	}
 	if n := r.sockets.Add(1); r.opts.MaxSockets > 0 && n > int64(r.opts.MaxSockets) {
 		r.sockets.Add(-1)
+		r.turnedAway.Store(true)
 		if !r.full.Swap(true) {
 			r.log.Warn("new flows are refused: all sockets are in use; raise the limit of open files", "sockets", r.opts.MaxSockets)
 		}

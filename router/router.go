@@ -172,6 +172,8 @@ type Router struct {
 	streams   atomic.Int64 // connections, answered and not ended
 	full      atomic.Bool  // that there was none is said, once a spell
 
+	turnedAway atomic.Bool // a flow, for want of room, since shed looked
+
 	maxMemory   atomic.Int64
 	startMemory uint64      // bytes
 	scarce      atomic.Bool // too little of MaxMemory is left

@@ -10,7 +10,9 @@ import (
 
 // Hundreds of connections on which next to nothing moves can fill the room of all
 // others. No connection is ended for its silence as long as there is room; but when
-// new flows are refused, the source that has most of them gives up those that are idle for longest.
+// new flows were refused since the last look, the source that has most of them gives up
+// those that are idle for longest. That there is no room is not enough: nobody may want
+// any, and what was stalled fills the memory when it begins to move.
 
 const (
 	// shedFrom is how many connections a source has before any of them are ended
@@ -31,7 +33,7 @@ func (e *entry) moves(now time.Time) {
 
 // shed makes room, if new flows find none. Run alone calls it, after moves of all.
 func (r *Router) shed(live []*entry, now time.Time) {
-	if !r.full.Load() && !r.scarce.Load() {
+	if !r.turnedAway.Swap(false) || !r.full.Load() && !r.scarce.Load() {
 		return
 	}
 	sources := map[dialSource][]*entry{}
