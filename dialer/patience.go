@@ -15,8 +15,9 @@ const PatienceEvery = 4 * time.Second
 // Patience keeps an outbound socket alive whose peer lives and does not read.
 // The user timeout, which ends a path that is dead, ends that one too: since
 // Linux 5.11 it counts from the first probe of a closed window, answered or
-// not (tcp_probe_timer of net/ipv4/tcp_timer.c). Check lifts it while the
-// window is closed and probes are answered.
+// not (tcp_probe_timer of net/ipv4/tcp_timer.c), or from the first repetition of
+// what a receiver had no memory for (tcp_rtx_probe0_timed_out). Check lifts it
+// while the peer takes nothing and answers.
 //
 // The zero value is for a socket fresh from Direct. Not safe for concurrent
 // use.
@@ -48,10 +49,7 @@ func (p *Patience) check(fd int) error {
 	if err != nil {
 		return err
 	}
-	// Something to send, nothing on its way: only a closed window does that
-	// for longer than a moment.
-	closed := info.Notsent_bytes > 0 && info.Unacked == 0
-	lift := closed && info.Probes < deadProbes
+	lift := p.lives(info)
 	if lift == p.lifted {
 		return nil
 	}
@@ -62,4 +60,18 @@ func (p *Patience) check(fd int) error {
 	}
 	p.lifted = lift
 	return unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(timeout.Milliseconds()))
+}
+
+// lives says whether the peer takes nothing, and answers.
+func (p *Patience) lives(i *unix.TCPInfo) bool {
+	if i.Unacked == 0 {
+		// Something to send, nothing on its way: only a closed window does
+		// that for longer than a moment.
+		return i.Notsent_bytes > 0 && i.Probes < deadProbes
+	}
+	// What is repeated was dropped there, or is lost: an answer to the last one
+	// tells. One that is on its way just now is no sign of death.
+	answered := i.Last_ack_recv <= i.Last_data_sent
+	lately := time.Duration(i.Last_ack_recv)*time.Millisecond < deadProbes*probeEvery
+	return i.Backoff > 0 && (answered || p.lifted && lately)
 }

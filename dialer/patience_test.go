@@ -8,8 +8,11 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"cgtun/dialer"
 	"cgtun/flow"
@@ -17,9 +20,27 @@ import (
 )
 
 // A server that does not read for long, and reads on then, is not cut off; the
-// timeout that finds dead paths is off only as long as that lasts.
+// timeout that finds dead paths is off only as long as that lasts. Whether the
+// server closes its window, or has no memory for what its window allows.
 func TestTimeoutIsLiftedWhileTheServerDoesNotRead(t *testing.T) {
-	l, err := net.Listen("tcp4", "127.0.0.1:0")
+	t.Run("its window is closed", func(t *testing.T) {
+		timeoutIsLifted(t, func(*testing.T, int) {}, fill)
+	})
+	t.Run("it drops what comes", func(t *testing.T) {
+		timeoutIsLifted(t, func(t *testing.T, fd int) {
+			if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, 1); err != nil { // the kernel's least
+				t.Error(err)
+			}
+		}, trickle)
+	})
+}
+
+func timeoutIsLifted(t *testing.T, listening func(t *testing.T, fd int), fill func(*testing.T, *net.TCPConn)) {
+	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		return c.Control(func(fd uintptr) { listening(t, int(fd)) })
+	}}
+	lc.SetMultipathTCP(false)
+	l, err := lc.Listen(t.Context(), "tcp4", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -54,9 +75,9 @@ func TestTimeoutIsLiftedWhileTheServerDoesNotRead(t *testing.T) {
 		t.Error("the timeout is off although nothing is sent")
 	}
 	fill(t, tcp)
-	labtest.Eventually(t, 5*time.Second, timeoutIs("0"), "the timeout is lifted")
+	labtest.Eventually(t, 10*time.Second, timeoutIs("0"), "the timeout is lifted")
 	go func() { _, _ = io.Copy(io.Discard, server) }()
-	labtest.Eventually(t, 5*time.Second, timeoutIs("14000"), "the timeout is back")
+	labtest.Eventually(t, 10*time.Second, timeoutIs("14000"), "the timeout is back")
 	_ = conn.Close()
 	if p.Check(tcp) == nil {
 		t.Error("no error from a closed socket")
@@ -75,6 +96,29 @@ func fill(t *testing.T, c *net.TCPConn) {
 			return
 		} else if err != nil {
 			t.Fatal(err)
+		}
+	}
+}
+
+// trickle writes a byte at a time, which fills a receiver's memory before its
+// window, until something has to be repeated.
+func trickle(t *testing.T, c *net.TCPConn) {
+	t.Helper()
+	raw, err := c.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.SetWriteDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	for repeated := false; !repeated; time.Sleep(time.Millisecond) {
+		_, err := c.Write([]byte("x"))
+		err = errors.Join(err, raw.Control(func(fd uintptr) {
+			info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
+			repeated = err == nil && info.Unacked > 0 && info.Backoff > 0
+		}))
+		if err != nil {
+			t.Fatalf("nothing is repeated: %v", err)
 		}
 	}
 }
