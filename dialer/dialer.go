@@ -57,7 +57,8 @@ func OpenEcho(ctx context.Context, o Outbound, t Target) (*PacketConn, error) {
 
 // CanEcho says that o cannot carry ICMP echo, with ErrUnsupported, or nil.
 func CanEcho(o Outbound) error {
-	if _, ok := o.(Echoer); !ok {
+	_, ok := o.(Echoer)
+	if e, is := o.(interface{ CarriesEcho() bool }); !ok || is && !e.CarriesEcho() {
 		return fmt.Errorf("outbound %q: carry ICMP: %w", o.Name(), errors.ErrUnsupported)
 	}
 	return nil

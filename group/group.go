@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"cgtun/dialer"
+	"cgtun/flow"
 )
 
 // Group is several outbounds that look like one. It is a dialer.Outbound and a
@@ -79,6 +80,17 @@ func (g *Group) OpenEcho(ctx context.Context, t dialer.Target) (*dialer.PacketCo
 	return g.openPackets(ctx, t, func(ctx context.Context, o dialer.Outbound) (*dialer.PacketConn, error) {
 		return dialer.OpenEcho(ctx, o, t)
 	})
+}
+
+// CarriesPackets says whether a member can carry datagrams, as far as that is known
+// beforehand; CarriesEcho whether one can carry ICMP echo.
+func (g *Group) CarriesPackets() bool { return g.some(dialer.CanOpenPackets) }
+
+// CarriesEcho is described there.
+func (g *Group) CarriesEcho() bool { return g.some(dialer.CanEcho) }
+
+func (g *Group) some(can func(dialer.Outbound) error) bool {
+	return slices.ContainsFunc(g.members, func(m *member) bool { return can(m.out) == nil })
 }
 
 // openPackets says nothing to the scores: most outbounds ask nobody.
@@ -162,11 +174,24 @@ func (g *Group) Leaves() []dialer.Leave {
 	return all
 }
 
+// canCarry says whether an outbound can carry a flow, as far as that is known
+// beforehand.
+func canCarry(o dialer.Outbound, f *flow.Flow) bool {
+	switch {
+	case f == nil:
+	case f.Proto == flow.UDP:
+		return dialer.CanOpenPackets(o) == nil
+	case f.Proto == flow.ICMP:
+		return dialer.CanEcho(o) == nil
+	}
+	return true
+}
+
 // Choose says which outbound a flow to t would be given to first, and why, in
 // words for the user.
 func (g *Group) Choose(t dialer.Target) (o dialer.Outbound, why string) {
 	now := time.Now()
-	list := g.rank(&t, now)
+	list := slices.DeleteFunc(g.rank(&t, now), func(m ranked) bool { return !canCarry(m.out, t.Flow) })
 	if len(list) == 0 {
 		return nil, fmt.Sprintf("group %q: no member is left", g.c.Name)
 	}

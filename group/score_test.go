@@ -395,6 +395,35 @@ func TestChoose(t *testing.T) {
 	})
 }
 
+// noDatagrams is a member that carries streams alone.
+type noDatagrams struct{ *fake }
+
+func (noDatagrams) CarriesPackets() bool { return false }
+
+// What a member cannot carry, it is not asked to; and a group of such members cannot
+// carry it either.
+func TestMembersThatCannotCarryAreNotChosen(t *testing.T) {
+	a, b := noDatagrams{&fake{name: "a", connect: in(ms)}}, &fake{name: "b", connect: in(ms)}
+	g := newGroup(t, settings("fallback"), board(t), a, b)
+	target := dst(1)
+	for proto, want := range map[flow.Proto]string{flow.TCP: "a", flow.UDP: "b"} {
+		target.Flow = &flow.Flow{Proto: proto}
+		if o, why := g.Choose(target); o == nil || o.Name() != want {
+			t.Errorf("%v: %s; want %s", proto, why, want)
+		}
+	}
+	target.Flow = &flow.Flow{Proto: flow.ICMP}
+	if o, why := g.Choose(target); o != nil {
+		t.Errorf("a ping: %s", why)
+	}
+	if dialer.CanOpenPackets(g) != nil || dialer.CanEcho(g) == nil {
+		t.Errorf("the group: datagrams %v, echo %v", dialer.CanOpenPackets(g), dialer.CanEcho(g))
+	}
+	if dialer.CanOpenPackets(newGroup(t, settings("race"), board(t), a)) == nil {
+		t.Error("a group of members without datagrams carries them")
+	}
+}
+
 // TestFlowsStay: of two paths that do alike, the one that served last is asked; that
 // one is better by chance is no reason to leave it.
 func TestFlowsStay(t *testing.T) {
