@@ -27,8 +27,8 @@ import (
 // whatever peer it is (§5). It begins with its first datagram, runs the
 // handler's ServePackets in a goroutine, and ends when that returns. It is ended
 // from here (ReadBatch says io.EOF) when nothing has passed in either direction
-// for the idle time, when it is the longest idle one and room is needed, and
-// when run ends.
+// for the idle time, which is shorter where there are many, when it is the longest
+// idle one and room is needed, and when run ends.
 //
 // Datagrams wait for the handler in the session's queue, bounded in number and
 // bytes, with a bound over all queues. A full queue drops the newest: a sender
@@ -54,6 +54,9 @@ type UDPOptions struct {
 	// IdleDNS ends a session that has only ever asked port 53. Default 30 s,
 	// beyond the retries of resolvers.
 	IdleDNS time.Duration
+	// IdleMany ends the longest idle ones where there are more than an eighth
+	// of Sessions, so that what a flood leaves goes soon. Default 30 s.
+	IdleMany time.Duration
 	// ICMPRate is how many ICMP errors a second are sent. Default 1,000.
 	ICMPRate int
 }
@@ -66,6 +69,7 @@ func (o *UDPOptions) setDefaults() {
 	o.TotalBytes = orDefault(o.TotalBytes, 32<<20)
 	o.Idle = orDefault(o.Idle, 5*time.Minute)
 	o.IdleDNS = orDefault(o.IdleDNS, 30*time.Second)
+	o.IdleMany = orDefault(o.IdleMany, 30*time.Second)
 	o.ICMPRate = orDefault(o.ICMPRate, 1000)
 }
 
@@ -366,6 +370,17 @@ func (u *udp) sweep() {
 			s.Close()
 			u.forgetLocked(s)
 		}
+	}
+	for len(u.sessions) > u.cfg.Sessions/8 {
+		s := u.idle.Front().Value.(*session)
+		if u.restampLocked(s) {
+			continue
+		}
+		if now-s.stamp < int64(u.cfg.IdleMany) {
+			return
+		}
+		s.Close()
+		u.forgetLocked(s)
 	}
 }
 

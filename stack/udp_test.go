@@ -476,6 +476,32 @@ func TestIdleSessionsEnd(t *testing.T) {
 	})
 }
 
+// What a flood leaves goes soon, but for as many sessions as anybody has, and for
+// those that are used.
+func TestManyIdleSessionsEndSoon(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const sessions, few = 64, 8
+		u, _, _ := startUDP(t, UDPOptions{Sessions: sessions})
+		web := netip.MustParseAddrPort("192.0.2.7:443")
+		for n := range sessions {
+			u.deliver(local, udpPacket(sourceN(n), web, nil))
+		}
+		for range 6 {
+			time.Sleep(10 * time.Second)
+			for n := range few + 2 {
+				u.deliver(local, udpPacket(sourceN(n), web, nil))
+			}
+		}
+		if n := u.counters().Sessions; n != few+2 {
+			t.Errorf("%d sessions a minute later, want the %d that are used", n, few+2)
+		}
+		time.Sleep(time.Minute)
+		if n := u.counters().Sessions; n != few {
+			t.Errorf("%d sessions after another minute, want %d", n, few)
+		}
+	})
+}
+
 // A handler that returns ends its session, and the next datagram gets a new one.
 func TestSessionEndsWithItsHandler(t *testing.T) {
 	calls := make(chan flow.PacketConn, 10)
