@@ -154,9 +154,9 @@ func squidError(value string) flow.Reason {
 func (a answer) err(known bool) error {
 	if a.status == 407 {
 		if known {
-			return &denied{"407: it does not take the username and password"}
+			return &denied{"407: it does not take the username and password", true}
 		}
-		return &denied{"407: it asks for a username and password, and the outbound has none"}
+		return &denied{"407: it asks for a username and password, and the outbound has none", true}
 	}
 	why := a.reason
 	switch {

@@ -59,11 +59,12 @@ func (p *Proxy) OpenPackets(ctx context.Context, t Target) (_ *PacketConn, err e
 	if err := CanOpenPackets(p); err != nil {
 		return nil, err
 	}
-	pass, err := p.account.enter()
+	asks := p.lockDial(t)
+	pass, err := p.account.enter(asks)
 	if err != nil {
 		return nil, p.fail("greet", netip.AddrPort{}, err)
 	}
-	defer func() { p.account.leave(pass, err) }()
+	defer func() { p.account.leave(pass, asks, err) }()
 	c, server, err := p.reach(ctx)
 	if err != nil {
 		return nil, err
@@ -100,7 +101,7 @@ func (p *Proxy) associate(ctx context.Context, c *Conn, server netip.AddrPort, t
 	if err != nil {
 		return nil, err
 	}
-	relay, err := relayAt(bound, server)
+	relay, err := p.relayAt(bound, server)
 	if err != nil {
 		return nil, p.fail("associate", server, err)
 	}
@@ -119,15 +120,15 @@ func (p *Proxy) associate(ctx context.Context, c *Conn, server netip.AddrPort, t
 
 // relayAt is where to send what is for the relay. An address of no host is the
 // proxy's own; so is one that a proxy elsewhere can only have chosen for what it
-// is here: one of this machine, or a private one where its own is public, which
-// is also what those behind a NAT take for theirs.
-func relayAt(bound socksAddr, server netip.AddrPort) (netip.AddrPort, error) {
+// is here: one of this machine or of its containers, or a private one where its own
+// is public, which is also what those behind a NAT take for theirs.
+func (p *Proxy) relayAt(bound socksAddr, server netip.AddrPort) (netip.AddrPort, error) {
 	addr, port, own := bound.addr.Addr(), bound.addr.Port(), server.Addr()
 	if port == 0 {
 		return netip.AddrPort{}, errors.New("the proxy names a relay without a port")
 	}
 	switch {
-	case bound.name != "", !addr.IsGlobalUnicast(), addr.IsPrivate() && !own.IsPrivate(), addr != own && homeAddress(addr):
+	case bound.name != "", !addr.IsGlobalUnicast(), addr.IsPrivate() && !own.IsPrivate(), addr != own && p.ofMachine(netip.AddrPortFrom(addr, port)):
 		addr = own
 	}
 	return netip.AddrPortFrom(addr, port), nil

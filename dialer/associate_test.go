@@ -112,6 +112,14 @@ func reads(t *testing.T, p Packets, n int) (list []string) {
 	return list
 }
 
+// noContainer is a judge who knows of one.
+func noContainer(a netip.AddrPort, _ []Leave) error {
+	if a.Addr() == netip.MustParseAddr("198.51.100.9") {
+		return &flow.Denied{Kind: "container"}
+	}
+	return nil
+}
+
 // Relays are found where the proxy says, or at the proxy; what comes from a third
 // address has that as its source; nothing else gets through.
 func TestAssociation(t *testing.T) {
@@ -134,9 +142,11 @@ func TestAssociation(t *testing.T) {
 		"private":         "\x05\x00\x00\x01\x0a\x01\x02\x03",
 		"back to us":      "\x05\x00\x00\x01\x7f\x00\x00\x02",
 		"name of address": "\x05\x00\x00\x03\x09127.0.0.1",
+		"a container":     "\x05\x00\x00\x01\xc6\x33\x64\x09",
 	} {
 		t.Run(name, func(t *testing.T) {
 			r, p := newRelay(t, reply)
+			p.judge = noContainer
 			c, err := p.OpenPackets(t.Context(), Target{Addr: peer4, Flow: client})
 			if err != nil {
 				t.Fatal(err)
@@ -333,7 +343,7 @@ func TestDatagramsByHTTPAreRefusedAtOnce(t *testing.T) {
 		{Name: "direct"}, {Name: "http", Type: TypeHTTP, Server: "192.0.2.1:3128"},
 		{Name: "behind", Type: TypeSOCKS5, Server: "192.0.2.2:1080", Via: "http"},
 		{Name: "socks5", Type: TypeSOCKS5, Server: "192.0.2.2:1080"},
-	}, nil, nil)
+	}, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}

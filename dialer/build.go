@@ -3,6 +3,7 @@ package dialer
 import (
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"strings"
 )
 
@@ -19,16 +20,26 @@ type Hop interface {
 	State() (up bool, reason string)
 }
 
+// Options are what outbounds have beside their own configuration.
+type Options struct {
+	// Kept are taken as they are, with all that they know: they and what they go
+	// through must have the same configuration as when they were made.
+	Kept    map[string]Hop
+	Logger  *slog.Logger // when a server begins and ends to refuse the account; nil: none
+	Capture []Mark       // marks that lead into a tun
+	// Judge says why an address may not be reached on behalf of others than
+	// processes of home, by sockets that leave in one of these ways. Nil: there
+	// is no such address. Safe for concurrent use.
+	Judge func(netip.AddrPort, []Leave) error
+}
+
 // New makes an outbound of each configuration, in their order. It looks nothing
 // up and dials nobody: a name that is not known and an interface that is not
 // there may come later. The first one must be the plain Direct by which the
 // servers of proxies without Via are reached. A Via that is none of them is a
 // group of them, which Link puts in its place before anybody dials.
-// log is for what NewProxy says, capture has the marks that lead into a tun.
-// Hops of kept are taken as they are, with all that they know: they and what
-// they go through must have the same configuration as when they were made.
-func New(configs []Config, kept map[string]Hop, log *slog.Logger, capture ...Mark) ([]Hop, error) {
-	b := builder{configs: map[string]Config{}, made: map[string]Hop{}, log: log, capture: capture}
+func New(configs []Config, o Options) ([]Hop, error) {
+	b := builder{configs: map[string]Config{}, made: map[string]Hop{}, opts: o}
 	for i, c := range configs {
 		if i == 0 {
 			b.plain = c.Name
@@ -37,7 +48,7 @@ func New(configs []Config, kept map[string]Hop, log *slog.Logger, capture ...Mar
 			return nil, fmt.Errorf("make outbound %q: there are two of that name", c.Name)
 		}
 		b.configs[c.Name] = c
-		if h, ok := kept[c.Name]; ok && !captures(c.Mark, capture) {
+		if h, ok := o.Kept[c.Name]; ok && !captures(c.Mark, o.Capture) {
 			b.made[c.Name] = h // else to make it says what is wrong
 		}
 	}
@@ -56,8 +67,7 @@ type builder struct {
 	configs map[string]Config
 	made    map[string]Hop
 	plain   string
-	log     *slog.Logger
-	capture []Mark
+	opts    Options
 }
 
 // make makes the outbound of that name, what it leads through first. trail has
@@ -74,7 +84,7 @@ func (b *builder) make(name string, trail []string) (Hop, error) {
 	var h Hop
 	switch {
 	case c.Type == TypeDirect || c.Type == "":
-		d, err := NewDirect(c, b.capture...)
+		d, err := NewDirect(c, b.opts.Capture...)
 		if err != nil {
 			return nil, err
 		}
@@ -92,7 +102,7 @@ func (b *builder) make(name string, trail []string) (Hop, error) {
 			}
 			next = hop
 		}
-		p, err := NewProxy(c, next, b.log)
+		p, err := NewProxy(c, next, b.opts)
 		if err != nil {
 			return nil, err
 		}

@@ -120,7 +120,7 @@ func TestChainOfSOCKS5(t *testing.T) {
 		return Config{Name: name, Type: TypeSOCKS5, Server: s.addr.String(), Via: via}
 	}
 	// In the order that is least like the one in which they are made.
-	hops, err := New([]Config{{Name: "direct"}, config("far", far, "near"), config("near", near, "first"), {Name: "first", Type: TypeDirect}}, nil, nil)
+	hops, err := New([]Config{{Name: "direct"}, config("far", far, "near"), config("near", near, "first"), {Name: "first", Type: TypeDirect}}, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -194,7 +194,7 @@ func TestChainErrorNamesTheHop(t *testing.T) {
 	nobody := l.Addr().String()
 	l.Close()
 	dial := func(nearServer, farServer string) error {
-		hops, err := New([]Config{{Name: "direct"}, {Name: "near", Type: TypeSOCKS5, Server: nearServer}, {Name: "far", Type: TypeSOCKS5, Server: farServer, Via: "near"}}, nil, nil)
+		hops, err := New([]Config{{Name: "direct"}, {Name: "near", Type: TypeSOCKS5, Server: nearServer}, {Name: "far", Type: TypeSOCKS5, Server: farServer, Via: "near"}}, Options{})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -47,12 +47,12 @@ func TestAccountThatIsNotTaken(t *testing.T) {
 			return &Conn{Conn: pipeConn{ours}}, nil
 		}
 		var log bytes.Buffer
-		p, err := NewProxy(Config{Name: "relay", Type: TypeHTTP, Server: "192.0.2.9:3128"}, next, slog.New(slog.NewTextHandler(&log, nil)))
+		p, err := NewProxy(Config{Name: "relay", Type: TypeHTTP, Server: "192.0.2.9:3128"}, next, Options{Logger: slog.New(slog.NewTextHandler(&log, nil))})
 		if err != nil {
 			t.Fatal(err)
 		}
 		// Somebody's own proxy is reached by it: what it says is not that one's.
-		far, err := NewProxy(Config{Name: "far", Type: TypeHTTP, Server: "192.0.2.10:3128", Via: "relay"}, p, slog.New(slog.NewTextHandler(&log, nil)))
+		far, err := NewProxy(Config{Name: "far", Type: TypeHTTP, Server: "192.0.2.10:3128", Via: "relay"}, p, Options{Logger: slog.New(slog.NewTextHandler(&log, nil))})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -107,14 +107,98 @@ func TestAccountThatIsNotTaken(t *testing.T) {
 // What was on its way when the account was refused ends no spell.
 func TestLateSuccessEndsNoSpell(t *testing.T) {
 	l := lockout{name: "relay", log: slog.New(slog.DiscardHandler)}
-	early, err := l.enter()
+	early, err := l.enter(lockDial{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	pass, _ := l.enter()
-	l.leave(pass, &Error{Hop: "relay", Err: &denied{"407"}})
-	l.leave(early, nil)
-	if _, err := l.enter(); err == nil {
+	pass, _ := l.enter(lockDial{})
+	l.leave(pass, lockDial{}, &Error{Hop: "relay", Err: &denied{text: "407"}})
+	l.leave(early, lockDial{}, nil)
+	if _, err := l.enter(lockDial{}); err == nil {
 		t.Error("the account is asked for again")
 	}
+}
+
+// Which targets are asked for is the clients' choice: by one that the proxy wants
+// another account for, no client takes the outbound from the others. Where it is the
+// account that is refused, it is refused for all.
+func TestRefusedTargetLeavesTheOutbound(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := lockout{name: "relay", log: slog.New(slog.DiscardHandler)}
+		no := &Error{Hop: "relay", Op: "ask", Err: &denied{text: "407", asked: true}}
+		asked := 0
+		dial := func(to, by string, err error) error {
+			d := lockDial{lockTarget{addr: netip.MustParseAddrPort(to)}, lockSource{attachment: by}}
+			pass, kept := l.enter(d)
+			if kept != nil {
+				return kept
+			}
+			asked++
+			l.leave(pass, d, err)
+			return err
+		}
+		const good, good2, bad, bad2 = "198.51.100.1:443", "198.51.100.2:443", "198.51.100.3:443", "198.51.100.4:443"
+
+		// Nobody has been let in yet: the account may be wrong, and its proxy is left
+		// alone; but by another source's success the first one's refusal was its own.
+		_ = dial(bad, "hostile", no)
+		if err := dial(good, "hostile", nil); !errors.Is(err, ErrAccount) {
+			t.Errorf("the same source again: %v", err)
+		}
+		if err := dial(good, "other", nil); !errors.Is(err, ErrAccount) {
+			t.Errorf("another source within %v: %v", lockedAgain, err)
+		}
+		time.Sleep(lockedAgain)
+		if err := dial(good, "other", nil); err != nil {
+			t.Errorf("another source: %v", err)
+		}
+		if l.state() != "" {
+			t.Error("the outbound is out though the proxy takes its account")
+		}
+
+		// From now on a refused target is out alone.
+		for range 600 {
+			if err := dial(bad2, "hostile", no); !errors.Is(err, ErrAccount) {
+				t.Errorf("a refused target: %v", err)
+			}
+			if err := errors.Join(dial(good, "other", nil), dial(good2, "hostile", nil)); err != nil {
+				t.Fatalf("beside a refused target: %v", err)
+			}
+			asked -= 2
+			time.Sleep(lockedFor / 300)
+		}
+		if want := 2 + 2; asked != want {
+			t.Errorf("refused targets were asked for %d times in two minutes, want %d", asked, want)
+		}
+
+		// What was let in before is not any more: that is the account.
+		_ = dial(good, "other", no)
+		for _, by := range []string{"other", "third"} {
+			if err := dial(good2, by, nil); !errors.Is(err, ErrAccount) {
+				t.Errorf("with an account that is not taken any more: %v", err)
+			}
+		}
+	})
+}
+
+// With an account that is wrong from the start, many sources ask no more often than
+// one in ten seconds.
+func TestWrongAccountIsNotAskedForByEverybody(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := lockout{name: "relay", log: slog.New(slog.DiscardHandler)}
+		no := &Error{Hop: "relay", Op: "ask", Err: &denied{text: "407", asked: true}}
+		asked := 0
+		for began := time.Now(); time.Since(began) < time.Minute; time.Sleep(100 * time.Millisecond) {
+			for by := range 20 {
+				d := lockDial{lockTarget{}, lockSource{attachment: string(rune('a' + by))}}
+				if pass, err := l.enter(d); err == nil {
+					asked++
+					l.leave(pass, d, no)
+				}
+			}
+		}
+		if asked > 6 {
+			t.Errorf("asked %d times in a minute", asked)
+		}
+	})
 }

@@ -57,13 +57,13 @@ type Proxy struct {
 	protocol   protocol
 	names      bool // asked for names, where they are known
 	account    *lockout
+	judge      func(netip.AddrPort, []Leave) error
 	without    atomic.Pointer[time.Time] // when it said that it has no datagrams
 }
 
 // NewProxy makes an outbound of any type but TypeDirect, whose server is reached
-// by next. It logs when the server begins and ends to refuse the account; a nil
-// log is none.
-func NewProxy(c Config, next Outbound, log *slog.Logger) (*Proxy, error) {
+// by next.
+func NewProxy(c Config, next Outbound, o Options) (*Proxy, error) {
 	talk, err := newProtocol(c)
 	if err != nil {
 		return nil, fmt.Errorf("make outbound %q: %w", c.Name, err)
@@ -72,12 +72,15 @@ func NewProxy(c Config, next Outbound, log *slog.Logger) (*Proxy, error) {
 	if err != nil {
 		return nil, fmt.Errorf("make outbound %q: %w", c.Name, err)
 	}
-	if log == nil {
-		log = slog.New(slog.DiscardHandler)
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	if o.Judge == nil {
+		o.Judge = func(netip.AddrPort, []Leave) error { return nil }
 	}
 	return &Proxy{
 		name: c.Name, kind: c.Type, next: next, via: c.Via, server: s, protocol: talk, names: c.RemoteDNS,
-		account: &lockout{name: c.Name, log: log},
+		account: &lockout{name: c.Name, log: o.Logger}, judge: o.Judge,
 	}, nil
 }
 
@@ -143,17 +146,18 @@ func (p *Proxy) State() (up bool, reason string) {
 
 // DialStream implements Outbound.
 func (p *Proxy) DialStream(ctx context.Context, t Target) (_ *Conn, err error) {
-	pass, err := p.account.enter()
+	asks := p.lockDial(t)
+	pass, err := p.account.enter(asks)
 	if err != nil {
 		return nil, p.fail("greet", netip.AddrPort{}, err)
 	}
-	defer func() { p.account.leave(pass, err) }()
+	defer func() { p.account.leave(pass, asks, err) }()
 	c, addr, err := p.reach(ctx)
 	if err != nil {
 		return nil, err
 	}
 	tunnel := c.Conn
-	t = p.named(t, addr.Addr())
+	t = p.named(t, addr)
 	err = during(ctx, c.Conn, func(ctx context.Context) (err error) {
 		tunnel, err = p.protocol.connect(ctx, tunnel, t)
 		return err
@@ -166,12 +170,12 @@ func (p *Proxy) DialStream(ctx context.Context, t Target) (_ *Conn, err error) {
 }
 
 // named returns t with the name that the proxy at server is to be asked for, if
-// it is to be asked for one. A proxy in home would resolve as home does, and so
-// take a client from elsewhere to what home alone reaches: such a client gets the
-// address that it asked for.
-func (p *Proxy) named(t Target, server netip.Addr) Target {
+// it is to be asked for one. A proxy in home would resolve as home does, and one in a
+// container of this machine as that does, and so take a client from elsewhere to what
+// they alone reach: such a client gets the address that it asked for.
+func (p *Proxy) named(t Target, server netip.AddrPort) Target {
 	t.Addr = netip.AddrPortFrom(t.Addr.Addr().Unmap(), t.Addr.Port())
-	if !p.names || !hostName(t.Name) || !ofHome(t.Flow) && homeAddress(server) {
+	if !p.names || !hostName(t.Name) || !ofHome(t.Flow) && p.ofMachine(server) {
 		t.Name = ""
 	}
 	return t
@@ -207,6 +211,12 @@ func hostName(name string) bool {
 // homeAddress says whether a leads to cgtun's own network namespace.
 func homeAddress(a netip.Addr) bool {
 	return a.IsLoopback() || a.IsUnspecified() || missingSource(a) == ""
+}
+
+// ofMachine says whether an address leads to this machine, or to what only it
+// reaches.
+func (p *Proxy) ofMachine(a netip.AddrPort) bool {
+	return homeAddress(a.Addr()) || p.judge(a, Leaves(p.next)) != nil
 }
 
 // reach connects to the server and greets it. The path is that of what goes

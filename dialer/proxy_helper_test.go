@@ -72,7 +72,7 @@ func (f *fakeProxy) outbound(t *testing.T, c Config) *Proxy {
 	if c.Server == "" {
 		c.Server = f.addr.String()
 	}
-	p, err := NewProxy(c, direct, nil)
+	p, err := NewProxy(c, direct, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}

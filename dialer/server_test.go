@@ -103,13 +103,13 @@ func TestServerSilentAddressIsPassed(t *testing.T) {
 func TestNewFollowsVia(t *testing.T) {
 	direct := Config{Name: "direct", Type: TypeDirect}
 	t.Run("circle", func(t *testing.T) {
-		_, err := New([]Config{direct, {Name: "a", Type: TypeSOCKS5, Server: "192.0.2.1:1", Via: "b"}, {Name: "b", Type: TypeSOCKS5, Server: "192.0.2.1:1", Via: "a"}}, nil, nil)
+		_, err := New([]Config{direct, {Name: "a", Type: TypeSOCKS5, Server: "192.0.2.1:1", Via: "b"}, {Name: "b", Type: TypeSOCKS5, Server: "192.0.2.1:1", Via: "a"}}, Options{})
 		if err == nil {
 			t.Error("New made a circle")
 		}
 	})
 	t.Run("group", func(t *testing.T) {
-		hops, err := New([]Config{direct, {Name: "a", Type: TypeSOCKS5, Server: "192.0.2.1:1", Via: "b"}}, nil, nil)
+		hops, err := New([]Config{direct, {Name: "a", Type: TypeSOCKS5, Server: "192.0.2.1:1", Via: "b"}}, Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -125,7 +125,7 @@ func TestNewFollowsVia(t *testing.T) {
 		}
 	})
 	t.Run("order", func(t *testing.T) {
-		hops, err := New([]Config{direct, {Name: "eth", Type: TypeDirect, Interface: "eth0"}}, nil, nil)
+		hops, err := New([]Config{direct, {Name: "eth", Type: TypeDirect, Interface: "eth0"}}, Options{})
 		if err != nil {
 			t.Fatal(err)
 		}

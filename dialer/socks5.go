@@ -75,9 +75,9 @@ func (s *socks5) greet(_ context.Context, c flow.Conn) (flow.Conn, error) {
 	case method == socksPassword && s.username != "":
 		return c, s.authenticate(c)
 	case method == socksNoMethod && s.username == "":
-		return nil, &denied{"the proxy wants a username and password"}
+		return nil, &denied{text: "the proxy wants a username and password"}
 	case method == socksNoMethod:
-		return nil, &denied{"the proxy takes no username and password"}
+		return nil, &denied{text: "the proxy takes no username and password"}
 	}
 	return nil, fmt.Errorf("the proxy chose method %d, which it was not offered", method)
 }
@@ -102,7 +102,7 @@ func (s *socks5) authenticate(c flow.Conn) error {
 		return err
 	}
 	if answer[1] != 0 {
-		return &denied{"the proxy refused the username and password"}
+		return &denied{text: "the proxy refused the username and password"}
 	}
 	return nil
 }

@@ -29,7 +29,7 @@ func proxyTo(t *testing.T, c Config, addr netip.AddrPort) *Proxy {
 		t.Fatal(err)
 	}
 	c.Name, c.Server = "relay", addr.String()
-	p, err := NewProxy(c, direct, nil)
+	p, err := NewProxy(c, direct, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -370,5 +370,28 @@ func TestEndBelowAProxyIsTold(t *testing.T) {
 	answer = "\x05\x05\x00\x01\x00\x00\x00\x00\x00\x00"
 	if _, err := dialWithin(t, p, somewhere); err == nil || below.ended != 2 {
 		t.Errorf("a connection that was refused: %v, told %d times of an end", err, below.ended)
+	}
+}
+
+// A proxy that is a container of this machine resolves as that does: it is asked for
+// the names of home alone.
+func TestNamesOfOthersGoToNoContainer(t *testing.T) {
+	p := proxyTo(t, Config{Type: TypeSOCKS5, RemoteDNS: true}, netip.MustParseAddrPort("198.51.100.9:1080"))
+	p.judge = noContainer
+	home := &flow.Flow{Attachment: flow.Home, Src: netip.MustParseAddrPort("127.0.0.1:1")}
+	lab := &flow.Flow{Attachment: "lab1", Src: netip.MustParseAddrPort("10.0.0.2:1")}
+	for _, tt := range []struct {
+		by     *flow.Flow
+		server string
+		want   string
+	}{
+		{home, "198.51.100.9:1080", "example.org"},
+		{lab, "198.51.100.9:1080", ""},
+		{lab, "198.51.100.8:1080", "example.org"},
+	} {
+		got := p.named(Target{Addr: peer4, Name: "example.org", Flow: tt.by}, netip.MustParseAddrPort(tt.server))
+		if got.Name != tt.want {
+			t.Errorf("of %q the proxy at %s is asked for %q, want %q", tt.by.Attachment, tt.server, got.Name, tt.want)
+		}
 	}
 }

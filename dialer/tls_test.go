@@ -285,7 +285,7 @@ func TestChainOverTLS(t *testing.T) {
 		<-done
 	})
 	first := outer.outbound(t, ca.trusting(Config{Name: "outer"}))
-	second, err := NewProxy(ca.trusting(Config{Name: "inner", Server: inner.addr.String(), Via: "outer"}), first, nil)
+	second, err := NewProxy(ca.trusting(Config{Name: "inner", Server: inner.addr.String(), Via: "outer"}), first, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}

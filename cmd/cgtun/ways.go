@@ -75,7 +75,7 @@ func (in *instance) setOutbounds(w, before *ways) (err error) {
 		}
 	}
 	configs := append([]dialer.Config{{Name: rules.UseDirect, Type: dialer.TypeDirect}}, w.file.Outbounds...)
-	if w.outbounds, err = dialer.New(configs, kept, in.log, capture...); err != nil {
+	if w.outbounds, err = dialer.New(configs, dialer.Options{Kept: kept, Logger: in.log, Capture: capture, Judge: in.guard.others}); err != nil {
 		return err
 	}
 	for _, o := range w.outbounds {
@@ -218,6 +218,11 @@ func (g *guard) set(j *policy.Judge) {
 
 func (g *guard) Judge(f *flow.Flow, leaves []dialer.Leave) error {
 	return g.judge.Load().Judge(f, leaves)
+}
+
+// others is Judge for whoever is not of home.
+func (g *guard) others(a netip.AddrPort, leaves []dialer.Leave) error {
+	return g.Judge(&flow.Flow{Dst: a}, leaves)
 }
 
 func (g *guard) Has(a netip.Addr) bool { return g.judge.Load().Has(a) }
