@@ -1,0 +1,118 @@
+package stack
+
+import (
+	"io"
+	"net/netip"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"cgtun/flow"
+)
+
+func sourceN(n int) netip.AddrPort {
+	return netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 9, byte(n >> 8), byte(n)}), 4000)
+}
+
+func TestLongestIdleSessionMakesRoom(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u, _, sources := startUDP(t, UDPOptions{Sessions: 3})
+		send := func(src netip.AddrPort) {
+			u.deliver(local, udpPacket(src, server4, []byte("x")))
+			time.Sleep(time.Millisecond)
+		}
+		var conns []flow.PacketConn
+		for n := range 3 {
+			send(sourceN(n))
+			conns = append(conns, <-sources)
+			readOne(t, conns[n])
+		}
+		send(sourceN(0))                                             // used again by its client
+		_, _ = conns[1].WriteBatch([]flow.Datagram{{Peer: server4}}) // and this by its server
+		time.Sleep(time.Millisecond)
+		send(sourceN(3))
+		<-sources
+		if _, err := conns[2].ReadBatch(make([]flow.Datagram, 1)); err != io.EOF {
+			t.Errorf("the idle one: %v, want EOF", err)
+		}
+		if got := u.counters(); got.Sessions != 3 || got.Evicted != 1 {
+			t.Errorf("counters %+v", got)
+		}
+		readOne(t, conns[0]) // lives
+	})
+}
+
+func TestSourceCannotTakeAllSessions(t *testing.T) {
+	u, _, sources := startUDP(t, UDPOptions{Sessions: 100, SessionsPerSource: 2})
+	u.deliver(local, udpPacket(sourceN(7), server4, nil))
+	first := <-sources
+	for port := range 50 {
+		u.deliver(local, udpPacket(netip.AddrPortFrom(client4.Addr(), uint16(1000+port)), server4, nil))
+	}
+	if got := u.counters(); got.Sessions != 3 || got.Evicted != 48 {
+		t.Errorf("counters %+v", got)
+	}
+	if len(u.sources) != 2 || u.idle.Len() != 3 {
+		t.Errorf("%d source lists, %d in the idle list", len(u.sources), u.idle.Len())
+	}
+	readOne(t, first)
+}
+
+func TestIdleSessionsEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u, _, sources := startUDP(t, UDPOptions{})
+		web := netip.MustParseAddrPort("192.0.2.7:443")
+		u.deliver(local, udpPacket(sourceN(1), server4, nil)) // DNS
+		dns := <-sources
+		u.deliver(local, udpPacket(sourceN(2), web, nil))
+		quic := <-sources
+		readOne(t, dns)
+		readOne(t, quic)
+		ended := func(c flow.PacketConn, want time.Duration) {
+			start := time.Now()
+			if _, err := c.ReadBatch(make([]flow.Datagram, 1)); err != io.EOF {
+				t.Errorf("read: %v, want EOF", err)
+			}
+			if got := time.Since(start); got < want || got > want+2*sweepEvery {
+				t.Errorf("ended after %v, want %v", got, want)
+			}
+		}
+		ended(dns, 30*time.Second)
+		_, _ = quic.WriteBatch([]flow.Datagram{{Peer: web}}) // not idle
+		ended(quic, 5*time.Minute)
+		if got := u.counters(); got.Sessions != 0 || got.Evicted != 0 {
+			t.Errorf("counters %+v", got)
+		}
+		// The next datagram begins a new one.
+		u.deliver(local, udpPacket(sourceN(1), server4, nil))
+		if c := <-sources; c == dns {
+			t.Error("an ended session came back")
+		}
+	})
+}
+
+// What a flood leaves goes soon, but for as many sessions as anybody has, and for
+// those that are used.
+func TestManyIdleSessionsEndSoon(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const sessions, few = 64, 8
+		u, _, _ := startUDP(t, UDPOptions{Sessions: sessions})
+		web := netip.MustParseAddrPort("192.0.2.7:443")
+		for n := range sessions {
+			u.deliver(local, udpPacket(sourceN(n), web, nil))
+		}
+		for range 6 {
+			time.Sleep(10 * time.Second)
+			for n := range few + 2 {
+				u.deliver(local, udpPacket(sourceN(n), web, nil))
+			}
+		}
+		if n := u.counters().Sessions; n != few+2 {
+			t.Errorf("%d sessions a minute later, want the %d that are used", n, few+2)
+		}
+		time.Sleep(time.Minute)
+		if n := u.counters().Sessions; n != few {
+			t.Errorf("%d sessions after another minute, want %d", n, few)
+		}
+	})
+}
