@@ -154,7 +154,7 @@ func (l *Listener) servePackets(ctx context.Context, c *net.UDPConn, way func(co
 				_, _, _ = c.WriteMsgUDPAddrPort(b, answerFrom(to), from)
 			}
 		}
-		answer, wait, mine := l.r.Take(f, buf[:n], l.way(ctx, f, way))
+		answer, wait, mine := l.r.take(f, anybody, buf[:n], l.way(ctx, f, way))
 		switch {
 		case !mine:
 			msg := append([]byte(nil), buf[:n]...)
@@ -173,6 +173,11 @@ func (l *Listener) servePackets(ctx context.Context, c *net.UDPConn, way func(co
 		waiting.Go(func() { wait(ctx, reply) })
 	}
 }
+
+// anybody of this namespace is whom names know the Listener's clients as: what
+// they ask comes from another address than their flows, from loopback or that of
+// another network.
+var anybody = netip.IPv6Loopback()
 
 // flow is what a client sends to the resolver that it means; nil: nobody knows
 // which.
@@ -253,7 +258,7 @@ func (l *Listener) serveStreams(ctx context.Context, ln *net.TCPListener, way fu
 			if f == nil {
 				return
 			}
-			if read, pass, _ := l.r.Serve(ctx, f, c, l.way(ctx, f, way)); pass {
+			if read, pass, _ := l.r.serve(ctx, f, anybody, c, l.way(ctx, f, way)); pass {
 				l.splice(ctx, c, f.Dst, read)
 			}
 		})

@@ -72,6 +72,30 @@ func TestSlowOwnerDelaysNobodyElse(t *testing.T) {
 	}
 }
 
+// Who asks a resolver on one network of the machine may have another address
+// where it connects to what it was told: the name is that of its flow all the same.
+func TestNamesOfClientsWithSeveralAddresses(t *testing.T) {
+	l := newLab(func(c *Config) {
+		c.Hosts = map[string][]netip.Addr{"fixed.example": {netip.MustParseAddr("192.0.2.1")}}
+	})
+	listener, err := l.r.Listen("home", func(flow.Proto, netip.AddrPort, netip.AddrPort) (netip.AddrPort, error) {
+		return netip.MustParseAddrPort("10.2.0.1:53"), nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	f := listener.flow(flow.UDP, netip.MustParseAddrPort("10.2.0.2:4000"), netip.MustParseAddr("127.0.0.1"))
+	if f == nil || f.Dst != netip.MustParseAddrPort("10.2.0.1:53") {
+		t.Fatalf("flow %+v", f)
+	}
+	l.r.take(f, anybody, mustPack(question("fixed.example", wire.TypeA)), l.way)
+	later := &flow.Flow{Src: netip.MustParseAddrPort("10.1.0.2:4001"), Dst: netip.MustParseAddrPort("192.0.2.1:80"), Attachment: "home"}
+	if name, sure := l.r.Name(later); name != "fixed.example" || !sure {
+		t.Errorf("%q, sure: %v", name, sure)
+	}
+}
+
 // Connections that are held open and idle keep nobody out.
 func TestIdleConnectionsMakeRoom(t *testing.T) {
 	l := newLab(func(c *Config) {

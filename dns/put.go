@@ -33,6 +33,7 @@ type put struct {
 	r   *Resolver
 	s   *settings
 	f   *flow.Flow
+	by  netip.Addr // see take
 	q   query
 	way Way
 
@@ -232,7 +233,7 @@ func (p *put) wait(ctx context.Context, reply func([]byte)) {
 func (p *put) sayOld(say func([]byte)) {
 	p.r.counts.stale.Add(1)
 	p.r.counts.hidden.Add(1)
-	say(p.r.give(p.f, &p.q, p.old.a, 0, true))
+	say(p.r.give(p.f, p.by, &p.q, p.old.a, 0, true))
 	p.old = nil
 }
 
@@ -241,7 +242,7 @@ func (p *put) finish(a *answer, say func([]byte)) {
 	switch {
 	case a != nil && a.final():
 		p.r.counts.answered.Add(1)
-		say(p.r.give(p.f, &p.q, a, 0, false))
+		say(p.r.give(p.f, p.by, &p.q, a, 0, false))
 	case p.old != nil:
 		p.sayOld(say)
 	case a != nil:

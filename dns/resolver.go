@@ -231,6 +231,11 @@ func (r *Resolver) Takes(dst netip.AddrPort) bool { return dst.Port() == port &&
 // and returns at the latest when ctx ends. msg is not kept, answers are the
 // caller's.
 func (r *Resolver) Take(f *flow.Flow, msg []byte, way Way) (answer []byte, wait func(ctx context.Context, reply func([]byte)), mine bool) {
+	return r.take(f, f.Src.Addr().Unmap(), msg, way)
+}
+
+// take is Take for a client that is known to names as by.
+func (r *Resolver) take(f *flow.Flow, by netip.Addr, msg []byte, way Way) (answer []byte, wait func(ctx context.Context, reply func([]byte)), mine bool) {
 	s := r.now.Load()
 	if !s.on {
 		return nil, nil, false
@@ -243,9 +248,9 @@ func (r *Resolver) Take(f *flow.Flow, msg []byte, way Way) (answer []byte, wait 
 	r.counts.queries.Add(1)
 	if a := s.fixed(&q); a != nil {
 		r.counts.cached.Add(1)
-		return r.give(f, &q, a, 0, false), nil, true
+		return r.give(f, by, &q, a, 0, false), nil, true
 	}
-	put := &put{r: r, s: s, f: f, q: q, way: way}
+	put := &put{r: r, s: s, f: f, by: by, q: q, way: way}
 	if err := put.choose(); err != nil {
 		r.counts.refused.Add(1)
 		if flow.ReasonOf(err) == flow.Dropped {
@@ -257,7 +262,7 @@ func (r *Resolver) Take(f *flow.Flow, msg []byte, way Way) (answer []byte, wait 
 	if entry := r.cache.get(put.key, now); entry != nil {
 		if entry.fresh(now) {
 			r.counts.cached.Add(1)
-			return r.give(f, &q, entry.a, uint32(now.Sub(entry.came)/time.Second), false), nil, true
+			return r.give(f, by, &q, entry.a, uint32(now.Sub(entry.came)/time.Second), false), nil, true
 		}
 		put.old = entry
 	}
@@ -270,9 +275,9 @@ func (r *Resolver) Take(f *flow.Flow, msg []byte, way Way) (answer []byte, wait 
 }
 
 // give renders an answer for a client, and remembers what it was told.
-func (r *Resolver) give(f *flow.Flow, q *query, a *answer, age uint32, stale bool) []byte {
+func (r *Resolver) give(f *flow.Flow, by netip.Addr, q *query, a *answer, age uint32, stale bool) []byte {
 	if len(a.addrs) > 0 {
-		r.names.note(f.Attachment, f.Src.Addr().Unmap(), a.name, a.addrs, time.Duration(a.ttl)*time.Second, time.Now())
+		r.names.note(f.Attachment, by, a.name, a.addrs, time.Duration(a.ttl)*time.Second, time.Now())
 	}
 	return a.render(q, age, stale)
 }

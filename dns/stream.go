@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -31,7 +32,12 @@ const (
 // client has sent something that is not to be answered: read has it, and what
 // follows is to be brought to the server that the client meant. It does not close c.
 func (r *Resolver) Serve(ctx context.Context, f *flow.Flow, c net.Conn, way Way) (read []byte, pass bool, err error) {
-	s := &stream{r: r, f: f, c: c, way: way, room: make(chan struct{}, maxPipelined)}
+	return r.serve(ctx, f, f.Src.Addr().Unmap(), c, way)
+}
+
+// serve is Serve for a client that is known to names as by.
+func (r *Resolver) serve(ctx context.Context, f *flow.Flow, by netip.Addr, c net.Conn, way Way) (read []byte, pass bool, err error) {
+	s := &stream{r: r, f: f, by: by, c: c, way: way, room: make(chan struct{}, maxPipelined)}
 	stop := context.AfterFunc(ctx, func() { _ = c.SetDeadline(flow.Past) })
 	read, pass, err = s.serve(ctx)
 	s.asked.Wait()
@@ -43,6 +49,7 @@ func (r *Resolver) Serve(ctx context.Context, f *flow.Flow, c net.Conn, way Way)
 type stream struct {
 	r     *Resolver
 	f     *flow.Flow
+	by    netip.Addr
 	c     net.Conn
 	way   Way
 	room  chan struct{}
@@ -76,7 +83,7 @@ func (s *stream) serve(ctx context.Context) (read []byte, pass bool, err error) 
 			return nil, false, err
 		}
 		patience = idleStream
-		answer, wait, mine := s.r.Take(s.f, msg[2:], s.way)
+		answer, wait, mine := s.r.take(s.f, s.by, msg[2:], s.way)
 		if !mine {
 			return msg, true, nil
 		}

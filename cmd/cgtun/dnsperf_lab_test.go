@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"cgtun/internal/labtest"
 )
@@ -61,4 +62,43 @@ func TestCachedQueriesASecond(t *testing.T) {
 	if labtest.Soak() && best < 0.8 {
 		t.Errorf("at best %.2f of dnsmasq's rate, want 0.8", best)
 	}
+}
+
+// A flood of names that nobody has asked for before fills neither the memory nor
+// the table of sockets, whether they are answered or not, and the next query is
+// answered.
+func TestFloodOfNames(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, "dig", "dnsmasq", "dnsperf")
+	seconds := "1"
+	if labtest.Soak() {
+		seconds = "60"
+	}
+	w.resolvers("nameserver " + far4 + "\n")
+	w.zone(w.server, far4, "192.0.2.77", "--address=/flood.example/192.0.2.1")
+	w.zone(w.server, far6, "192.0.2.77")
+	w.listening(53)
+	var questions strings.Builder
+	for i := range 200_000 {
+		fmt.Fprintf(&questions, "n%d.flood.example A\n", i)
+	}
+	file := filepath.Join(w.dir, "questions")
+	if err := os.WriteFile(file, []byte(questions.String()), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	d := w.start(strings.Replace(w.config(second), `"debug"`, `"info"`, 1))
+	start, sockets := memoryOf(t, d.Pid, "VmRSS"), openSockets(t, d.Pid)
+	for _, server := range []string{far4, "203.0.113.99"} { // at the second one is nobody
+		out := w.run(inside, "dnsperf", "-s", server, "-d", file, "-l", seconds, "-c", "8", "-q", "20000", "-t", "1")
+		peak := memoryOf(t, d.Pid, "VmHWM")
+		t.Logf("@%s: %d KiB more than at the start; %s", server, (peak-start)>>10, regexp.MustCompile(`Queries per second:.*`).FindString(out))
+		if peak-start > 128<<20 && !raceEnabled {
+			t.Errorf("@%s: %d MiB more than at the start", server, (peak-start)>>20)
+		}
+		labtest.Eventually(t, 20*time.Second, func() bool {
+			out, err := w.try(inside, "dig", "+short", "+tries=1", "+time=5", "name.example", "@"+far4)
+			return err == nil && strings.TrimSpace(out) == "192.0.2.77"
+		}, "name.example after a flood @%s", server)
+	}
+	labtest.Eventually(t, 20*time.Second, func() bool { return openSockets(t, d.Pid) <= sockets+10 }, "sockets are closed")
 }

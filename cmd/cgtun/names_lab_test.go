@@ -75,6 +75,7 @@ func TestQueriesAreAnswered(t *testing.T) {
 	}
 	w.loopbackIsAnswered(dig)
 	w.onLinkIsAnswered(dig)
+	w.resolversAreFollowed(dig)
 	w.nothingAnswers(dig, asked, hosts)
 	if n := any53.Packets(); n != 0 {
 		t.Errorf("%d packets to port 53 left by the uplink", n)
@@ -120,6 +121,22 @@ func (w *world) loopbackIsAnswered(dig func(string) string) {
 			w.t.Errorf("%s: %v %s", program, err, out)
 		}
 	}
+}
+
+// resolversAreFollowed has the machine ask another resolver, and then the one from
+// before.
+func (w *world) resolversAreFollowed(dig func(string) string) {
+	w.t.Helper()
+	w.server.Run("ip", "addr", "add", "203.0.113.12/32", "dev", "lo")
+	w.zone(w.server, "203.0.113.12", "192.0.2.99", "--address=/new.example/192.0.2.98")
+	w.resolvers("nameserver 203.0.113.12\n")
+	labtest.Eventually(w.t, 10*time.Second, func() bool {
+		return strings.Contains(dig("+short new.example @203.0.113.97"), "192.0.2.98") && strings.Contains(dig("+short new.example @127.0.0.53"), "192.0.2.98")
+	}, "another resolv.conf")
+	w.resolvers("nameserver 203.0.113.11\n")
+	labtest.Eventually(w.t, 10*time.Second, func() bool {
+		return strings.Contains(dig("+short name.example @127.0.0.53"), "192.0.2.88")
+	}, "the first resolv.conf")
 }
 
 // onLinkIsAnswered asks resolvers of a network that the machine is on: by both
