@@ -60,7 +60,7 @@ func TestDocker(t *testing.T) {
 	}
 	d.leaks.Reset()
 	// What is for other containers would go to them, and not by eth1 to nobody.
-	running := d.start(d.configDocker("true", "[[rule]]\ncidr = \"172.16.0.0/12\"\nuse = \"direct\"\n"+second))
+	running := d.start(strings.Replace(d.configDocker("true", "[[rule]]\ncidr = \"172.16.0.0/12\"\nuse = \"direct\"\n"+second), "cgroups = [", fmt.Sprintf("cgroups = [%q, ", d.host.Path+"/ci"), 1))
 	d.seed()
 	parts := []struct {
 		name string
@@ -72,6 +72,12 @@ func TestDocker(t *testing.T) {
 		{"gains nothing", (*dockers).testGainsNothing},
 		{"offline", (*dockers).testOffline},
 		{"as before", (*dockers).testAsBefore},
+		{"nested", (*dockers).testNested},
+		{"many builds", (*dockers).testManyBuilds},
+		{"parent", (*dockers).testParent},
+		{"health", (*dockers).testHealth},
+		{"compose", (*dockers).testCompose},
+		{"mirrors", (*dockers).testMirrors},
 		{"restart", (*dockers).testRestart},
 	}
 	if testing.Short() {
@@ -105,6 +111,10 @@ func TestDocker(t *testing.T) {
 		d.testKilledInAStep("open", classic)
 		d.testKilledInAStep("closed", buildKit)
 		d.testBuildsAlone()
+		d.testReaches()
+		d.testLives()
+		d.testChurn()
+		d.testInside()
 	}
 }
 
@@ -351,7 +361,11 @@ func (d *dockers) testRestart() {
 			s := d.status().Docker
 			return len(s) > 0 && !s[0].Running
 		}, "it is seen that it was "+end)
-		d.startDaemon()
+		var args []string
+		if end == "stopped" {
+			args = append(args, "--cgroup-parent=/ours")
+		}
+		d.startDaemon(args...)
 		begin := time.Now()
 		labtest.Eventually(d.t, 10*time.Second, func() bool {
 			s := d.status().Docker
@@ -359,7 +373,9 @@ func (d *dockers) testRestart() {
 		}, "the next one is captured")
 		d.t.Logf("%s: shown with its version %v after its first answer", end, time.Since(begin))
 		d.forget()
-		d.built(classic, "FROM "+registry+"/base\nRUN [\"/bin/first\", \""+far4+"\", \"7000\"]\n")
+		for _, by := range []builder{classic, buildKit} {
+			d.built(by, "FROM "+registry+"/base\nRUN [\"/bin/first\", \""+far4+"\", \"7000\"]\n")
+		}
 	}
 }
 
@@ -376,11 +392,7 @@ RUN fetch() { curl -sS -m3 -o /dev/null http://%s/file 2>/tmp/said; }; say() { e
 `, registry, far4)
 	c := d.start(config)
 	d.leaks.Reset()
-	cmd, err := d.buildCommand(context.Background(), by, text)
-	if err != nil {
-		d.t.Fatal(err)
-	}
-	step := d.lab.StartCommand(cmd)
+	step := d.lab.StartCommand(d.buildCommand(context.Background(), by, text))
 	step.WaitOutput("step: fetched", time.Minute)
 	d.noLeak("before the kill")
 	c.kill()

@@ -40,6 +40,11 @@ func newDockers(t *testing.T) *dockers {
 	t.Helper()
 	d := newBuilders(t, "dockerd")
 	d.lab.Cgroup("host/dockerd.service")
+	d.lab.Cgroup("host/ci")
+	// What is closed when nothing gets out any more does not keep the namespace.
+	for _, h := range []*labtest.Host{d.machine, d.server} {
+		h.Sysctl("net.ipv4.tcp_orphan_retries", "1")
+	}
 	d.startDaemon()
 	t.Cleanup(func() { d.t, d.world.t = t, t; d.stopDaemon() })
 	return d
@@ -206,30 +211,31 @@ func (b builder) String() string {
 	return map[builder]string{classic: "classic", buildKit: "BuildKit"}[b]
 }
 
-// buildCommand builds a Dockerfile without the cache.
-func (d *dockers) buildCommand(ctx context.Context, by builder, text string, args ...string) (*exec.Cmd, error) {
+// dockerfile makes a directory with a Dockerfile.
+func (d *dockers) dockerfile(text string) (dir string) {
 	dir, err := os.MkdirTemp(d.images, "build")
+	if err == nil {
+		err = os.WriteFile(filepath.Join(dir, "Dockerfile"), []byte(text), 0o644)
+	}
 	if err != nil {
-		return nil, err
+		d.t.Error(err)
 	}
-	if err := os.WriteFile(filepath.Join(dir, "Dockerfile"), []byte(text), 0o644); err != nil {
-		return nil, err
-	}
-	args = append([]string{"build", "--no-cache", "--force-rm"}, append(args, dir)...)
+	return dir
+}
+
+// buildCommand builds a Dockerfile without the cache.
+func (d *dockers) buildCommand(ctx context.Context, by builder, text string, args ...string) *exec.Cmd {
+	args = append([]string{"build", "--no-cache", "--force-rm"}, append(args, d.dockerfile(text))...)
 	cmd := d.client(ctx, outside, args...)
 	cmd.Env = append(cmd.Env, "DOCKER_BUILDKIT="+string(by), "BUILDKIT_PROGRESS=plain")
-	return cmd, nil
+	return cmd
 }
 
 // build runs a buildCommand and returns what was printed.
 func (d *dockers) build(by builder, text string, args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
-	cmd, err := d.buildCommand(ctx, by, text, args...)
-	if err != nil {
-		return "", err
-	}
-	out, err := cmd.CombinedOutput()
+	out, err := d.buildCommand(ctx, by, text, args...).CombinedOutput()
 	if err != nil {
 		return string(out), fmt.Errorf("%v build: %w\n%s", by, err, out)
 	}

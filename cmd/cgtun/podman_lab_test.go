@@ -64,17 +64,6 @@ func (p *podmans) podman(at where, name string, args ...string) (string, error) 
 	return strings.TrimSpace(string(out)), err
 }
 
-// context makes a directory with a Dockerfile.
-func (p *podmans) context(text string) string {
-	p.t.Helper()
-	dir, err := os.MkdirTemp(p.images, "build")
-	if err != nil {
-		p.t.Fatal(err)
-	}
-	p.file(filepath.Join(dir, "Dockerfile"), text)
-	return dir
-}
-
 // podman and buildah have no daemon: what they fetch themselves is captured by
 // "cgtun run", and their steps by the names of the cgroups that they make.
 func TestBuildsWithoutDocker(t *testing.T) {
@@ -95,7 +84,7 @@ func TestBuildsWithoutDocker(t *testing.T) {
 		t.Fatalf("%v: %s", err, out)
 	}
 	must(outside, "podman", "import", p.images+"/tree.tar", "localhost/plain")
-	must(moved, "podman", "build", "-t", registry+"/base", p.context("FROM localhost/plain\nADD http://"+far4+"/file /file\n"))
+	must(moved, "podman", "build", "-t", registry+"/base", p.dockerfile("FROM localhost/plain\nADD http://"+far4+"/file /file\n"))
 	must(moved, "podman", "push", registry+"/base")
 	short := fmt.Sprintf("FROM %s/base\nRUN curl -sSf http://mirror.lab/file | cmp - /file && demo fetch http://mirror.lab/file | cmp - /file && ping -c1 %[2]s\nRUN [\"/bin/first\", %[2]q, \"7000\"]\n", registry, far4)
 	type build struct {
@@ -116,8 +105,8 @@ func TestBuildsWithoutDocker(t *testing.T) {
 	p.leaks.Reset()
 	for _, b := range builds {
 		must(outside, "podman", "rmi", "-af") // so that the layers are pulled
-		must(moved, b.name, append(b.args, p.context(b.text))...)
+		must(moved, b.name, append(b.args, p.dockerfile(b.text))...)
 	}
 	// The steps alone are captured without "cgtun run".
-	must(outside, "podman", "build", "--no-cache", p.context(short))
+	must(outside, "podman", "build", "--no-cache", p.dockerfile(short))
 }
