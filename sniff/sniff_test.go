@@ -298,7 +298,7 @@ func FuzzDatagram(f *testing.F) {
 			return
 		}
 		kept := bytes.Clone(b)
-		for _, datagram := range [][]byte{b, seal(1, []byte("connid00"), append(frames, make([]byte, 20)...))} {
+		for _, datagram := range [][]byte{b, seal(1, []byte("connid00"), slices.Concat(frames, make([]byte, 20)))} {
 			if name, err := Datagrams(datagram); err == nil {
 				fine(t, name)
 			}
