@@ -97,3 +97,9 @@ func (o Options) check() error {
 	}
 	return nil
 }
+
+// Selects says whether any of these selections has a cgroup by its path.
+func Selects(all []Selection, cgroup string) bool {
+	pick, err := newPicker(Options{Selections: all})
+	return err == nil && pick.find(cgroup).selection != none
+}

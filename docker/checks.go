@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
+	"slices"
 	"time"
 
 	"cgtun/cgroupsel"
@@ -14,35 +16,53 @@ import (
 // askTime is how long a check waits for a daemon's answer.
 const askTime = time.Second
 
-// Checks looks at the docker daemons of this machine: what of them is captured,
-// and which are not.
-func Checks(mode cgroupsel.Docker) []doctor.Named {
-	return []doctor.Named{{Name: "docker", Check: func(ctx context.Context) []doctor.Result { return check(ctx, mode) }}}
+// Checks looks at the docker daemons of this machine, and at what else builds and
+// keeps containers: what of them is captured, by mode or by the selections, and
+// what is not.
+func Checks(mode cgroupsel.Docker, selections ...cgroupsel.Selection) []doctor.Named {
+	return []doctor.Named{{Name: "docker", Check: func(ctx context.Context) []doctor.Result { return check(ctx, mode, selections) }}}
 }
 
-func check(ctx context.Context, mode cgroupsel.Docker) []doctor.Result {
+func check(ctx context.Context, mode cgroupsel.Docker, selections []cgroupsel.Selection) []doctor.Result {
 	const name = "docker"
-	if mode == cgroupsel.DockerOff {
-		return []doctor.Result{{Name: name, State: doctor.OK, What: "select.docker is false: nothing of docker is captured"}}
-	}
 	if os.Geteuid() != 0 {
 		return []doctor.Result{{Name: name, State: doctor.Warn, What: "not looked at: that needs root", Fix: "sudo cgtun doctor"}}
 	}
 	var results []doctor.Result
-	for _, pid := range processes() {
+	var daemons []Daemon
+	foreign := make(map[int]*otherError)
+	pids := processes()
+	for _, pid := range pids {
 		d, err := examine(pid)
 		var other *otherError
 		switch {
 		case errors.As(err, &other):
-			results = append(results, doctor.Result{Name: name, State: doctor.Warn, What: other.what, Fix: other.fix})
-		case err == nil:
+			foreign[pid] = other
+		case err == nil && mode != cgroupsel.DockerOff:
 			results = append(results, about(ctx, &d, mode)...)
+			daemons = append(daemons, d)
 		}
 	}
-	if len(results) == 0 {
+	c := &covered{selections: selections, followed: Follow(daemons, 0, mode)}
+	for _, pid := range slices.Sorted(maps.Keys(foreign)) {
+		results = append(results, aboutForeign(pid, foreign[pid], c))
+	}
+	switch {
+	case mode == cgroupsel.DockerOff:
+		results = append(results, doctor.Result{Name: name, State: doctor.OK, What: "select.docker is false: nothing of docker is captured by it"})
+	case len(results) == 0:
 		results = append(results, doctor.Result{Name: name, State: doctor.OK, What: "no docker daemon runs in this network namespace; one that starts is captured"})
 	}
-	return results
+	return append(results, others(pids, c)...)
+}
+
+// aboutForeign says what of a daemon is captured that is not ours to select.
+func aboutForeign(pid int, why *otherError, c *covered) doctor.Result {
+	const name = "docker"
+	if cgroup, err := cgroupsel.CgroupOf(pid); err == nil && c.has(cgroup) {
+		return doctor.Result{Name: name, State: doctor.OK, What: fmt.Sprintf("dockerd (process %d) is in cgroup %q, which is captured, with all that it does below it", pid, cgroup)}
+	}
+	return doctor.Result{Name: name, State: doctor.Warn, What: why.what, Fix: why.fix}
 }
 
 // about says what of a daemon is captured.

@@ -53,7 +53,19 @@ func (f *fakes) program() string { return filepath.Join(f.dir, "dockerd") }
 // answers; "": it listens nowhere.
 func (f *fakes) start(c *labtest.Cgroup, answer string, before ...string) *labtest.Proc {
 	f.t.Helper()
-	words := slices.Concat(before, []string{f.program(), "--cgroup-parent", "/par"})
+	return f.startAs("dockerd", c, answer, before...)
+}
+
+// startAs starts another program, by its name.
+func (f *fakes) startAs(name string, c *labtest.Cgroup, answer string, before ...string) *labtest.Proc {
+	f.t.Helper()
+	program := filepath.Join(f.dir, name)
+	if name != "dockerd" {
+		if err := os.Link(f.program(), program); err != nil {
+			f.t.Fatal(err)
+		}
+	}
+	words := slices.Concat(before, []string{program, "--cgroup-parent", "/par"})
 	cmd := exec.Command(words[0], words[1:]...)
 	cmd.Env = append(os.Environ(), fakeEnv+"=1", "FAKE_ANSWER="+answer, "FAKE_NETWORKS="+f.networks)
 	if answer != "" {

@@ -5,6 +5,9 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
+	"runtime"
+	"syscall"
 	"testing"
 
 	"cgtun/internal/labtest"
@@ -12,7 +15,8 @@ import (
 
 // fakeEnv makes the test binary something that says it is a docker daemon: it
 // answers at the socket FAKE_SOCKET, if there is one, as FAKE_ANSWER, and of its
-// networks as FAKE_NETWORKS, if there are any; mute, it answers nothing.
+// networks as FAKE_NETWORKS, if there are any; mute, it answers nothing. A child of
+// it is in the cgroup with the file FAKE_CHILD.
 const fakeEnv = "CGTUN_DOCKER_FAKE"
 
 const mute = "mute"
@@ -29,6 +33,21 @@ func TestMain(m *testing.M) {
 }
 
 func fake() error {
+	if procs := os.Getenv("FAKE_CHILD"); procs != "" {
+		child := exec.Command("sh", "-c", `echo $$ >"$0" && echo moved && exec sleep 1000`, procs)
+		child.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+		runtime.LockOSThread() // whose end would be the child's
+		out, err := child.StdoutPipe()
+		if err == nil {
+			err = child.Start()
+		}
+		if err == nil {
+			_, err = out.Read(make([]byte, 1))
+		}
+		if err != nil {
+			return err
+		}
+	}
 	name := os.Getenv("FAKE_SOCKET")
 	if name == "" {
 		fmt.Println("ready")

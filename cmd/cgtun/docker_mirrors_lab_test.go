@@ -19,8 +19,8 @@ func (d *dockers) testMirrors() {
 	d.serveDebian(filepath.Join(www, "debian"))
 	d.serveModule(filepath.Join(www, "go"))
 	extra, npm := "", ""
-	if labtest.Soak() {
-		labtest.Need(d.t, labtest.Tool("npm"))
+	// Debian's npm is hundreds of packages: it is tried where one is there.
+	if _, err := exec.LookPath("npm"); err == nil && labtest.Soak() {
 		d.servePackage(filepath.Join(www, "npm"))
 		extra = `need "$(readlink -f "$(command -v node)")"; ln -sf "$(readlink -f "$(command -v node)")" $root/bin/node
 cli=$(readlink -f "$(command -v npm)"); lib=$(dirname "$(dirname "$cli")"); mkdir -p "$root$lib"; cp -r "$lib/." "$root$lib"; ln -s "$cli" $root/bin/npm

@@ -64,7 +64,7 @@ func (c *call) checks(ctx context.Context) []doctor.Named {
 		}
 	}
 	all = append(all, cgroupsel.Checks(selections(p.file.Routes())...)...)
-	all = append(all, docker.Checks(dockerMode(p.file.Routes()))...)
+	all = append(all, docker.Checks(dockerMode(p.file.Routes()), selections(p.file.Routes())...)...)
 	all = append(all, tun.Checks(p.home, devices...)...)
 	var plans []steer.Plan
 	for _, r := range attachRoutes(p.file.Routes()) {
