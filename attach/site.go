@@ -25,7 +25,8 @@ import (
 //	          its exec or first socket. What sets the namespace up is at work.
 //	offline   its main table has no default route: there is nothing to capture.
 //	          Admitted, without a device; looked at again each second and when
-//	          a task there execs or opens its first socket.
+//	          a task there execs or opens its first socket. What is closed takes
+//	          no default route that comes while cgtun is not there (fence.go).
 //	up        attached, and admitted
 //	failed    it could not be attached: on_exit decides whether it is admitted
 //
@@ -74,6 +75,9 @@ type site struct {
 	isolated map[netip.Addr]verdict
 	renewal  renewal // of home's devices
 	guarded  guarding
+	fences   map[*Route]fence // of a namespace without a way out
+	// unblocked: it was looked for what routes left there that were closed once.
+	unblocked bool
 
 	mu       sync.Mutex
 	ns       netns.Ref             // the way in can be another one later
@@ -88,7 +92,7 @@ type site struct {
 func (m *Manager) newSite(ns netns.Ref, id string) *site {
 	s := &site{
 		m: m, ns: ns, id: id, again: make(chan struct{}, 1), decided: make(chan struct{}),
-		state: StateGated, since: time.Now(),
+		state: StateGated, since: time.Now(), fences: map[*Route]fence{},
 	}
 	s.decide = sync.OnceFunc(func() { close(s.decided) })
 	return s
@@ -245,6 +249,7 @@ func (s *site) alone() (families cgroupsel.Family) {
 }
 
 func (s *site) forget() {
+	defer s.unfence()
 	// Until the selector lets go of all, a stop leaves the gate as it is.
 	if !s.stops() {
 		s.m.opts.Gate.Forget(s.ref())
@@ -275,6 +280,9 @@ func (s *site) judge() (online bool, err error) {
 		return false, nil
 	}
 	s.guardFrames(nil)
+	if err := s.fenceIn(around); err != nil {
+		return false, err
+	}
 	s.set(StateOffline, nil)
 	return false, s.m.opts.Gate.Admit(s.ref(), cgroupsel.Admission{Offline: true})
 }

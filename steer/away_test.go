@@ -100,6 +100,68 @@ func TestOfflineFamilyStaysAsItIs(t *testing.T) {
 	}
 }
 
+// In a namespace without a way out what is marked goes as it did, but by no default
+// route that comes later, until that is steered, or the fence removed.
+func TestOfflineTakesNoDefaultRoute(t *testing.T) {
+	w := newWorld(t)
+	w.pipe.home.Close()
+	w.home.Run("ip", "route", "del", "default")
+	w.home.Run("ip", "-6", "route", "del", "default")
+	w.home.Run("ip", "route", "add", server4, "via", "10.9.0.1")
+	before := state(w.home)
+	p := w.plan()
+	p.Device, p.Offline, p.Closed = "", true, true
+	s := w.away(p)
+	marked := func(args ...string) string { return w.in(append(args, "mark=101")...) }
+	if got := asks(marked); strings.Count(got, "uplink") != 2 || strings.Count(got, "unreachable")+strings.Count(got, "no route") != 2 {
+		t.Errorf("with a route for v4: %s", got)
+	}
+	w.home.Run("ip", "route", "del", server4)
+	w.home.Run("ip", "route", "add", "default", "via", "10.9.0.1")
+	w.home.Run("ip", "route", "add", "default", "via", "fd09::1")
+	if got := asks(marked); strings.Contains(got, "uplink") {
+		t.Errorf("with default routes: %s", got)
+	}
+	if got := marked("ask", "tcp4", "10.9.0.1:9"); !strings.Contains(got, "refused") {
+		t.Errorf("bypassed: %s", got)
+	}
+	if got := asks(w.out); got != allUplink {
+		t.Errorf("others: %s", got)
+	}
+	if what, err := s.Repair(); what != "" || err != nil {
+		t.Errorf("Repair of what is whole: %q, %v", what, err)
+	}
+	w.home.Run("nft", "flush", "ruleset")
+	w.home.Run("ip", "rule", "del", "pref", "10101")
+	if what, err := s.Repair(); what == "" || err != nil {
+		t.Errorf("Repair: %q, %v", what, err)
+	}
+	if got := asks(marked); strings.Contains(got, "uplink") {
+		t.Errorf("put back: %s", got)
+	}
+	objects, err := steer.Find(refOf(t, w.home))
+	if err != nil || len(objects) < 4 {
+		t.Fatalf("Find: %v %v", objects, err)
+	}
+	for _, o := range objects {
+		if o.Instance != "101" || !o.Closed || o.Home == 0 {
+			t.Errorf("Find: %+v", o)
+		}
+	}
+	// The steering of a way out takes its place.
+	w.revive()
+	p = w.plan()
+	p.Closed = true
+	if err := w.away(p).Undo(); err != nil {
+		t.Fatal(err)
+	}
+	w.pipe.home.Close()
+	w.home.Run("ip", "route", "del", "default")
+	w.home.Run("ip", "-6", "route", "del", "default")
+	w.home.Run("ip", "route", "add", server4, "via", "10.9.0.1")
+	labtest.Eventually(t, 10*time.Second, func() bool { return state(w.home) == before }, "the state is as it was")
+}
+
 // When the process is gone, and the device with it, an open table in a
 // namespace marks for nothing; a closed one blocks.
 func TestTableThatOutlivesUs(t *testing.T) {

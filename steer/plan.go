@@ -32,6 +32,11 @@ type Plan struct {
 	// Closed: what blocks outlives this process, see the package comment.
 	Closed bool
 
+	// Offline is for a namespace without a way out, and with Closed: nothing is
+	// steered, but what is marked takes no default route that comes while nobody
+	// looks. It has no Device.
+	Offline bool
+
 	// Cgroups are selected by the nft table. They may be all, or only those
 	// which BPF programs mark as well.
 	Cgroups []Cgroup
@@ -106,7 +111,9 @@ func (p *Plan) validate() error {
 		return fmt.Errorf("table %d is not free for use: the kernel's own are 0 and 253 to 255", p.Table)
 	case p.Priority <= 0 || p.Priority > 32765:
 		return fmt.Errorf("priority %d is not in 1 to 32765, before the main table", p.Priority)
-	case p.byTun() && !isDevice(p.Device):
+	case p.Offline && !p.Closed:
+		return errors.New("there is nothing to do where there is no way out, and nothing is closed")
+	case p.byTun() && !p.Offline && !isDevice(p.Device):
 		return fmt.Errorf("device name %q has not 1 to 15 bytes", p.Device)
 	case p.Via.Mode == ViaTProxy || p.Via.Container != "":
 		return fmt.Errorf("the way %q is not one that the kernel alone goes", p.Via)

@@ -23,11 +23,17 @@ func listRules(h *netlink.Handle, family int) ([]netlink.Rule, error) {
 
 // wantRules are the ip rules of a plan in one family, in their order. What
 // comes out of our device for somebody behind an interface carries the mark,
-// for the sake of rp_filter, and goes by the main table.
+// for the sake of rp_filter, and goes by the main table. Where there is no way
+// out, all goes by that, but for a default route.
 func wantRules(p *Plan, family int) []*netlink.Rule {
 	r := netlink.NewRule()
 	r.Family, r.Priority, r.Table, r.Protocol = family, p.Priority, p.Table, Protocol
 	r.Mark, r.Mask = p.Mark, &p.Mask
+	if p.Offline {
+		plain := *r
+		plain.Table, plain.SuppressPrefixlen = unix.RT_TABLE_MAIN, 0
+		return []*netlink.Rule{&plain, r}
+	}
 	if len(p.Interfaces) == 0 || !p.byTun() {
 		return []*netlink.Rule{r}
 	}
@@ -38,7 +44,7 @@ func wantRules(p *Plan, family int) []*netlink.Rule {
 
 func sameRule(a, b *netlink.Rule) bool {
 	return a.Priority == b.Priority && a.Table == b.Table && a.Protocol == b.Protocol &&
-		a.Mark == b.Mark && maskOf(a) == maskOf(b) && a.IifName == b.IifName && !a.Invert
+		a.Mark == b.Mark && maskOf(a) == maskOf(b) && a.IifName == b.IifName && a.SuppressPrefixlen == b.SuppressPrefixlen && !a.Invert
 }
 
 // numberOf is the instance of one of our rules: its table, or that of the rule
@@ -157,6 +163,9 @@ func ruleText(r *netlink.Rule) string {
 	}
 	if r.Table != 0 {
 		fmt.Fprintf(&b, " lookup %d", r.Table)
+	}
+	if r.SuppressPrefixlen >= 0 {
+		fmt.Fprintf(&b, " suppress_prefixlength %d", r.SuppressPrefixlen)
 	}
 	if r.Protocol != 0 {
 		fmt.Fprintf(&b, " proto %d", r.Protocol)

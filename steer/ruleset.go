@@ -61,6 +61,9 @@ func newRuleset(p *Plan, w *way, at place) *ruleset {
 	if at.away {
 		r.chain(homeOf(at.home))
 	}
+	if p.Offline {
+		return r
+	}
 	bypass := r.bypass(p)
 	if len(p.Interfaces) > 0 {
 		r.interfaces(p)

@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -356,6 +357,48 @@ func TestChangesOfANamespaceDropNothing(t *testing.T) {
 	if n := w.status().Counters.GateDropsTotal; n != 0 {
 		t.Errorf("%d packets were dropped by the gate", n)
 	}
+}
+
+// With on_exit = "closed" a namespace without a way out that gets one while cgtun is
+// not there is shut; the next start attaches it, cleanup opens it. Nobody else there
+// is touched.
+func TestOfflineNamespaceIsShutWhenItGetsAWayOutLater(t *testing.T) {
+	t.Parallel()
+	labtest.Alone(t)
+	w := newWorld(t)
+	w.routed()
+	w.server.ServeUDPEcho(port(far4, 7000))
+	w.server.ServeUDPEcho(port(far6, 7000))
+	d := w.start(w.closedConfig())
+	p := w.wait()
+	in := []string{"nsenter", "-t", strconv.Itoa(p.pid), "-n"}
+	for _, far := range []string{far4, far6} {
+		args := append(slices.Clone(in), append([]string{"env"}, probeArgs(probe{Do: "stream", To: port(far, 7000)})...)...)
+		w.lab.StartCommand(w.command(context.Background(), inside, args[0], args[1:]...))
+	}
+	labtest.Eventually(t, patience(), func() bool { return w.stateOf(p.pid) == attach.StateOffline }, "it is offline")
+	d.kill()
+	w.join(1, p.pid)
+	// Others get out, and so there is a way.
+	args := append(slices.Clone(in), append([]string{"env"}, probeArgs(probe{Do: "dial", Network: "udp", To: port(far4, 7000), Say: "x"})...)...)
+	out, err := w.command(context.Background(), outside, args[0], args[1:]...).CombinedOutput()
+	if err != nil || !strings.Contains(string(out), "x") {
+		t.Fatalf("who is not selected: %v %s", err, out)
+	}
+	w.leaks.Reset()
+	time.Sleep(300 * time.Millisecond) // six hundred datagrams
+	w.noLeak("killed")
+	d = w.start(w.closedConfig())
+	labtest.Eventually(t, patience(), func() bool {
+		all := w.attachments()
+		return len(all) == 1 && all[0].State == attach.StateUp && all[0].UpBytes > 0
+	}, "it is up")
+	w.noLeak("started again")
+	d.kill()
+	if out, errs, code := w.cgtun("cleanup"); code != 0 {
+		t.Errorf("cleanup: %d %s%s", code, out, errs)
+	}
+	labtest.Eventually(t, patience(), func() bool { return w.leaks.Packets() > 0 }, "opened, all goes by the uplink")
 }
 
 // A privileged step that takes our things away inside of its own namespace gains
