@@ -126,6 +126,9 @@ func PathOf(o Outbound) []string {
 // it was looked up first.
 func (p *Proxy) IsServer(addr netip.AddrPort) bool { return p.server.is(addr) }
 
+// AsksNames says whether the proxy is asked for names (Config.RemoteDNS).
+func (p *Proxy) AsksNames() bool { return p.names }
+
 // Run keeps the addresses of the server known until ctx ends.
 func (p *Proxy) Run(ctx context.Context) error {
 	p.server.run(ctx)

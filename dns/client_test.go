@@ -186,7 +186,7 @@ func TestNames(t *testing.T) {
 		l.udp[asked] = answers(0, "300 A 192.0.2.7")
 		dst := netip.MustParseAddrPort("192.0.2.7:443")
 		name := func(src, attachment string) string {
-			name, sure := l.r.Name(&flow.Flow{Src: netip.MustParseAddrPort(src), Dst: dst, Attachment: attachment})
+			name, sure, _ := l.r.Name(&flow.Flow{Src: netip.MustParseAddrPort(src), Dst: dst, Attachment: attachment})
 			if name != "" && !sure {
 				name += "?"
 			}
@@ -215,8 +215,8 @@ func TestNames(t *testing.T) {
 			t.Errorf("after its time: %q", got)
 		}
 		for i := range 2 * maxNames {
-			l.r.names.note("home", me.Addr(), "x", []netip.Addr{netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)})}, 0, time.Now())
-			l.r.names.note(fmt.Sprint(i), me.Addr(), "x", []netip.Addr{me.Addr()}, 0, time.Now())
+			l.r.names.note("home", me.Addr(), "", "x", []netip.Addr{netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)})}, 0, time.Now())
+			l.r.names.note(fmt.Sprint(i), me.Addr(), "", "x", []netip.Addr{me.Addr()}, 0, time.Now())
 		}
 		if n := len(l.r.names.clients); n > maxClients {
 			t.Errorf("%d clients are remembered", n)
@@ -296,7 +296,7 @@ func TestNamesAreShownSafely(t *testing.T) {
 		l.udp[asked] = answers(0, "300 A 192.0.2.7")
 		l.ask(question(`x\027[2J\010%s\"\195\164\226\128\174.example`, wire.TypeA))
 		f := &flow.Flow{Src: me, Dst: netip.MustParseAddrPort("192.0.2.7:80"), Attachment: "home"}
-		if name, _ := l.r.Name(f); name != `x\027[2j\010%s\"\195\164\226\128\174.example` {
+		if name, _, _ := l.r.Name(f); name != `x\027[2j\010%s\"\195\164\226\128\174.example` {
 			t.Errorf("%q", name)
 		}
 	})

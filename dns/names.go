@@ -51,6 +51,7 @@ type named struct {
 	addr  netip.Addr
 	name  string
 	by    netip.Addr // who asked
+	who   string     // the same, of those of one address
 	mixed bool       // another name had the address before, and its time is not over
 	until time.Time
 }
@@ -58,7 +59,7 @@ type named struct {
 func newNames() *names { return &names{clients: map[clientKey]*list.Element{}} }
 
 // note remembers what a client was told.
-func (n *names) note(attachment string, src netip.Addr, name string, addrs []netip.Addr, ttl time.Duration, now time.Time) {
+func (n *names) note(attachment string, src netip.Addr, who, name string, addrs []netip.Addr, ttl time.Duration, now time.Time) {
 	if len(addrs) == 0 || name == "" {
 		return
 	}
@@ -68,7 +69,7 @@ func (n *names) note(attachment string, src netip.Addr, name string, addrs []net
 		c := n.client(key)
 		before := len(c.names)
 		for _, a := range addrs[:min(len(addrs), maxOfAnswer)] {
-			c.note(named{addr: a.Unmap(), name: name, by: src, until: now.Add(ttl + nameFor)}, now)
+			c.note(named{addr: a.Unmap(), name: name, by: src, who: who, until: now.Add(ttl + nameFor)}, now)
 		}
 		n.all += len(c.names) - before
 		for n.all > maxAll && n.order.Len() > 1 {
@@ -111,20 +112,20 @@ func (c *client) note(one named, now time.Time) {
 	c.names[one.addr] = c.order.PushFront(&one)
 }
 
-// find returns the name under which src has got dst last, "" if it has not, and
-// whether it has got it under no other one.
-func (n *names) find(attachment string, src, dst netip.Addr, now time.Time) (name string, sure bool) {
+// find returns the name under which src has got dst last, "" if it has not,
+// whether it has got it under no other one, and whether who has got it.
+func (n *names) find(attachment string, src, dst netip.Addr, who string, now time.Time) (name string, sure, own bool) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	src, dst = src.Unmap(), dst.Unmap()
 	if one := n.look(clientKey{attachment, src}, dst, now); one != nil {
-		return one.name, !one.mixed
+		return one.name, !one.mixed, one.who == who
 	}
 	one := n.look(clientKey{attachment, netip.Addr{}}, dst, now)
 	if one == nil || !(one.by.IsLoopback() || one.by.Is4() != src.Is4()) {
-		return "", false // another client's
+		return "", false, false // another client's
 	}
-	return one.name, !one.mixed
+	return one.name, !one.mixed, one.who == who
 }
 
 func (n *names) look(key clientKey, dst netip.Addr, now time.Time) *named {

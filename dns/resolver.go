@@ -213,9 +213,10 @@ func (r *Resolver) Counters() Counters {
 
 // Name returns the name under which the client got the flow's destination last,
 // in lower case without the last dot; "" if it did not get it here. It is not
-// sure if the client has got the same address under another name lately.
-func (r *Resolver) Name(f *flow.Flow) (name string, sure bool) {
-	return r.names.find(f.Attachment, f.Src.Addr(), f.Dst.Addr(), time.Now())
+// sure if the client has got the same address under another name lately. It is the
+// client's own if it, and not another one of its address, has asked for it.
+func (r *Resolver) Name(f *flow.Flow) (name string, sure, own bool) {
+	return r.names.find(f.Attachment, f.Src.Addr(), f.Dst.Addr(), f.Who, time.Now())
 }
 
 // Forget drops what is remembered of an attachment that has ended.
@@ -277,7 +278,7 @@ func (r *Resolver) take(f *flow.Flow, by netip.Addr, msg []byte, way Way) (answe
 // give renders an answer for a client, and remembers what it was told.
 func (r *Resolver) give(f *flow.Flow, by netip.Addr, q *query, a *answer, age uint32, stale bool) []byte {
 	if len(a.addrs) > 0 {
-		r.names.note(f.Attachment, by, a.name, a.addrs, time.Duration(a.ttl)*time.Second, time.Now())
+		r.names.note(f.Attachment, by, f.Who, a.name, a.addrs, time.Duration(a.ttl)*time.Second, time.Now())
 	}
 	return a.render(q, age, stale)
 }

@@ -49,6 +49,9 @@ type Flow struct {
 	Attachment string         // id of the attachment it came in by
 	TTL        uint8          // of a TCP flow: how many routers its SYN may still pass; 0: not known
 	Start      time.Time
+	// Who tells clients of one address apart: processes of home, as far as
+	// somebody has looked. Empty: nobody has, or the address is one client's.
+	Who string
 }
 
 var lastID atomic.Uint64

@@ -2,6 +2,7 @@ package router
 
 import (
 	"context"
+	"fmt"
 	"net"
 	"net/netip"
 	"sync/atomic"
@@ -29,9 +30,9 @@ type Resolver interface {
 	Take(f *flow.Flow, msg []byte, way func(netip.AddrPort, flow.Proto) (dialer.Outbound, error)) (
 		answer []byte, wait func(ctx context.Context, reply func([]byte)), mine bool)
 	// Name returns the name under which the client got the flow's destination
-	// last, "" if it got it from nobody here, and whether it got it under that
-	// one alone.
-	Name(f *flow.Flow) (name string, sure bool)
+	// last, "" if it got it from nobody here, whether it got it under that one
+	// alone, and whether the one that asked is the flow's Who.
+	Name(f *flow.Flow) (name string, sure, own bool)
 	// Serve does the same for the messages of a connection, until it ends or,
 	// with pass, the client has sent something that is to go on: read, and all
 	// that comes after it. An error is why it ended otherwise than in order.
@@ -73,17 +74,32 @@ func (r *Router) way(f *flow.Flow, owner *flow.Owner, last *atomic.Pointer[passe
 }
 
 // Way is what the rules, and the guard, say of upstreams on behalf of a client
-// that asks on loopback.
+// that asks on loopback. It notes in f who that is.
 func (r *Router) Way(ctx context.Context, f *flow.Flow) func(netip.AddrPort, flow.Proto) (dialer.Outbound, error) {
-	return r.way(f, r.ownerForRules(ctx, f), new(atomic.Pointer[passed]))
+	owner := r.ownerOfQuery(ctx, f)
+	f.Who = who(f, owner)
+	return r.way(f, owner, new(atomic.Pointer[passed]))
 }
 
-// ownerForRules looks the owner of a query up if any rule hangs on it.
-func (r *Router) ownerForRules(ctx context.Context, f *flow.Flow) *flow.Owner {
-	if !r.policy.Load().set.NeedsOwner() {
+// ownerOfQuery looks the owner of a query up if it matters: to a rule, or to a proxy
+// that is asked for the client's own names.
+func (r *Router) ownerOfQuery(ctx context.Context, f *flow.Flow) *flow.Owner {
+	if !r.policy.Load().asksOwner(f) {
 		return nil
 	}
 	return r.owner(ctx, f)
+}
+
+func (p *policy) asksOwner(f *flow.Flow) bool {
+	return p.set.NeedsOwner() || p.asksNames && f.Attachment == flow.Home
+}
+
+// who tells processes of home apart, which have one address: users, and cgroups.
+func who(f *flow.Flow, owner *flow.Owner) string {
+	if owner == nil || f.Attachment != flow.Home {
+		return ""
+	}
+	return fmt.Sprintf("%d %s", owner.UID, owner.Cgroup)
 }
 
 // passed is the last server of a client's choice that the guard has let pass.
@@ -101,8 +117,9 @@ func (s *source) query(ctx context.Context, d *flow.Datagram, now time.Time) boo
 	}
 	src := s.client.Flow()
 	f := flow.New(src.Proto, src.Src, d.Peer, src.Attachment)
-	if s.r.policy.Load().set.NeedsOwner() {
+	if s.r.policy.Load().asksOwner(f) {
 		s.lookUpOwner(ctx, f, now)
+		f.Who = who(f, s.owner)
 	}
 	way, size := s.r.way(f, s.owner, &s.asked), d.Segment
 	if size == 0 {
@@ -153,7 +170,8 @@ func (s *source) answer() {
 // queries answers a client's queries. True: what it sends now is for a server,
 // to which it is connected.
 func (r *Router) queries(ctx context.Context, e *entry, s flow.Stream, ends *streamEnds) bool {
-	way := r.way(e.flow, r.ownerForRules(ctx, e.flow), new(atomic.Pointer[passed]))
+	query := *e.flow
+	way := r.Way(ctx, &query)
 	if _, err := way(e.flow.Dst, flow.TCP); err != nil {
 		return r.connectServer(ctx, e, s, ends) // it is told as any other flow
 	}
@@ -166,7 +184,7 @@ func (r *Router) queries(ctx context.Context, e *entry, s flow.Stream, ends *str
 	}
 	ends.accepted(r, client)
 	e.path(nil)
-	read, pass, err := r.opts.Resolver.Serve(ctx, e.flow, client, way)
+	read, pass, err := r.opts.Resolver.Serve(ctx, &query, client, way)
 	if !pass {
 		e.end(flow.ReasonOf(err))
 		return false

@@ -26,7 +26,7 @@ type way = func(netip.AddrPort, flow.Proto) (dialer.Outbound, error)
 
 func (*asking) Takes(dst netip.AddrPort) bool { return dst.Port() == 53 }
 
-func (a *asking) Name(*flow.Flow) (string, bool) { a.names++; return "a.example", true }
+func (a *asking) Name(*flow.Flow) (string, bool, bool) { a.names++; return "a.example", true, true }
 
 func (*asking) Take(_ *flow.Flow, msg []byte, _ way) ([]byte, func(context.Context, func([]byte)), bool) {
 	return []byte("answer"), nil, bytes.HasPrefix(msg, []byte("?"))

@@ -186,6 +186,8 @@ type policy struct {
 	set     *rules.Set
 	outs    map[string]out
 	servers []server
+	// asksNames says that an outbound is asked for names that clients looked up.
+	asksNames bool
 }
 
 // server is an outbound with a server of its own.
@@ -265,6 +267,9 @@ func (r *Router) Reload(set *rules.Set, outbounds map[string]dialer.Outbound) {
 		if s, ok := o.(server); ok {
 			p.servers = append(p.servers, s)
 		}
+		if n, ok := o.(interface{ AsksNames() bool }); ok && n.AsksNames() {
+			p.asksNames = true
+		}
 	}
 	r.policy.Store(p)
 }
@@ -285,10 +290,14 @@ func (e *entry) facts(owner *flow.Owner) *rules.Facts {
 	if e.r.opts.Resolver == nil {
 		return facts
 	}
-	var sure bool
-	if facts.Name, sure = e.r.opts.Resolver.Name(e.flow); sure {
+	f := *e.flow
+	f.Who = who(&f, owner)
+	name, sure, own := e.r.opts.Resolver.Name(&f)
+	if facts.Name = name; sure {
 		facts.Known |= rules.FactName
-		e.asked = facts.Name
+	}
+	if sure && own {
+		e.asked = name
 	}
 	return facts
 }

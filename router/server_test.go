@@ -66,29 +66,35 @@ func TestServerOfAnOutboundGoesDirect(t *testing.T) {
 type answers struct {
 	router.Resolver
 	sure bool
+	who  string // that has asked for it
 }
 
-func (answers) Takes(netip.AddrPort) bool                { return false }
-func (a answers) Name(*flow.Flow) (name string, ok bool) { return "name.example", a.sure }
+func (answers) Takes(netip.AddrPort) bool { return false }
+func (a answers) Name(f *flow.Flow) (name string, sure, own bool) {
+	return "name.example", a.sure, f.Who == a.who
+}
 
 // An outbound is given the name that the client looked up, if it was the only one
-// for that address: a proxy would connect to the other one.
+// for that address, and nobody else's: a proxy would connect to the other one.
 func TestOutboundsGetTheNameThatIsSure(t *testing.T) {
-	for _, sure := range []bool{true, false} {
+	for _, tt := range []struct {
+		answers
+		want string
+	}{{answers{sure: true}, "name.example"}, {answers{sure: false}, ""}, {answers{sure: true, who: "1000 /other"}, ""}} {
 		var got string
 		out := &outbound{"up", func(_ context.Context, target dialer.Target) (flow.Conn, error) {
 			got = target.Name
 			return nil, context.DeadlineExceeded
 		}}
-		r := router.New(router.Options{Resolver: answers{sure: sure}})
+		r := router.New(router.Options{Resolver: tt.answers})
 		set, err := rules.Compile([]rules.Config{{Use: "up"}})
 		if err != nil {
 			t.Fatal(err)
 		}
 		r.Reload(set, map[string]dialer.Outbound{"up": out})
 		wait(t, "end of the flow", serve(t, r, newClient("198.51.100.1:443")))
-		if (got == "name.example") != sure || !sure && got != "" {
-			t.Errorf("sure %v: the outbound was given %q", sure, got)
+		if got != tt.want {
+			t.Errorf("sure %v, asked by %q: the outbound was given %q", tt.sure, tt.who, got)
 		}
 	}
 }

@@ -47,7 +47,7 @@ type entry struct {
 	flow     *flow.Flow
 	up, down atomic.Int64 // bytes from and to the client
 	r        *Router
-	asked    string // as which the client looked its destination up, if that is sure
+	asked    string // as which the client itself looked its destination up, if that is sure
 
 	prev, next *entry // under table.mu, while it lives
 
