@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -39,7 +40,13 @@ type Direct struct {
 	via    *uplink // nil: any interface
 	source netip.Addr
 	mark   uint32
+
+	listening atomic.Int32 // dials that listen for who ends them
 }
+
+// maxListening bounds them: each has one more descriptor, and where thousands dial
+// nobody looks who it was.
+const maxListening = 16
 
 // NewDirect makes an outbound of TypeDirect. It looks nothing up: an interface
 // or a source address that is not there may come later, and State says so.
@@ -102,13 +109,22 @@ func (d *Direct) DialStream(ctx context.Context, t Target) (*Conn, error) {
 		dialer.Control = w.control
 	}
 	var c *net.TCPConn
-	if t.isProbe() {
+	switch {
+	case t.isProbe():
 		c, err = dialProbe(ctx, dialer, w, t.Flow.TTL, dst)
-	} else {
+	case t.Flow != nil && d.listen():
+		c, err = dialProbe(ctx, dialer, w, kernelTTL, dst)
+		d.listening.Add(-1)
+	default:
 		c, err = dialer.DialTCP(ctx, "tcp", w.local(), dst)
 	}
 	if err != nil {
-		return nil, d.fail("connect", dst, err)
+		failed := d.fail("connect", dst, err)
+		if !t.isProbe() {
+			// What somebody on this path has said is not what the target says.
+			failed.Reason = flow.ReasonOf(failed.Err)
+		}
+		return nil, failed
 	}
 	// Not before the connect, which has a deadline of its own.
 	if err := configure(c); err != nil {
@@ -118,8 +134,17 @@ func (d *Direct) DialStream(ctx context.Context, t Target) (*Conn, error) {
 	return &Conn{Conn: flow.NewTCPConn(c), Path: d.path}, nil
 }
 
+// listen takes one of the places of maxListening, if there is one.
+func (d *Direct) listen() bool {
+	if d.listening.Add(1) <= maxListening {
+		return true
+	}
+	d.listening.Add(-1)
+	return false
+}
+
 // fail makes an Error. The kernel's word on what was tried is better than ours.
-func (d *Direct) fail(op string, dst netip.AddrPort, err error) error {
+func (d *Direct) fail(op string, dst netip.AddrPort, err error) *Error {
 	if d.via != nil && errors.Is(err, unix.EADDRNOTAVAIL) {
 		d.via.forget()
 	}

@@ -16,8 +16,8 @@ import (
 // looks for them (traceroute).
 const probeTTL = 30
 
-// isProbe says whether a connection is to get its client's TTL. It costs a
-// descriptor and five calls, so that others get the kernel's own.
+// isProbe says whether a connection is to get its client's TTL; others get the
+// kernel's own.
 func (t *Target) isProbe() bool {
 	return t.Flow != nil && t.Flow.TTL > 0 && t.Flow.TTL < probeTTL && t.Addr == t.Flow.Dst
 }
@@ -30,8 +30,9 @@ type probing struct {
 	fd  int // of the socket too: net closes its own before it could be asked
 }
 
-// dialProbe is DialTCP for a SYN of that TTL. An error wraps a *flow.ICMPError
-// where somebody on the way sent one.
+// dialProbe is DialTCP for a SYN of that TTL (kernelTTL: as the kernel would). An
+// error wraps a *flow.ICMPError where somebody on the way sent one. That costs a
+// descriptor and five calls.
 func dialProbe(ctx context.Context, d net.Dialer, w way, ttl uint8, dst netip.AddrPort) (*net.TCPConn, error) {
 	p := &probing{way: w, ttl: ttl, v6: dst.Addr().Is6(), fd: -1}
 	d.Control = p.control
@@ -83,11 +84,16 @@ func (p *probing) apply(fd int) error {
 	if p.v6 {
 		ttl = unix.IPV6_UNICAST_HOPS
 	}
-	if err := unix.SetsockoptInt(fd, level, ttl, int(p.ttl)); err != nil {
-		return fmt.Errorf("set TTL %d: %w", p.ttl, err)
+	if p.ttl != kernelTTL {
+		if err := unix.SetsockoptInt(fd, level, ttl, int(p.ttl)); err != nil {
+			return fmt.Errorf("set TTL %d: %w", p.ttl, err)
+		}
 	}
 	if err := unix.SetsockoptInt(fd, level, recvErr, 1); err != nil {
 		return fmt.Errorf("ask for ICMP errors: %w", err)
+	}
+	if p.fd >= 0 { // net tries again where it has met itself
+		_ = unix.Close(p.fd)
 	}
 	twin, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
 	p.fd = twin

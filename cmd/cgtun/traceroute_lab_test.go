@@ -18,6 +18,8 @@ func TestRoutersOnThePathAreSeen(t *testing.T) {
 	// As strict as kernels can be told to be, of every device.
 	w.machine.Sysctl("net.ipv4.conf.all.rp_filter", "1")
 	w.server.ServeEcho(":7000")
+	w.router.Run("ip", "route", "add", "unreachable", "203.0.113.98")
+	w.router.Run("ip", "route", "add", "unreachable", "2001:db8::98")
 	w.start(w.config(second))
 	hops := map[string][]string{
 		far4: {w.tunAddress(false), "10.2.0.1", far4},
@@ -53,6 +55,14 @@ func TestRoutersOnThePathAreSeen(t *testing.T) {
 			if err != nil || !seesHops(out, hops) {
 				t.Errorf("%s %s: %v: want %v\n%s", command, far, err, hops, out)
 			}
+		}
+	}
+	// Whoever says that there is no way is seen as well by who looks for no routers:
+	// with the TTL of every connection.
+	for gone, by := range map[string]string{"203.0.113.98": "10.2.0.1", "2001:db8::98": "fd02::1"} {
+		out, err := w.try(inside, "traceroute", "-n", "-q", "1", "-w", "5", "-T", "-f", "64", "-m", "64", gone)
+		if err != nil || !regexp.MustCompile(`(?m)^ *64 +`+regexp.QuoteMeta(by)+` .*!`).MatchString(out) {
+			t.Errorf("a connection to %s: %v: want an error of %s\n%s", gone, err, by, out)
 		}
 	}
 	w.noLeak("probes")
