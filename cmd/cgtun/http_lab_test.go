@@ -51,6 +51,9 @@ tls_ca = "CERTIFICATE"`},
 server = "10.2.0.1:3130"
 tls_ca = "CERTIFICATE"
 via = "tiny-auth"`},
+	{"stunnel", 8090, `type = "https"
+server = "10.2.0.1:8890"
+tls_ca = "CERTIFICATE"`},
 	{"wrong", 8070, `type = "http"
 server = "10.2.0.1:3129"
 username = "joe"
@@ -65,10 +68,11 @@ server = "10.2.0.1:3130"`},
 //
 //	machine                        router                        server
 //	sel ── tun0 ── cgtun ─── eth1 │ eth1  squid, tinyproxy  eth2 │ nginx
+//	                              │       stunnel                │
 //	                              │ counted: forwarded from eth1 │
 func TestProgramsThroughHTTPProxies(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, "curl", "wget", "git", "iperf3", "nginx", "squid", "tinyproxy")
+	w := newWorld(t, "curl", "wget", "git", "iperf3", "nginx", "squid", "stunnel", "tinyproxy")
 	certificate := w.certificate(middle4, middle6, far4, far6)
 	w.serveProxies(certificate)
 	var ports []int
@@ -247,6 +251,7 @@ func (w *world) serveProxies(certificate string) {
 	tiny := "Port %d\nTimeout 60\nLogLevel Warning\nMaxClients 100\n%s"
 	w.router.Start("tinyproxy", "-d", "-c", write("tiny", fmt.Sprintf(tiny, 8888, "")))
 	w.router.Start("tinyproxy", "-d", "-c", write("tiny-auth", fmt.Sprintf(tiny, 8889, "BasicAuth joe password\n")))
+	w.router.Start("stunnel", write("stunnel", "foreground = yes\nsyslog = no\npid =\n[proxy]\naccept = 10.2.0.1:8890\nconnect = 10.2.0.1:8888\ncert = "+certificate+"\n"))
 	// "pass:word", as htpasswd(1) writes it.
 	write("passwords", "joe:$apr1$labsalt1$N0bx5ifSLmjcgoBpWUf.j1\n")
 	squid := w.router.Start("squid", "-N", "-f", write("squid", strings.NewReplacer("DIR", dir, "CERTIFICATE", certificate).Replace(`
