@@ -27,8 +27,10 @@ type lender interface {
 }
 
 const (
-	// batchSize is how many reads one Batch.Read returns at most.
-	batchSize = 32
+	// batchSize is how many reads one Batch.Read returns at most; firstBatch until
+	// it has returned as many: most sources never do, and there are thousands.
+	batchSize  = 32
+	firstBatch = 4
 	// plainSize is the same for a reader that does not lend: each place then
 	// is 64 KiB that is held while it waits.
 	plainSize    = 8
@@ -45,30 +47,35 @@ type Batch struct {
 	reader PacketReader
 	lender lender
 	plain  *plainBuffers
-	dgs    [batchSize]flow.Datagram
+	dgs    []flow.Datagram
+	full   bool // dgs is too small
 }
 
 // NewBatch returns a Batch that reads from r.
 func NewBatch(r PacketReader) *Batch {
 	b := &Batch{reader: r}
 	if l, ok := r.(lender); ok {
-		b.lender = l
+		b.lender, b.dgs = l, make([]flow.Datagram, firstBatch)
 		return b
 	}
-	b.plain = plainPool.Get().(*plainBuffers)
+	b.plain, b.dgs = plainPool.Get().(*plainBuffers), make([]flow.Datagram, plainSize)
 	return b
 }
 
 // Read waits for datagrams. They are valid until the next call.
 func (b *Batch) Read() ([]flow.Datagram, error) {
 	if b.lender != nil {
-		n, err := b.lender.ReadLent(b.dgs[:])
+		if b.full {
+			b.dgs, b.full = make([]flow.Datagram, batchSize), false
+		}
+		n, err := b.lender.ReadLent(b.dgs)
+		b.full = n == firstBatch && len(b.dgs) == firstBatch
 		return b.dgs[:n], err
 	}
 	for i := range b.plain {
 		b.dgs[i] = flow.Datagram{Data: b.plain[i][:]}
 	}
-	n, err := b.reader.ReadBatch(b.dgs[:plainSize])
+	n, err := b.reader.ReadBatch(b.dgs)
 	return b.dgs[:n], err
 }
 

@@ -78,6 +78,9 @@ const (
 	collectFraction = 20
 	// In a fifth where somebody would be refused.
 	collectHurried = 5
+	// And that often where more than an eighth of the memory is in use, so that
+	// what a flood leaves goes back to the system.
+	collectAtLeast = 30 * time.Second
 	// stallRoom is kept free for each open flow, for the time that its ends do
 	// not read: its buffers are as small as they get by then.
 	stallRoom = 8 << 10
@@ -91,6 +94,11 @@ type memory struct {
 	pause     time.Duration // until it may be done again
 	took      time.Duration // the last time
 }
+
+// CollectorLimit is the limit of memory to set for Go's collector (debug.SetMemoryLimit)
+// beside what there was at the start, so that MaxMemory is not passed by garbage: below
+// where new flows are refused.
+func CollectorLimit(maxMemory int64) int64 { return maxMemory / 16 * 13 }
 
 // SetMaxMemory changes Options.MaxMemory, in bytes, of a Router that has one.
 func (r *Router) SetMaxMemory(most int64) { r.maxMemory.Store(most) }
@@ -131,7 +139,7 @@ func (r *Router) lookAtMemory(m *memory) {
 	m.limit = uint64(r.maxMemory.Load())
 	used := r.memoryAboveStart()
 	since := time.Since(m.collected)
-	grown := used > m.live+m.limit/8
+	grown := used > m.live+m.limit/8 || since > collectAtLeast && used > m.limit/8
 	if since > m.pause && (grown || r.scarce.Load()) || grown && r.tight(m, used) && since > collectHurried*m.took {
 		began := time.Now()
 		runtime.GC()

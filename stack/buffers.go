@@ -50,6 +50,7 @@ const (
 // their TCPOptions hold. Safe for concurrent use.
 type Buffers struct {
 	halved atomic.Int32 // how often the largest send buffer is
+	tight  atomic.Bool  // cut, for who does not look after connections
 
 	mu    sync.Mutex
 	cut   bool           // receive buffers are
@@ -72,6 +73,7 @@ func (b *Buffers) Fit(used, limit int64) {
 		return
 	}
 	b.cut = cut
+	b.tight.Store(cut)
 	for c := range b.conns {
 		b.fit(c)
 	}

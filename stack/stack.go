@@ -127,10 +127,10 @@ func New(queues []Queue, h flow.Handler, o Options) (*Stack, error) {
 			tcp.NewProtocol, gvudp.NewProtocol, icmp.NewProtocol4, icmp.NewProtocol6,
 		},
 	})
-	s.udp = newUDP(udpConfig{UDPOptions: o.UDP, Attachment: o.Attachment, Own: s.own, Proto: flow.UDP, Handler: h, Write: s.link.write})
+	s.udp = newUDP(udpConfig{UDPOptions: o.UDP, Attachment: o.Attachment, Own: s.own, Proto: flow.UDP, Handler: h, Tight: o.TCP.Buffers.tight.Load, Write: s.link.write})
 	echo := o.UDP
 	echo.Idle = orDefault(echo.Idle, echoIdle)
-	s.echo = newUDP(udpConfig{UDPOptions: echo, Attachment: o.Attachment, Own: s.own, Proto: flow.ICMP, Handler: h, Write: s.link.write})
+	s.echo = newUDP(udpConfig{UDPOptions: echo, Attachment: o.Attachment, Own: s.own, Proto: flow.ICMP, Handler: h, Tight: o.TCP.Buffers.tight.Load, Write: s.link.write})
 	s.tcp = newStreams(s, h)
 	if err := s.setUp(); err != nil {
 		s.gv.Destroy()

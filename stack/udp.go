@@ -108,6 +108,9 @@ type udpConfig struct {
 	Attachment string
 	Own        ownAddresses
 	Handler    flow.Handler
+	// Tight says that there is no memory for more sessions than there are. Nil:
+	// there always is.
+	Tight func() bool
 	// Write puts one packet, in pieces, into the tun. Safe for concurrent
 	// use; keeps nothing.
 	Write func(tun.Offload, [][]byte) error
@@ -282,7 +285,7 @@ func (u *udp) session(src netip.AddrPort, now int64) *session {
 	own := u.sources[src.Addr()]
 	if own != nil && own.Len() >= u.cfg.SessionsPerSource {
 		u.evictLocked(own)
-	} else if len(u.sessions) >= u.cfg.Sessions {
+	} else if len(u.sessions) >= u.mostLocked() {
 		u.evictLocked(u.idle)
 	}
 	if own = u.sources[src.Addr()]; own == nil { // the eviction may have taken the list
@@ -300,6 +303,15 @@ func (u *udp) session(src netip.AddrPort, now int64) *session {
 	}
 	u.start(s)
 	return s
+}
+
+// mostLocked is how many sessions there may be: as many as there are, if they are
+// many and memory is short.
+func (u *udp) mostLocked() int {
+	if u.cfg.Tight != nil && u.cfg.Tight() {
+		return min(max(len(u.sessions), u.cfg.Sessions/8), u.cfg.Sessions)
+	}
+	return u.cfg.Sessions
 }
 
 // evictLocked ends the longest idle session of l.

@@ -42,6 +42,28 @@ func TestLongestIdleSessionMakesRoom(t *testing.T) {
 	})
 }
 
+// Where memory is short, the sessions that there are make room for new ones.
+func TestSessionsAreNoMoreWhereMemoryIsShort(t *testing.T) {
+	u, _, _ := startUDP(t, UDPOptions{Sessions: 40})
+	open := func(from, to int) int {
+		for n := from; n < to; n++ {
+			u.deliver(local, udpPacket(sourceN(n), server4, nil))
+		}
+		return u.counters().Sessions
+	}
+	tight := true
+	u.cfg.Tight = func() bool { return tight }
+	if n := open(0, 20); n != 5 {
+		t.Errorf("%d sessions, want the few that there always may be", n)
+	}
+	tight = false
+	open(20, 30)
+	tight = true
+	if n := open(30, 50); n != 15 {
+		t.Errorf("%d sessions, want no more than there were", n)
+	}
+}
+
 func TestSourceCannotTakeAllSessions(t *testing.T) {
 	u, _, sources := startUDP(t, UDPOptions{Sessions: 100, SessionsPerSource: 2})
 	u.deliver(local, udpPacket(sourceN(7), server4, nil))

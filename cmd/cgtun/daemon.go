@@ -249,7 +249,7 @@ func (in *instance) setLimits() error {
 	var start runtime.MemStats
 	runtime.ReadMemStats(&start)
 	in.plain = start.Sys - start.HeapReleased
-	debug.SetMemoryLimit(int64(in.plain) + int64(in.file.Limits.Memory))
+	debug.SetMemoryLimit(int64(in.plain) + router.CollectorLimit(int64(in.file.Limits.Memory)))
 	return nil
 }
 

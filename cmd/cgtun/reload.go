@@ -14,6 +14,7 @@ import (
 	"cgtun/config"
 	"cgtun/control"
 	"cgtun/dns"
+	"cgtun/router"
 )
 
 // reloadTime is how long it may take to change what is steered.
@@ -66,7 +67,7 @@ func (in *instance) reload(ctx context.Context) error {
 	}
 	in.level.Set(file.Log.SlogLevel())
 	in.router.SetMaxMemory(int64(file.Limits.Memory))
-	debug.SetMemoryLimit(int64(in.plain) + int64(file.Limits.Memory))
+	debug.SetMemoryLimit(int64(in.plain) + router.CollectorLimit(int64(file.Limits.Memory)))
 	in.use(w)
 	ctx, cancel := context.WithTimeout(ctx, reloadTime)
 	defer cancel()
