@@ -91,7 +91,7 @@ func TestNamesOfClientsWithSeveralAddresses(t *testing.T) {
 	}
 	l.r.take(f, anybody, mustPack(question("fixed.example", wire.TypeA)), l.way)
 	later := &flow.Flow{Src: netip.MustParseAddrPort("10.1.0.2:4001"), Dst: netip.MustParseAddrPort("192.0.2.1:80"), Attachment: "home"}
-	if name, sure := l.r.Name(later); name != "fixed.example" || !sure {
+	if name, sure, _ := l.r.Name(later); name != "fixed.example" || !sure {
 		t.Errorf("%q, sure: %v", name, sure)
 	}
 }
