@@ -133,7 +133,7 @@ func (l *lockout) leave(pass int, d lockDial, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	switch {
-	case refused && no.asked && l.why == nil && len(l.taken) > 0 && !l.taken[d.to]:
+	case refused && no.asked && len(l.taken) > 0 && !l.taken[d.to]:
 		remember(&l.closed, d.to, time.Now().Add(lockedFor))
 	case refused:
 		l.refuse(no, d)

@@ -178,6 +178,14 @@ func TestRefusedTargetLeavesTheOutbound(t *testing.T) {
 				t.Errorf("with an account that is not taken any more: %v", err)
 			}
 		}
+
+		// Nor does a client keep it out when it is its turn to ask again.
+		time.Sleep(lockedFor)
+		_ = dial("198.51.100.5:443", "hostile", no)
+		time.Sleep(lockedAgain)
+		if err := dial(good, "other", nil); err != nil || l.state() != "" {
+			t.Errorf("an account that is taken again: %v", err)
+		}
 	})
 }
 
