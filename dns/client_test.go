@@ -407,3 +407,50 @@ func TestHostServersAreFollowed(t *testing.T) {
 		}
 	})
 }
+
+// Addresses to which there is no way are left out where there are others, and only
+// there.
+func TestFamilyWithoutAWay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, no6 := range []bool{true, false} {
+			l := newLab(nil)
+			l.no6 = no6
+			l.udp[asked] = func(q *wire.Msg, send func(*wire.Msg)) {
+				record := map[uint16]string{wire.TypeA: "300 A 192.0.2.7", wire.TypeAAAA: "300 AAAA 2001:db8::7"}[q.Question[0].Qtype]
+				switch name := q.Question[0].Name; {
+				case name == "both.example.", name == "six.example." && q.Question[0].Qtype == wire.TypeAAAA:
+					answers(0, record)(q, send)
+				case name == "local.example.":
+					answers(0, map[uint16]string{wire.TypeA: "300 A 192.0.2.7", wire.TypeAAAA: "300 AAAA fe80::7"}[q.Question[0].Qtype])(q, send)
+				default:
+					answers(0, "60 SOA ns. root. 1 1 1 1 30")(q, send)
+				}
+			}
+			left := "NOERROR"
+			if !no6 {
+				left = "NOERROR 300 2001:db8::7"
+			}
+			for range 2 { // from the server, and from the cache
+				for _, tt := range []struct {
+					name string
+					kind uint16
+					want string
+				}{
+					{"both.example", wire.TypeAAAA, left},
+					{"both.example", wire.TypeA, "NOERROR 300 192.0.2.7"},
+					{"six.example", wire.TypeAAAA, "NOERROR 300 2001:db8::7"},
+					{"six.example", wire.TypeA, "NOERROR"},
+					{"local.example", wire.TypeAAAA, "NOERROR 300 fe80::7"},
+				} {
+					if m, _ := l.ask(question(tt.name, tt.kind)); show(m) != tt.want {
+						t.Errorf("%s %s, no way by IPv6: %v: %s, want %s", tt.name, wire.TypeToString[tt.kind], no6, show(m), tt.want)
+					}
+				}
+			}
+			c := l.r.Counters()
+			if sum := c.Cached + c.Stale + c.Answered + c.Failed + c.Refused + c.Dropped + c.Passed; sum != c.Queries || l.r.waiting.free != 4096 {
+				t.Errorf("counters %+v, %d places", c, l.r.waiting.free)
+			}
+		}
+	})
+}

@@ -41,6 +41,7 @@ type put struct {
 	first   dialer.Outbound
 	key     string
 	old     *cached // nil: there is none
+	fresh   *cached // nil: it is to be asked for
 }
 
 // own copies what points into the client's message.
@@ -205,6 +206,11 @@ func (p *put) wait(ctx context.Context, reply func([]byte)) {
 			reply(b)
 		}
 	}
+	if p.fresh != nil {
+		p.r.counts.cached.Add(1)
+		say(p.rendered(ctx, p.fresh.a, uint32(time.Since(p.fresh.came)/time.Second)))
+		return
+	}
 	if p.old != nil {
 		if p.r.flights.failedLately(p.key, time.Now()) {
 			p.sayOld(say)
@@ -224,10 +230,10 @@ func (p *put) wait(ctx context.Context, reply func([]byte)) {
 			p.sayOld(say)
 			<-done
 		}
-		p.finish(a, say)
+		p.finish(ctx, a, say)
 		return
 	}
-	p.finish(p.answer(ctx), say)
+	p.finish(ctx, p.answer(ctx), say)
 }
 
 func (p *put) sayOld(say func([]byte)) {
@@ -238,11 +244,11 @@ func (p *put) sayOld(say func([]byte)) {
 }
 
 // finish gives the client what there is: nil if nobody answered.
-func (p *put) finish(a *answer, say func([]byte)) {
+func (p *put) finish(ctx context.Context, a *answer, say func([]byte)) {
 	switch {
 	case a != nil && a.final():
 		p.r.counts.answered.Add(1)
-		say(p.r.give(p.f, p.by, &p.q, a, 0, false))
+		say(p.rendered(ctx, a, 0))
 	case p.old != nil:
 		p.sayOld(say)
 	case a != nil:

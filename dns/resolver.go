@@ -47,18 +47,19 @@ type Way = func(netip.AddrPort, flow.Proto) (dialer.Outbound, error)
 // Resolver answers queries. Safe for concurrent use. Nothing is to be closed but
 // by Run.
 type Resolver struct {
-	opts    Options
-	log     *slog.Logger
-	now     atomic.Pointer[settings]
-	cache   *cache
-	names   *names
-	flights flights
-	health  health
-	host    *host
-	web     web
-	asking  *shares // a place for each upstream question
-	waiting *shares // and for each query that waits for them
-	counts  counts
+	opts     Options
+	log      *slog.Logger
+	now      atomic.Pointer[settings]
+	cache    *cache
+	names    *names
+	flights  flights
+	health   health
+	families families
+	host     *host
+	web      web
+	asking   *shares // a place for each upstream question
+	waiting  *shares // and for each query that waits for them
+	counts   counts
 }
 
 type counts struct {
@@ -261,11 +262,15 @@ func (r *Resolver) take(f *flow.Flow, by netip.Addr, msg []byte, way Way) (answe
 	}
 	now := time.Now()
 	if entry := r.cache.get(put.key, now); entry != nil {
-		if entry.fresh(now) {
+		switch {
+		case !entry.fresh(now):
+			put.old = entry
+		case r.useless(s, entry.a, now):
+			put.fresh = entry
+		default:
 			r.counts.cached.Add(1)
 			return r.give(f, by, &q, entry.a, uint32(now.Sub(entry.came)/time.Second), false), nil, true
 		}
-		put.old = entry
 	}
 	if !r.waiting.take(clientOf(f)) {
 		r.counts.dropped.Add(1)

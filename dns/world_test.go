@@ -36,6 +36,7 @@ type serve func(q *wire.Msg, send func(*wire.Msg))
 type world struct {
 	name   string
 	noUDP  bool
+	no6    bool
 	mu     sync.Mutex
 	udp    map[netip.AddrPort]serve
 	tcp    map[netip.AddrPort]serve
@@ -44,6 +45,8 @@ type world struct {
 }
 
 func (w *world) Name() string { return w.name }
+
+func (w *world) Carries(a netip.Addr) bool { return !w.no6 || a.Is4() }
 
 func (w *world) questions() []string {
 	w.mu.Lock()

@@ -30,7 +30,8 @@ func lookUp(q probe) error {
 }
 
 // staticLookUp is a program in C, without glibc: its resolver asks all servers
-// at once from one socket.
+// at once from one socket. With another argument it connects to the first address
+// that it gets, and tries no other one.
 const staticLookUp = `
 #include <arpa/inet.h>
 #include <netdb.h>
@@ -39,6 +40,7 @@ int main(int argc, char **argv) {
 	struct addrinfo *a, hints = { .ai_socktype = SOCK_STREAM };
 	char text[100];
 	if (getaddrinfo(argv[1], "80", &hints, &a)) return 1;
+	if (argc > 2) return connect(socket(a->ai_family, SOCK_STREAM, 0), a->ai_addr, a->ai_addrlen) ? 2 : 0;
 	for (; a; a = a->ai_next)
 		if (!getnameinfo(a->ai_addr, a->ai_addrlen, text, sizeof text, 0, 0, NI_NUMERICHOST)) puts(text);
 	return 0;
@@ -71,6 +73,7 @@ server:
 	local-zone: example. static
 	local-data: "both.example. 2 A 203.0.113.10"
 	local-data: "both.example. 2 AAAA 2001:db8::10"
+	local-data: "six.example. 2 AAAA 2001:db8::10"
 	local-data: "hidden.example. 2 A 203.0.113.10"
 	local-data: "udp.example. 2 A 192.0.2.1"
 	local-data: "tcp.example. 2 A 192.0.2.2"
@@ -156,6 +159,14 @@ func TestRealResolvers(t *testing.T) {
 				t.Errorf("%s, where %s has a way out: %v %s", program, family, err, out)
 			}
 		}
+	}
+	for _, tt := range []struct{ name, want string }{{"both.example", ""}, {"six.example", "2001:db8::10"}} {
+		if out, err := w.try(inside, "dig", "+short", "+tries=1", "+time=6", tt.name, "AAAA", "@203.0.113.99"); strings.TrimSpace(out) != tt.want {
+			t.Errorf("AAAA of %s, where IPv6 has no way out: %q, %v, want %q", tt.name, out, err, tt.want)
+		}
+	}
+	if _, err := with(static + " both.example connect"); err != nil {
+		t.Errorf("a program that tries the first address alone: %v", err)
 	}
 	w.noLeak("resolvers")
 }
