@@ -64,8 +64,8 @@ func TestCachedQueriesASecond(t *testing.T) {
 	}
 }
 
-// A flood of names that nobody has asked for before fills neither the memory nor
-// the table of sockets, whether they are answered or not, and the next query is
+// A flood of names that nobody has asked for before fills neither more memory than
+// flows may take nor the table of sockets, whether they are answered or not, and the next query is
 // answered.
 func TestFloodOfNames(t *testing.T) {
 	t.Parallel()
@@ -92,7 +92,7 @@ func TestFloodOfNames(t *testing.T) {
 		out := w.run(inside, "dnsperf", "-s", server, "-d", file, "-l", seconds, "-c", "8", "-q", "20000", "-t", "1")
 		peak := memoryOf(t, d.Pid, "VmHWM")
 		t.Logf("@%s: %d KiB more than at the start; %s", server, (peak-start)>>10, regexp.MustCompile(`Queries per second:.*`).FindString(out))
-		if peak-start > 128<<20 && !raceEnabled {
+		if peak-start > 256<<20 && !raceEnabled { // [limits] memory
 			t.Errorf("@%s: %d MiB more than at the start", server, (peak-start)>>20)
 		}
 		labtest.Eventually(t, 20*time.Second, func() bool {
