@@ -65,7 +65,8 @@ type Route struct {
 	// Plan is what is steered. Device, Cgroups, All and the prefixes of the
 	// namespace are filled in.
 	Plan steer.Plan
-	// OnLink, see Change.
+	// OnLink: what is asked of resolvers on home's own networks goes to Plan.Resolver,
+	// too, where there is one.
 	OnLink bool
 }
 
@@ -123,12 +124,12 @@ type Options struct {
 
 // Manager attaches. Safe for concurrent use.
 type Manager struct {
-	opts    Options
-	again   chan struct{} // holds one token: the picture is new
-	picked  atomic.Pointer[cgroupsel.Snapshot]
-	changes atomic.Pointer[[]Change] // what is in force of each route
-	from    netns.Ref                // where the devices of other namespaces are made
-	deaf    error                    // why events tell of home alone; set before there are other sites
+	opts   Options
+	again  chan struct{} // holds one token: the picture is new
+	picked atomic.Pointer[cgroupsel.Snapshot]
+	plans  atomic.Pointer[[]steer.Plan] // of each route: what is wanted now
+	from   netns.Ref                    // where the devices of other namespaces are made
+	deaf   error                        // why events tell of home alone; set before there are other sites
 
 	mu      sync.Mutex
 	own     []netip.Prefix                 // home's addresses
@@ -151,52 +152,87 @@ func New(o Options) *Manager {
 	}
 	m := &Manager{opts: o, again: make(chan struct{}, 1), sites: map[uint64]*site{}, numbers: map[int]*site{}, left: map[uint64]*cgroupsel.Snapshot{}}
 	m.picked.Store(&cgroupsel.Snapshot{})
-	changes := make([]Change, len(o.Routes))
+	plans := make([]steer.Plan, len(o.Routes))
 	for i, r := range o.Routes {
-		changes[i] = Change{Bypass: r.Plan.Bypass, Resolver: r.Plan.Resolver, OnLink: r.OnLink}
+		plans[i] = r.Plan
 	}
-	m.changes.Store(&changes)
+	m.plans.Store(&plans)
 	return m
 }
 
-// Change is what of a route's plan can change while it is in force.
-type Change struct {
-	Bypass   []netip.Prefix
-	Resolver uint16
-	OnLink   bool // what is asked of resolvers on home's own networks goes to Resolver, too
-}
-
-// Change puts other values in force, one for each route, and waits until they
-// are in every namespace that is attached. The error is that of ctx.
-func (m *Manager) Change(ctx context.Context, changes []Change) error {
-	m.changes.Store(&changes)
+// Change puts other plans in force, one for each route, and with them the newest
+// picture; it waits until that is so in every namespace that is attached. Via and
+// Closed must be as before. The error is that of ctx, or why home is not steered
+// as it should be: what was before goes on there, and the caller changes back.
+func (m *Manager) Change(ctx context.Context, plans []steer.Plan) error {
+	m.plans.Store(&plans)
 	m.lookAgain()
 	const look = 5 * time.Millisecond
 	tick := time.NewTicker(look)
 	defer tick.Stop()
-	for !m.inForce(&changes) {
+	for {
+		if done, err := m.inForce(&plans); done || err != nil {
+			return err
+		}
 		select {
 		case <-ctx.Done():
-			return ctx.Err()
+			return fmt.Errorf("steer otherwise in all namespaces: %w", ctx.Err())
 		case <-tick.C:
 		}
 	}
-	return nil
 }
 
-// inForce says whether all attachments have the changes, but for those that fail.
-func (m *Manager) inForce(changes *[]Change) bool {
+// inForce says whether all attachments have the plans, but for those that fail
+// elsewhere than at home.
+func (m *Manager) inForce(plans *[]steer.Plan) (done bool, err error) {
 	m.mu.Lock()
 	sites := slices.Collect(maps.Values(m.sites))
 	if m.home != nil {
 		sites = append(sites, m.home)
 	}
 	m.mu.Unlock()
-	return !slices.ContainsFunc(sites, func(s *site) bool {
+	done = true
+	for _, s := range sites {
 		s.mu.Lock()
-		defer s.mu.Unlock()
-		return slices.ContainsFunc(s.attached, func(a *Attachment) bool { return a.err == nil && a.changes != changes })
-	})
+		for _, a := range s.attached {
+			switch {
+			case a.plans == plans && a.err != nil && s.home() && !a.lost:
+				err = a.err
+			case a.plans != plans && !a.lost:
+				done = false
+			}
+		}
+		s.mu.Unlock()
+	}
+	return done, err
+}
+
+// CanChange says, as a *steer.TakenError, whether something that other plans need
+// at home is in use by others. It changes nothing.
+func (m *Manager) CanChange(plans []steer.Plan) error {
+	m.mu.Lock()
+	home := m.home
+	m.mu.Unlock()
+	if home == nil {
+		return errors.New("cgtun is not attached")
+	}
+	home.mu.Lock()
+	defer home.mu.Unlock()
+	for _, a := range home.attached {
+		plan := plans[a.selection]
+		plan.Device = a.deviceName()
+		if err := a.steering.CanBe(plan); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// device is what a route's devices are made as.
+func (m *Manager) device(route int) tun.Options {
+	o := m.opts.Routes[route].Tun
+	o.Table = uint32((*m.plans.Load())[route].Table)
+	return o
 }
 
 // Reconcile takes the newest picture of what is selected. It returns at once;

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"strconv"
 	"sync/atomic"
 	"time"
 
@@ -30,10 +31,10 @@ type Attachment struct {
 	asker     *asker // nil in another namespace than home, which it would keep alive
 
 	// Under the lock of the site.
-	plan    steer.Plan // in force
-	changes *[]Change  // that it is of, or older ones that say the same
-	err     error      // why what is wanted is not; nil: it is
-	lost    bool       // its device is not there, and is closed; written by the site's goroutine alone
+	plan  steer.Plan    // in force
+	plans *[]steer.Plan // those that err is the answer to
+	err   error         // why what is wanted is not; nil: it is
+	lost  bool          // its device is not there, and is closed; written by the site's goroutine alone
 }
 
 // Local says whether an address is one of the namespace's own, or routed to one
@@ -73,7 +74,7 @@ func (s *site) attach(r *Route, selection int) (_ *Attachment, err error) {
 		}
 	}()
 	if !r.Kernel {
-		o := r.Tun
+		o := s.m.device(selection)
 		if !s.home() {
 			o.From, o.Yield = s.m.from, true
 			a.missing = func() { signal(s.again) }
@@ -85,7 +86,8 @@ func (s *site) attach(r *Route, selection int) (_ *Attachment, err error) {
 		}
 		a.NS = a.Device.Netns()
 	}
-	if a.steering, err = steer.Open(a.NS, r.Instance); err != nil {
+	table := (*s.m.plans.Load())[selection].Table
+	if a.steering, err = steer.Open(a.NS, strconv.Itoa(table)); err != nil {
 		return nil, err
 	}
 	if s.home() {

@@ -53,10 +53,11 @@ func (s *site) fenceAll(around *surroundings) error {
 func (s *site) fenceOne(selection int, around *surroundings) error {
 	r := &s.m.opts.Routes[selection]
 	f, there := s.fences[r]
+	base := (*s.m.plans.Load())[selection]
 	plan := steer.Plan{
-		Mark: r.Plan.Mark, Mask: r.Plan.Mask, Table: r.Plan.Table, Priority: r.Plan.Priority,
+		Mark: base.Mark, Mask: base.Mask, Earlier: base.Earlier, Table: base.Table, Priority: base.Priority,
 		Closed: true, Offline: true,
-		Bypass: slices.Concat((*s.m.changes.Load())[selection].Bypass, around.connected, s.m.homeAddresses()),
+		Bypass: slices.Concat(base.Bypass, around.connected, s.m.homeAddresses()),
 	}
 	if there && reflect.DeepEqual(plan, f.plan) {
 		what, err := f.steering.Repair()

@@ -253,13 +253,14 @@ func (s *site) apply() error {
 		if a.lost {
 			continue
 		}
-		err := s.applyOne(a)
+		plans := s.m.plans.Load()
+		err := s.applyOne(a, *plans)
 		if errors.Is(err, errNoDevice) {
 			s.lose(a, errDeleted(a))
 			continue
 		}
 		s.mu.Lock()
-		a.err = err
+		a.err, a.plans = err, plans
 		s.mu.Unlock()
 		errs = append(errs, err)
 		if i == 0 && errors.Is(err, netns.ErrGone) {
@@ -272,12 +273,13 @@ func (s *site) apply() error {
 // errNoDevice says that the device at home is not there under its name.
 var errNoDevice = errors.New("the device is not there")
 
-func (s *site) applyOne(a *Attachment) error {
-	around, err := a.look(s)
+func (s *site) applyOne(a *Attachment, plans []steer.Plan) error {
+	base := plans[a.selection]
+	around, err := a.look(s, &base)
 	if err == nil && a.Device != nil && around.device != 0 && !around.whole(a.Device) {
 		if err = a.Device.Restore(); err == nil {
 			s.repaired("device", nil)
-			around, err = a.look(s)
+			around, err = a.look(s, &base)
 		}
 	}
 	if err != nil {
@@ -293,29 +295,46 @@ func (s *site) applyOne(a *Attachment) error {
 	} else if !s.named() && !around.default4 && !around.default6 {
 		return errOffline
 	}
-	changes := s.m.changes.Load()
-	plan := s.wanted(a, around)
+	plan := s.wanted(a, base, around)
 	s.mu.Lock()
 	same := reflect.DeepEqual(plan, a.plan)
-	if same {
-		a.changes = changes
-	}
 	s.mu.Unlock()
 	if same {
 		return nil
 	}
-	if err := a.steering.Apply(plan); err != nil {
+	if err := s.steer(a, plan); err != nil {
 		return err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	a.plan, a.changes = plan, changes
+	a.plan = plan
 	return nil
 }
 
-func (a *Attachment) look(s *site) (around *surroundings, err error) {
+// steer puts a plan in force, for another table by another Steering.
+func (s *site) steer(a *Attachment, plan steer.Plan) error {
+	if plan.Table == a.steering.Number() {
+		return a.steering.Apply(plan)
+	}
+	next, err := a.steering.Renumber(plan)
+	if next == nil {
+		return err
+	}
+	s.mu.Lock()
+	a.steering = next
+	s.mu.Unlock()
+	if a.Device != nil {
+		err = errors.Join(err, a.Device.SetTable(uint32(plan.Table)))
+	}
+	if err != nil && !errors.Is(err, netns.ErrGone) {
+		s.m.opts.Logger.Warn("something of another table is left", "attachment", s.id, "err", err)
+	}
+	return nil
+}
+
+func (a *Attachment) look(s *site, plan *steer.Plan) (around *surroundings, err error) {
 	err = a.NS.Do(func() (err error) {
-		around, err = look(a.deviceName(), a.interfaces(s))
+		around, err = look(a.deviceName(), s.interfaces(plan))
 		return err
 	})
 	if err == nil {
@@ -325,11 +344,11 @@ func (a *Attachment) look(s *site) (around *surroundings, err error) {
 }
 
 // interfaces are those through which packets are selected: at home alone.
-func (a *Attachment) interfaces(s *site) []string {
+func (s *site) interfaces(plan *steer.Plan) []string {
 	if !s.home() {
 		return nil
 	}
-	return a.route.Plan.Interfaces
+	return plan.Interfaces
 }
 
 func (a *Attachment) deviceName() string {
@@ -340,16 +359,14 @@ func (a *Attachment) deviceName() string {
 }
 
 // wanted is the plan for what is around and what is selected now.
-func (s *site) wanted(a *Attachment, around *surroundings) steer.Plan {
-	plan := a.route.Plan
-	changed := (*s.m.changes.Load())[a.selection]
-	plan.Bypass, plan.Resolver = changed.Bypass, changed.Resolver
-	plan.Device, plan.Interfaces = a.deviceName(), a.interfaces(s)
-	plan.Bypass = slices.Concat(plan.Bypass, around.connected)
+func (s *site) wanted(a *Attachment, plan steer.Plan, around *surroundings) steer.Plan {
+	plan.Device, plan.Interfaces = a.deviceName(), s.interfaces(&plan)
+	written := plan.Bypass
+	plan.Bypass = slices.Concat(written, around.connected)
 	if !s.home() {
 		plan.Bypass = append(plan.Bypass, s.m.homeAddresses()...)
-	} else if changed.OnLink {
-		plan.OnLink = around.onLink(changed.Bypass)
+	} else if a.route.OnLink && plan.Resolver != 0 {
+		plan.OnLink = around.onLink(written)
 	}
 	if !s.home() && !s.named() {
 		plan.No4, plan.No6 = !around.default4, !around.default6

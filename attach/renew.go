@@ -84,7 +84,7 @@ func (s *site) renew(serve func(*Attachment)) error {
 		if !a.lost {
 			continue
 		}
-		b, err := a.renewed()
+		b, err := a.renewed(s.m.device(a.selection))
 		if err != nil {
 			errs = append(errs, err)
 			continue
@@ -104,8 +104,8 @@ func (s *site) renew(serve func(*Attachment)) error {
 
 // renewed is the attachment with a new device in place of one that is not there
 // any more. Its plan is not in force.
-func (a *Attachment) renewed() (*Attachment, error) {
-	device, err := tun.Open(a.NS, a.route.Tun)
+func (a *Attachment) renewed(o tun.Options) (*Attachment, error) {
+	device, err := tun.Open(a.NS, o)
 	if err != nil {
 		return nil, err
 	}

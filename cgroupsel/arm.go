@@ -50,6 +50,7 @@ func (s *Selector) trace() error {
 	if err := s.maps.free(s.opts.Instance, claim{reals, there}); err != nil {
 		return err
 	}
+	s.layout = l
 	s.traces, err = attachTracepoints(s.maps, l)
 	return err
 }
@@ -64,7 +65,7 @@ func (s *Selector) putPath(e entry) error {
 		return fmt.Errorf("select %s: its path from the real root, %s, is longer than %d bytes", e.path, real, maxPathLen)
 	}
 	key := newTrieKey(real)
-	v := pathValue{Value: s.opts.value(e.selection), Bits: key.Bits}
+	v := pathValue{Value: s.value(e.selection), Bits: key.Bits}
 	v.Value.Flags |= flagPlain
 	copy(v.Instance[:], s.opts.Instance)
 	if err := s.maps.paths.Put(key, v); err != nil {
@@ -88,12 +89,12 @@ func (s *Selector) there() (map[uint64]string, error) {
 
 // fillMarks prepares what globs and units select.
 func (s *Selector) fillMarks(prefix string) error {
-	wishes := s.opts.wishes()
+	wishes := s.now().wishes()
 	if len(wishes) == 0 {
 		return nil
 	}
-	for i := range s.opts.Selections {
-		if err := s.maps.marks.Put(uint32(i), s.opts.value(i)); err != nil {
+	for i := range s.now().Selections {
+		if err := s.maps.marks.Put(uint32(i), s.value(i)); err != nil {
 			return fmt.Errorf("select cgroups of route %d: %w", i+1, err)
 		}
 	}
@@ -119,7 +120,7 @@ func (s *Selector) fillOne(at spot, dir *os.File) error {
 	if err != nil {
 		return err
 	}
-	v := s.opts.value(at.selection)
+	v := s.value(at.selection)
 	if at.plain {
 		v.Flags |= flagPlain
 	}
@@ -223,8 +224,8 @@ func (s *Selector) useEach() {
 	}
 	if err == nil {
 		s.each = &each{on: make(map[string]armed)}
-		for i := range s.opts.Selections {
-			s.each.programs = append(s.each.programs, socketPrograms(s.maps, always(s.opts.value(i), s.exempt())))
+		for i := range s.now().Selections {
+			s.each.programs = append(s.each.programs, socketPrograms(s.maps, always(s.value(i), s.exempt())))
 		}
 		if err = s.armAll(); err != nil {
 			err = errors.Join(err, s.each.close())

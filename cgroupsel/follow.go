@@ -68,8 +68,9 @@ type Followed struct {
 // chosen is what is selected now. It is immutable.
 type chosen struct {
 	*picker
-	base    *picker // without what is followed
-	entries []entry // the followed paths that are nobody else's
+	opts    *Options // with the newest Selections
+	base    *picker  // without what is followed
+	entries []entry  // the followed paths that are nobody else's
 }
 
 // picker is the newest one.
@@ -110,7 +111,7 @@ func (s *Selector) Follow(wanted []Followed) error {
 	if slices.Equal(entries, old.entries) && owners == old.followed {
 		return errors.Join(errs...)
 	}
-	s.picked.Store(&chosen{picker: old.base.with(entries, owners), base: old.base, entries: entries})
+	s.picked.Store(&chosen{picker: old.base.with(entries, owners), opts: old.opts, base: old.base, entries: entries})
 	if s.traces != nil {
 		errs = append(errs, s.turn(old.entries, entries, owners), s.fill(), s.unselect())
 	}
@@ -148,10 +149,10 @@ func (s *Selector) turn(old, entries []entry, owners [wayCount]int) error {
 	for way, selection := range owners {
 		var v value
 		if selection != none {
-			v = s.opts.value(selection)
+			v = s.value(selection)
 		}
 		if s.maps.globs != nil {
-			errs = append(errs, s.maps.marks.Put(uint32(len(s.opts.Selections)+way), v))
+			errs = append(errs, s.maps.marks.Put(uint32(len(s.now().Selections)+way), v))
 		}
 	}
 	for _, e := range entries {

@@ -26,7 +26,7 @@ func (s *Selector) Join(cgroup string, pidfd *os.File) (Cgroup, error) {
 		return Cgroup{}, fmt.Errorf("join %s: %w", cgroup, ErrNotSelected)
 	}
 	err := s.moveTo(cgroup, pidfd)
-	if errors.Is(err, fs.ErrNotExist) && s.opts.Selections[selection].Create {
+	if errors.Is(err, fs.ErrNotExist) && s.now().Selections[selection].Create {
 		if err := s.create(cgroup); err != nil {
 			return Cgroup{}, err
 		}

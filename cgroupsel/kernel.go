@@ -104,22 +104,30 @@ func (h hooks) Close() error {
 // attachTracepoints makes the kernel keep sel by itself from here on.
 func attachTracepoints(m *maps, l *layout) (hooks, error) {
 	var h hooks
-	for _, tp := range []struct {
+	for _, one := range []struct {
 		name string
 		spec *ebpf.ProgramSpec
 	}{
 		{"cgroup_release", releaseProgram(m, l)},
 		{"cgroup_mkdir", mkdirProgram(m, l)},
 	} {
-		lk, err := attach(tp.spec, func(p *ebpf.Program) (io.Closer, error) {
-			return link.AttachRawTracepoint(link.RawTracepointOptions{Name: tp.name, Program: p})
-		})
+		lk, err := attachTracepoint(one.name, one.spec)
 		if err != nil {
-			return nil, errors.Join(fmt.Errorf("tracepoint %s: %w", tp.name, err), h.Close())
+			return nil, errors.Join(err, h.Close())
 		}
 		h = append(h, lk)
 	}
 	return h, nil
+}
+
+func attachTracepoint(name string, spec *ebpf.ProgramSpec) (io.Closer, error) {
+	lk, err := attach(spec, func(p *ebpf.Program) (io.Closer, error) {
+		return link.AttachRawTracepoint(link.RawTracepointOptions{Name: name, Program: p})
+	})
+	if err != nil {
+		return nil, fmt.Errorf("tracepoint %s: %w", name, err)
+	}
+	return lk, nil
 }
 
 // socketPrograms are what marks the sockets of those whom choose lets through.

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/cilium/ebpf"
 )
@@ -141,11 +142,46 @@ func (m *spaceMaps) forget(cookie uint64, marks []uint32) error {
 
 // marks are those of the selections, in their order.
 func (s *Selector) marks() []uint32 {
-	marks := make([]uint32, len(s.opts.Selections))
+	o := s.now()
+	marks := make([]uint32, len(o.Selections))
 	for i := range marks {
-		marks[i] = s.opts.value(i).Mark
+		marks[i] = o.value(i).Mark
 	}
 	return marks
+}
+
+// guardToo has packets with the marks of to guarded as those with from, each in
+// its place, wherever these are.
+func (m *spaceMaps) guardToo(from, to []uint32) error {
+	also := make(map[guardKey]uint32)
+	var key guardKey
+	var device uint32
+	for it := m.guard.Iterate(); it.Next(&key, &device); {
+		if i := slices.Index(from, key.Mark); i >= 0 && to[i] != from[i] {
+			also[guardKey{Cookie: key.Cookie, Mark: to[i]}] = device
+		}
+	}
+	for key, device := range also {
+		if err := m.guard.Put(key, device); err != nil {
+			return fmt.Errorf("guard another mark: %w", err)
+		}
+	}
+	return nil
+}
+
+// unguard takes out the marks of from that are none of to.
+func (m *spaceMaps) unguard(from, to []uint32) {
+	var old []guardKey
+	var key guardKey
+	var device uint32
+	for it := m.guard.Iterate(); it.Next(&key, &device); {
+		if slices.Contains(from, key.Mark) && !slices.Contains(to, key.Mark) {
+			old = append(old, key)
+		}
+	}
+	for _, key := range old {
+		_ = m.guard.Delete(key) // it guards what nobody sends any more
+	}
 }
 
 // addTo fills in what the kernel and the reader counted.

@@ -135,7 +135,7 @@ func (s *Selector) fillNamed(all []Namespace) error {
 	there := make(map[uint64]bool)
 	for _, one := range all {
 		there[one.Ref.Cookie()] = true
-		if err := s.maps.named.Put(one.Ref.Cookie(), s.opts.value(one.Selection)); err != nil {
+		if err := s.maps.named.Put(one.Ref.Cookie(), s.value(one.Selection)); err != nil {
 			errs = append(errs, fmt.Errorf("select network namespace %s: %w", one.Ref, err))
 		}
 	}

@@ -23,6 +23,11 @@ func (o Options) value(selection int) value {
 	return value{Mark: one.Mark & one.Mask, Mask: one.Mask, Selection: uint32(selection)}
 }
 
+// now are the options with the newest Selections (Reselect).
+func (s *Selector) now() *Options { return s.picked.Load().opts }
+
+func (s *Selector) value(selection int) value { return s.now().value(selection) }
+
 // byExit lists the selections without Closed, and those with it.
 func (o Options) byExit() (open, closed []int32) {
 	for i, one := range o.Selections {

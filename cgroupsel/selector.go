@@ -131,8 +131,10 @@ type Selector struct {
 	picked  atomic.Pointer[chosen]
 	prefix  string        // of our root from the real one
 	again   chan struct{} // holds one token: look again
+	asks    chan ask      // for Run to do
 	maps    *maps         // nil: no BPF at all
-	traces  hooks         // the tracepoints
+	traces  hooks         // the tracepoints: of ended cgroups, of new ones
+	layout  *layout       // of the kernel's structs; nil without traces
 	root    rooted        // the socket programs
 	options rooted        // the programs for socket options
 	frames  *frames       // nil: no frames are kept from devices
@@ -173,8 +175,8 @@ func New(o Options) (*Selector, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Selector{opts: o, log: o.Logger, tree: t, ids: newIDCache(t), every: lookAgain, names: newNames(o), plain: o.plain(), again: make(chan struct{}, 1), rivals: make(map[[2]int]bool)}
-	s.picked.Store(&chosen{picker: pick, base: pick})
+	s := &Selector{opts: o, log: o.Logger, tree: t, ids: newIDCache(t), every: lookAgain, names: newNames(o), plain: o.plain(), again: make(chan struct{}, 1), asks: make(chan ask), rivals: make(map[[2]int]bool)}
+	s.picked.Store(&chosen{picker: pick, opts: &o, base: pick})
 	s.types = sync.OnceValues(btf.LoadKernelSpec)
 	if err := s.begin(); err != nil {
 		return nil, errors.Join(err, s.Close())
@@ -196,7 +198,7 @@ func (s *Selector) begin() error {
 		return refused
 	}
 	for _, e := range s.plain {
-		if !s.opts.Selections[e.selection].Create {
+		if !s.now().Selections[e.selection].Create {
 			continue
 		}
 		if err := s.create(e.path); err != nil {
@@ -354,6 +356,12 @@ func (s *Selector) Run(ctx context.Context, changed func(Snapshot)) error {
 			afresh = true
 		case <-w.events:
 		case <-s.again:
+		case a := <-s.asks:
+			err := s.reselect(a.selections)
+			s.look(w, true)
+			changed(s.Snapshot())
+			a.done <- err
+			continue
 		case <-w.mounts.events:
 			if afresh = s.names.moved(); !afresh {
 				continue

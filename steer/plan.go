@@ -19,12 +19,18 @@ type Cgroup struct {
 	Level int    // depth below the root of this process's cgroup namespace: "/a/b" has 2
 }
 
+// Mark is an fwmark under a mask.
+type Mark struct{ Value, Mask uint32 }
+
 // Plan says what is to be steered in one namespace. It is not kept after
 // Apply returns.
 type Plan struct {
 	Mark, Mask uint32 // packets with mark & Mask == Mark take Table
-	Table      int    // the number of the instance, too
-	Priority   int    // of the ip rules
+	// Earlier are marks that were Mark before: sockets that have one are as old, and
+	// what carries it is given Mark.
+	Earlier  []Mark
+	Table    int // the number of the instance, too
+	Priority int // of the ip rules
 	// Via is where the table's default route leads; the zero value is ViaTun.
 	// The other ways are of the kernel, and in home only.
 	Via    Via

@@ -29,17 +29,28 @@ func wantRules(p *Plan, family int) []*netlink.Rule {
 	r := netlink.NewRule()
 	r.Family, r.Priority, r.Table, r.Protocol = family, p.Priority, p.Table, Protocol
 	r.Mark, r.Mask = p.Mark, &p.Mask
-	if p.Offline {
-		plain := *r
-		plain.Table, plain.SuppressPrefixlen = unix.RT_TABLE_MAIN, 0
-		return []*netlink.Rule{&plain, r}
+	var rules []*netlink.Rule
+	for _, mark := range append(slices.Clip(p.Earlier), Mark{p.Mark, p.Mask}) {
+		one, own := *r, mark == Mark{p.Mark, p.Mask}
+		one.Mark, one.Mask = mark.Value, &mark.Mask
+		first := one
+		first.Table = unix.RT_TABLE_MAIN
+		switch {
+		case p.Offline:
+			first.SuppressPrefixlen = 0
+			rules = append(rules, &first)
+		case own && len(p.Interfaces) > 0 && p.byTun():
+			first.IifName = p.Device
+			rules = append(rules, &first)
+		}
+		rules = append(rules, &one)
 	}
-	if len(p.Interfaces) == 0 || !p.byTun() {
-		return []*netlink.Rule{r}
-	}
-	back := *r
-	back.Table, back.IifName = unix.RT_TABLE_MAIN, p.Device
-	return []*netlink.Rule{&back, r}
+	return rules
+}
+
+// inOrder says whether the order of rules matters: that of marks alone does not.
+func inOrder(rules []*netlink.Rule) bool {
+	return slices.ContainsFunc(rules, func(r *netlink.Rule) bool { return r.Table == unix.RT_TABLE_MAIN })
 }
 
 func sameRule(a, b *netlink.Rule) bool {
@@ -77,19 +88,30 @@ func maskOf(r *netlink.Rule) uint32 {
 // sets their mark any more.
 func setRules(h *netlink.Handle, p *Plan, w *way) (changed bool, stale []netlink.Rule, err error) {
 	for _, family := range families {
-		rules, err := listRules(h, family)
+		all, err := listRules(h, family)
 		if err != nil {
 			return changed, nil, err
 		}
+		rules := slices.Clone(all)
 		var want []*netlink.Rule
 		if steers(p, w, family == unix.AF_INET6) {
 			want = wantRules(p, family)
+		}
+		if !inOrder(want) {
+			// Not one is taken away before all are there.
+			want = slices.DeleteFunc(want, func(o *netlink.Rule) bool {
+				i := slices.IndexFunc(rules, func(r netlink.Rule) bool { return r.Protocol == Protocol && sameRule(&r, o) })
+				if i >= 0 {
+					rules = slices.Delete(rules, i, i+1)
+				}
+				return i >= 0
+			})
 		}
 		var others []netlink.Rule
 		found := 0 // of want, in their order
 		for _, r := range rules {
 			switch {
-			case r.Protocol != Protocol || numberOf(&r, rules) != p.Table:
+			case r.Protocol != Protocol || numberOf(&r, all) != p.Table:
 			case found < len(want) && sameRule(&r, want[found]):
 				found++
 			default:
@@ -120,7 +142,8 @@ func addRules(h *netlink.Handle, rules []*netlink.Rule, there []netlink.Rule) er
 		}
 	}
 	for _, r := range rules {
-		if err := h.RuleAdd(r); err != nil {
+		// One that is there is of the table before (Renumber).
+		if err := h.RuleAdd(r); err != nil && !(r.Table == unix.RT_TABLE_MAIN && errors.Is(err, unix.EEXIST)) {
 			return fmt.Errorf("add ip rule %s: %w", ruleText(r), err)
 		}
 	}

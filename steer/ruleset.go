@@ -135,6 +135,7 @@ func (r *ruleset) enter(p *Plan, w *way, bypass []*nftables.Set) {
 func (r *ruleset) through(p *Plan, bypass []*nftables.Set) *nftables.Chain {
 	captured := ctMarkIs(p.ctMask(), p.ctMark())
 	c := r.chain("through")
+	r.renew(c, p)
 	r.add(c, reply(), captured, setMark(p.Mask, p.Mark), leave())
 	r.add(c, reply(), leave())
 	r.add(c, daddrType(equal, unix.RTN_LOCAL), leave())
@@ -193,6 +194,10 @@ func (r *ruleset) out(p *Plan, at place, bypass []*nftables.Set) {
 	for i, set := range sets {
 		r.add(out, cgroupIn(levels[i], set), leave())
 	}
+	for _, e := range p.Earlier {
+		r.add(out, markIs(e.Mask, e.Value), setMark(e.Mask, 0), setMark(p.Mask, p.Mark))
+	}
+	r.renew(out, p)
 	r.add(out, reply(), ctMarkIs(cameIn, cameIn), goTo(unmark.Name))
 	for _, set := range bypass {
 		r.add(out, daddrIn(set), goTo(unmark.Name))
@@ -225,6 +230,14 @@ func (r *ruleset) out(p *Plan, at place, bypass []*nftables.Set) {
 	if p.All {
 		// Errors that the kernel reports as a router are nobody's.
 		r.add(out, notTCP(), hasSocket(), setMark(p.Mask, p.Mark))
+	}
+}
+
+// renew gives connections of earlier marks the one of now.
+func (r *ruleset) renew(c *nftables.Chain, p *Plan) {
+	for _, e := range p.Earlier {
+		mask := e.Mask &^ cameIn
+		r.add(c, ctMarkIs(mask, e.Value&mask), setCtMark(mask, 0), setCtMark(p.ctMask(), p.ctMark()))
 	}
 }
 

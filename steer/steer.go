@@ -22,6 +22,7 @@ import (
 type Steering struct {
 	ns     netns.Ref
 	number int
+	before int                              // of the Steering in whose place this one comes; 0: of none
 	owner  bool                             // ask for an owned table
 	clear  func(*netlink.Handle, int) error // clearRoutes, but for tests
 
@@ -101,7 +102,58 @@ func (s *Steering) free(p *Plan, device bool) (mine bool, err error) {
 			return false, s.tableTaken()
 		}
 	}
-	return mine, withRoutes(s.ns, func(h *netlink.Handle) error { return taken(h, p, device, mine) })
+	ours := []int{s.before}
+	if mine {
+		ours = append(ours, s.number)
+	}
+	return mine, withRoutes(s.ns, func(h *netlink.Handle) error { return taken(h, p, device, ours...) })
+}
+
+// Number is that of its table.
+func (s *Steering) Number() int { return s.number }
+
+// CanBe says, as a *TakenError, whether something that another plan needs is in
+// use by others. It may be for another table.
+func (s *Steering) CanBe(p Plan) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := p.validate(); err != nil {
+		return err
+	}
+	if p.Table != s.number {
+		objects, err := Find(s.ns)
+		if err != nil {
+			return err
+		}
+		for _, o := range objects {
+			if o.Instance == strconv.Itoa(p.Table) {
+				return &TakenError{What: fmt.Sprintf("table %d", p.Table), Holder: "cgtun instance " + o.Instance}
+			}
+		}
+	}
+	return withRoutes(s.ns, func(h *netlink.Handle) error { return taken(h, &p, false, s.number) })
+}
+
+// Renumber puts a plan for another table in force beside what is, and takes that
+// away then: no packet finds neither. It returns the Steering of the new table,
+// and closes this one; without a new one this one is in force as before.
+func (s *Steering) Renumber(p Plan) (*Steering, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	next, err := open(s.ns, p.Table, !s.table.at.away)
+	if err != nil {
+		return nil, err
+	}
+	next.before = s.number
+	if err := next.Apply(p); err != nil {
+		return nil, errors.Join(err, next.Close())
+	}
+	next.before = 0
+	err = errors.Join(s.undoAll(), s.table.close())
+	s.table = nil
+	// Rules of both tables that look alike are one rule, which went with the old.
+	_, errRepair := next.Repair()
+	return next, errors.Join(err, errRepair)
 }
 
 func (s *Steering) tableTaken() error {

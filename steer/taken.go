@@ -9,16 +9,16 @@ import (
 )
 
 // taken looks for others' ip rules and routes in the way of a plan. device
-// asks for the device's name, too. mine says that what this instance has there
-// is from a dead run of it.
-func taken(h *netlink.Handle, p *Plan, device, mine bool) error {
+// asks for the device's name, too. What these instances have is in nobody's way:
+// it is ours, or from a dead run.
+func taken(h *netlink.Handle, p *Plan, device bool, mine ...int) error {
 	for _, family := range families {
 		rules, err := listRules(h, family)
 		if err != nil {
 			return err
 		}
 		for _, r := range rules {
-			if mine && r.Protocol == Protocol && numberOf(&r, rules) == p.Table {
+			if r.Protocol == Protocol && slices.Contains(mine, numberOf(&r, rules)) {
 				continue
 			}
 			if err := ruleInTheWay(p, &r); err != nil {
@@ -29,7 +29,7 @@ func taken(h *netlink.Handle, p *Plan, device, mine bool) error {
 		if err != nil {
 			return err
 		}
-		if mine {
+		if slices.Contains(mine, p.Table) {
 			routes = slices.DeleteFunc(routes, func(r netlink.Route) bool { return r.Protocol == Protocol })
 		}
 		if len(routes) > 0 {

@@ -160,6 +160,21 @@ func (d *Device) Restore() error {
 	return nil
 }
 
+// SetTable says that the device is of an instance with another table.
+func (d *Device) SetTable(table uint32) error {
+	err := inside(d.ns, func(h *netlink.Handle) error {
+		link, err := h.LinkByName(d.name)
+		if err != nil {
+			return err
+		}
+		return h.LinkSetAlias(link, Alias(table))
+	})
+	if err != nil {
+		return fmt.Errorf("set alias of device %s: %w", d.name, err)
+	}
+	return nil
+}
+
 // localTime bounds awaitLocal.
 const localTime = time.Second
 

@@ -37,10 +37,9 @@ import (
 // instance is a running cgtun: the parts, wired, and what control shows of
 // them.
 type instance struct {
-	file   *config.File
-	routes []config.Route // at least one
-	log    *slog.Logger
-	since  time.Time
+	first *config.File // as it was at the start
+	log   *slog.Logger
+	since time.Time
 
 	selector  *cgroupsel.Selector
 	docker    *docker.Finder // nil: nothing of docker is selected
@@ -55,7 +54,9 @@ type instance struct {
 	now       atomic.Pointer[ways]
 	fresh     chan *ways // to be run in place of those before
 	reloading sync.Mutex
+	stopping  chan struct{} // closed then
 	reloads   reloads
+	earlier   [][]steer.Mark // of each route: marks that it had
 	plain     uint64         // bytes at the start
 	buffers   *stack.Buffers // of all stacks
 	stacks    stacks
@@ -80,8 +81,8 @@ func runDaemon(ctx context.Context, from source, log *slog.Logger, level *slog.L
 	}
 	file := from.file
 	in := &instance{
-		file: file, routes: file.Routes(), log: log, since: time.Now(), hangup: make(chan os.Signal, 1), buffers: stack.NewBuffers(),
-		load: from.load, level: level, fresh: make(chan *ways, 1),
+		first: file, log: log, since: time.Now(), hangup: make(chan os.Signal, 1), buffers: stack.NewBuffers(),
+		load: from.load, level: level, fresh: make(chan *ways, 1), stopping: make(chan struct{}),
 	}
 	signal.Notify(in.hangup, unix.SIGHUP)
 	defer signal.Stop(in.hangup)
@@ -110,7 +111,7 @@ func runDaemon(ctx context.Context, from source, log *slog.Logger, level *slog.L
 	if err := in.setRouter(); err != nil {
 		return err
 	}
-	routes := attachRoutes(in.routes)
+	routes := attachRoutes(in.routes())
 	for i := range routes {
 		if err := attach.Check(&routes[i]); err != nil {
 			return err
@@ -119,8 +120,8 @@ func runDaemon(ctx context.Context, from source, log *slog.Logger, level *slog.L
 	if err := in.removeDead(); err != nil {
 		log.Warn("something of a dead instance is left", "err", err)
 	}
-	options := cgroupsel.Options{Selections: selections(in.routes), Instance: in.id(), Logger: log}
-	if dockerMode(in.routes) != cgroupsel.DockerOff {
+	options := cgroupsel.Options{Selections: selections(in.routes()), Instance: strconv.Itoa(in.routes()[0].Table), Logger: log}
+	if dockerMode(in.routes()) != cgroupsel.DockerOff {
 		in.docker = docker.NewFinder(log)
 		// What is there already is captured when this is ready.
 		options.Follows, options.Followed = true, in.followed(in.scanDocker(ctx))
@@ -185,6 +186,7 @@ func (in *instance) run(ctx context.Context, server *control.Server, scraped net
 	work.Go(func() error {
 		<-ctx.Done()
 		in.state.Store(control.Stopping)
+		close(in.stopping)
 		in.notify(daemon.SdNotifyStopping)
 		return nil
 	})
@@ -230,8 +232,16 @@ func (in *instance) notify(state string) {
 	}
 }
 
-// id is the instance: the number of the first route's table.
-func (in *instance) id() string { return strconv.Itoa(in.routes[0].Table) }
+// file is the one that is in force.
+func (in *instance) file() *config.File {
+	if w := in.now.Load(); w != nil {
+		return w.file
+	}
+	return in.first
+}
+
+// routes are at least one.
+func (in *instance) routes() []config.Route { return in.file().Routes() }
 
 func (in *instance) setLimits() error {
 	var nofile unix.Rlimit
@@ -243,13 +253,13 @@ func (in *instance) setLimits() error {
 		return fmt.Errorf("raise the limit of open files to %d: %w", nofile.Max, err)
 	}
 	in.nofile = nofile.Cur
-	in.log.Info("limits", "nofile", nofile.Cur, "memory", in.file.Limits.Memory)
+	in.log.Info("limits", "nofile", nofile.Cur, "memory", in.first.Limits.Memory)
 	// Above the start, as the router counts too: it refuses new flows before
 	// the collector has to work without end.
 	var start runtime.MemStats
 	runtime.ReadMemStats(&start)
 	in.plain = start.Sys - start.HeapReleased
-	debug.SetMemoryLimit(int64(in.plain) + router.CollectorLimit(int64(in.file.Limits.Memory)))
+	debug.SetMemoryLimit(int64(in.plain) + router.CollectorLimit(int64(in.first.Limits.Memory)))
 	return nil
 }
 
@@ -268,14 +278,14 @@ func (in *instance) maxSockets() int {
 const mostQuestions = 512
 
 func (in *instance) setRouter() error {
-	w, err := in.newWays(in.file, nil)
+	w, err := in.newWays(in.first, nil)
 	if err != nil {
 		return err
 	}
 	// Beside what is left to the flows.
 	in.resolver = dns.New(dns.Options{Logger: in.log, InFlight: int(min(mostQuestions, in.nofile/8))})
 	in.router = router.New(router.Options{Logger: in.log, Meter: in.metrics, Owners: owners{in}, Guard: &in.guard, Resolver: in.resolver, MaxSockets: in.maxSockets(),
-		MaxMemory: int64(in.file.Limits.Memory), MemoryUsed: in.buffers.Fit})
+		MaxMemory: int64(in.first.Limits.Memory), MemoryUsed: in.buffers.Fit})
 	in.use(w)
 	return nil
 }
@@ -302,13 +312,8 @@ func (in *instance) listenLoopback() {
 }
 
 func (in *instance) setManager(routes []attach.Route) {
-	for i, c := range in.changes(in.file) {
-		routes[i].Plan.Resolver, routes[i].OnLink = c.Resolver, c.OnLink
-	}
-	if self, ok := in.selector.Self(); ok {
-		for i := range routes {
-			routes[i].Plan.Self = steer.Cgroup{Path: self.Path, ID: self.ID, Level: self.Level}
-		}
+	for i, p := range in.plans(in.first) {
+		routes[i].Plan, routes[i].OnLink = p, in.origins != nil
 	}
 	var isolated func(netip.Addr) (bool, error)
 	if in.docker != nil {

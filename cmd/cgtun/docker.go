@@ -34,8 +34,8 @@ func (in *instance) scanDocker(ctx context.Context) []docker.Daemon {
 // followed is what the routes select of docker daemons. Where two name the same,
 // the first one has it.
 func (in *instance) followed(daemons []docker.Daemon) []cgroupsel.Followed {
-	all := make([]cgroupsel.Followed, len(in.routes))
-	for i, r := range in.routes {
+	all := make([]cgroupsel.Followed, len(in.routes()))
+	for i, r := range in.routes() {
 		all[i] = docker.Follow(daemons, i, r.Select.Docker)
 	}
 	return all
@@ -59,7 +59,7 @@ func (in *instance) dockerStatus() (list control.List[control.DockerStatus]) {
 	if in.docker == nil {
 		return nil
 	}
-	mode := dockerMode(in.routes)
+	mode := dockerMode(in.routes())
 	for _, d := range in.docker.Daemons() {
 		s := control.DockerStatus{
 			PID: d.PID, Version: control.Text(d.Version), Cgroup: d.Cgroup, Running: !d.Ended,

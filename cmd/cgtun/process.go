@@ -58,13 +58,13 @@ func (in *instance) captured(cgroup string, here []attach.State) (bool, string) 
 		if i < 0 {
 			return false, fmt.Sprintf("cgroup %q is not selected; see [select] cgroups", cgroup)
 		}
-		selection = slices.IndexFunc(in.routes, func(r config.Route) bool { return r.Name == here[i].Route })
+		selection = slices.IndexFunc(in.routes(), func(r config.Route) bool { return r.Name == here[i].Route })
 		why = fmt.Sprintf("all of network namespace %s is selected", here[i].ID)
 	}
 	if len(here) == 0 {
 		return false, why + ", but its network namespace is not attached"
 	}
-	route := in.routes[selection].Name
+	route := in.routes()[selection].Name
 	for _, a := range here {
 		switch {
 		case a.State == attach.StateOffline:
@@ -136,7 +136,7 @@ func (in *instance) awaitSteering(netnsIno uint64, c cgroupsel.Cgroup) error {
 
 // firstPlain is the cgroup that run uses by default, "" if there is none.
 func (in *instance) firstPlain() string {
-	for _, r := range in.routes {
+	for _, r := range in.routes() {
 		if plain := r.Select.Plain(); len(plain) > 0 {
 			return plain[0]
 		}

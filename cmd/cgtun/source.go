@@ -33,15 +33,15 @@ func (o owners) Owner(ctx context.Context, f *flow.Flow) (*flow.Owner, error) {
 func (in *instance) Status() control.Status {
 	counters := in.router.Counters()
 	s := control.Status{
-		Version: version(), PID: os.Getpid(), Instance: in.routes[0].Table, Config: control.Text(in.file.Name),
+		Version: version(), PID: os.Getpid(), Instance: in.routes()[0].Table, Config: control.Text(in.first.Name),
 		State: in.state.Load().(control.State), Since: control.Time{Time: in.since},
 		Counters: control.Counters{
 			FlowsTotal: counters.FlowsTotal, FlowsLive: counters.FlowsLive,
 			RefusedTotal: counters.RefusedTotal, DeniedTotal: counters.DeniedTotal, AcceptedFirstTotal: counters.AcceptedFirst, HiddenTotal: in.hiddenStatus(),
 		},
-		Limits: control.Limits{Nofile: in.nofile, MemoryBytes: uint64(in.now.Load().file.Limits.Memory)},
+		Limits: control.Limits{Nofile: in.nofile, MemoryBytes: uint64(in.file().Limits.Memory)},
 	}
-	for _, r := range in.routes {
+	for _, r := range in.routes() {
 		s.Routes = append(s.Routes, control.Route{
 			Name: r.Name, Mark: r.Mark, Mask: r.Mask, Table: r.Table,
 			Priority: r.Priority, Via: r.Via.String(), OnExit: r.OnExit,
@@ -206,7 +206,7 @@ func (in *instance) Explain(ctx context.Context, q control.ExplainRequest) (cont
 	e.Captured, e.Why = true, fmt.Sprintf("%s is selected, and %s is not bypassed", what, addrs[0])
 	f := &flow.Flow{Proto: proto, Dst: netip.AddrPortFrom(addrs[0], q.Port), Attachment: from}
 	if e.Cgroup != "" {
-		f.Src = sourceTo(&in.routes[selection], addrs[0])
+		f.Src = sourceTo(&in.routes()[selection], addrs[0])
 	}
 	in.explainRule(&e, f)
 	return e, nil
@@ -215,7 +215,7 @@ func (in *instance) Explain(ctx context.Context, q control.ExplainRequest) (cont
 // withoutCgroup says what is selected, by which route and as which attachment's,
 // where it is no cgroup; "" is nothing.
 func (in *instance) withoutCgroup() (selection int, from, what string) {
-	for i, r := range in.routes {
+	for i, r := range in.routes() {
 		switch {
 		case len(r.Select.Netns) > 0:
 			return i, filepath.Base(r.Select.Netns[0]), fmt.Sprintf("all of network namespace %q", r.Select.Netns[0])
