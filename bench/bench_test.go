@@ -26,15 +26,21 @@ import (
 //	10.9.0.1
 //
 // routed takes the kernel's way, or asks one of the plain relays on router;
-// captured has no other way than the tun.
+// captured has no other way than the tun. With CGTUN_BENCH_WAYS=cgtun,race there is
+// another one like it, whose cgtun has a group of two paths.
 type lab struct {
 	b                                *testing.B
 	routed, captured, router, server *labtest.Host
 	splice, copy, cgtun              *program
+	raced                            *labtest.Host // nil: not wanted
+	race                             *program
 }
 
 // wayNames are the columns of the table.
 var wayNames = []string{"kernel", "splice", "copy", "cgtun"}
+
+// withRace says whether groups are compared with outbounds, too.
+func withRace() bool { return strings.Contains(os.Getenv("CGTUN_BENCH_WAYS"), "race") }
 
 // way is one of the ways to the server.
 type way struct {
@@ -53,6 +59,9 @@ func (l *lab) ways() []way {
 		{"cgtun", l.captured, serverIP, iperfPort, echoPort, l.cgtun},
 	}
 	only := os.Getenv("CGTUN_BENCH_WAYS")
+	if l.raced != nil {
+		all = append(all, way{"race", l.raced, serverIP, iperfPort, echoPort, l.race})
+	}
 	return slices.DeleteFunc(all, func(w way) bool { return only != "" && !strings.Contains(only, w.name) })
 }
 
@@ -65,7 +74,12 @@ func newLab(b *testing.B) *lab {
 	l.router.Forward()
 	l.routed.Run("ip", "route", "add", "default", "via", "10.8.0.1")
 	l.server.Run("ip", "route", "add", "default", "via", "10.7.0.1")
-	for _, h := range []*labtest.Host{l.routed, l.captured, l.router, l.server} {
+	hosts := []*labtest.Host{l.routed, l.captured, l.router, l.server}
+	if withRace() {
+		l.raced = in.Host("raced")
+		hosts = append(hosts, l.raced)
+	}
+	for _, h := range hosts {
 		h.Sysctl("net.ipv4.ip_local_port_range", "10000 65000")
 		h.Sysctl("net.ipv4.tcp_max_syn_backlog", "16384")
 		h.Sysctl("net.core.somaxconn", "16384")
@@ -77,6 +91,10 @@ func newLab(b *testing.B) *lab {
 	l.splice = l.start(l.router, "splice", "")
 	l.copy = l.start(l.router, "copy", "")
 	l.startCgtun()
+	if l.raced != nil {
+		l.race = l.start(l.router, "race", l.raced.Path)
+		l.raced.Run("ip", "route", "add", "default", "dev", "tun0")
+	}
 	return l
 }
 
@@ -235,6 +253,10 @@ func (c *cells) median(row, way string) (float64, bool) {
 }
 
 func (c *cells) print() {
+	wayNames := wayNames
+	if withRace() {
+		wayNames = []string{"race", "cgtun"}
+	}
 	fmt.Printf("\n%-42s", "median")
 	for _, w := range wayNames {
 		fmt.Printf(" %10s", w)

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -13,6 +14,7 @@ import (
 	"runtime/pprof"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -23,6 +25,7 @@ import (
 
 	"cgtun/dialer"
 	"cgtun/flow"
+	"cgtun/group"
 	"cgtun/internal/labtest"
 	"cgtun/internal/netns"
 	"cgtun/relay"
@@ -63,7 +66,8 @@ func TestMain(m *testing.M) {
 }
 
 var roles = map[string]func(arg string) error{
-	"cgtun":   cgtun,
+	"cgtun":   func(path string) error { return cgtun(path, nil) },
+	"race":    func(path string) error { return cgtun(path, []string{"a", "b"}) },
 	"splice":  splice,
 	"copy":    copying,
 	"server":  echoServer,
@@ -87,8 +91,8 @@ func untilTerminated() context.Context {
 }
 
 // cgtun serves the namespace at path with a stack, the router and a direct
-// outbound, as the daemon does.
-func cgtun(path string) error {
+// outbound, as the daemon does, or a group of some of them.
+func cgtun(path string, members []string) error {
 	ctx := untilTerminated()
 	ref, err := netns.Named(path)
 	if err != nil {
@@ -101,7 +105,7 @@ func cgtun(path string) error {
 		return err
 	}
 	defer d.Close()
-	h, err := newHandler(ctx)
+	h, err := newHandler(ctx, members)
 	if err != nil {
 		return err
 	}
@@ -114,7 +118,7 @@ func cgtun(path string) error {
 		return err
 	}
 	if file := os.Getenv("CGTUN_BENCH_PROFILE"); file != "" {
-		f, err := os.Create(file)
+		f, err := os.Create(file + strings.Join(members, ""))
 		if err != nil {
 			return err
 		}
@@ -132,13 +136,15 @@ func cgtun(path string) error {
 
 // newHandler is the router with the built-in direct outbound; or, to see what
 // the router costs, no more than a dial and the relay.
-func newHandler(ctx context.Context) (flow.Handler, error) {
+func newHandler(ctx context.Context, members []string) (flow.Handler, error) {
 	if os.Getenv("CGTUN_BENCH_HANDLER") == "plain" {
 		return plain{}, nil
 	}
-	cfg := dialer.DefaultConfig()
-	cfg.Name, cfg.Type = "direct", dialer.TypeDirect
-	out, err := dialer.NewDirect(cfg)
+	var out dialer.Outbound
+	out, err := newDirect("direct")
+	if err == nil && len(members) > 0 {
+		out, err = newRace(ctx, members)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -150,6 +156,28 @@ func newHandler(ctx context.Context) (flow.Handler, error) {
 	r.Reload(set, map[string]dialer.Outbound{"direct": out})
 	go r.Run(ctx)
 	return r, nil
+}
+
+func newDirect(name string) (dialer.Outbound, error) {
+	cfg := dialer.DefaultConfig()
+	cfg.Name, cfg.Type = name, dialer.TypeDirect
+	return dialer.NewDirect(cfg)
+}
+
+func newRace(ctx context.Context, members []string) (dialer.Outbound, error) {
+	cfg := group.DefaultConfig()
+	cfg.Name, cfg.Outbounds = "race", members
+	var outs []dialer.Outbound
+	for _, name := range members {
+		out, err := newDirect(name)
+		if err != nil {
+			return nil, err
+		}
+		outs = append(outs, out)
+	}
+	scores := group.NewScores(slog.New(slog.DiscardHandler), nil)
+	go scores.Run(ctx)
+	return group.New(cfg, outs, scores)
 }
 
 type plain struct{}

@@ -285,7 +285,8 @@ func (s *Scores) setDown(p *path, why string) {
 			s.log.Warn("outbound is down", "outbound", p.name, "why", why)
 		}
 		for t := range p.inFlight {
-			t.cancel(&errPathLost{why})
+			t.lost.Store(&errPathLost{why})
+			t.cancel()
 		}
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"runtime/debug"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -64,7 +65,8 @@ type race[T io.Closer] struct {
 type try struct {
 	*member
 	began  time.Time
-	cancel context.CancelCauseFunc
+	cancel context.CancelFunc
+	lost   atomic.Pointer[errPathLost] // the kernel's word was the cause
 	done   bool
 	err    error
 }
@@ -93,6 +95,50 @@ func (r *race[T]) run(ctx context.Context) (conn T, m *member, err error) {
 		return conn, nil, r.fail(flow.HostUnreachable, errNobody)
 	}
 	r.stagger = r.g.scores.stagger(r.queue[0].path, r.g.c.Stagger)
+	if r.stagger > 0 {
+		return r.alone(ctx, cancel)
+	}
+	return r.loop(ctx, cancel)
+}
+
+// outcome is how a race ends.
+type outcome[T any] struct {
+	conn T
+	m    *member
+	err  error
+}
+
+// alone asks the first member in the caller's goroutine: nearly always that is all
+// there is to do. The others join when the stagger is over, or when it has failed.
+func (r *race[T]) alone(ctx context.Context, cancel func()) (conn T, m *member, err error) {
+	var joined outcome[T]
+	over := make(chan struct{})
+	t, attempt := r.next(ctx, time.Now())
+	rest := time.AfterFunc(r.stagger, func() {
+		defer close(over)
+		defer func() {
+			if p := recover(); p != nil {
+				joined.err = r.panicked(p, r.g.c.Name)
+			}
+		}()
+		joined.conn, joined.m, joined.err = r.loop(ctx, cancel)
+	})
+	res := r.try(attempt, t)
+	if !rest.Stop() {
+		r.results <- res
+		<-over
+		return joined.conn, joined.m, joined.err
+	}
+	r.took(&res)
+	if res.err == nil {
+		r.settle(t, nil)
+		return res.conn, t.member, nil
+	}
+	return r.loop(ctx, cancel)
+}
+
+// loop sees the race to its end.
+func (r *race[T]) loop(ctx context.Context, cancel func()) (conn T, m *member, err error) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
@@ -152,24 +198,30 @@ func (r *race[T]) start(ctx context.Context, now time.Time) {
 			}
 			r.extra++
 		}
-		m := r.queue[0].member
-		r.queue = r.queue[1:]
-		attempt, cancel := context.WithCancelCause(ctx)
-		t := &try{member: m, began: now, cancel: cancel}
-		r.tries = append(r.tries, t)
-		r.inFlight++
-		r.nextAt = now.Add(r.stagger)
-		r.g.scores.begin(t)
-		go func() {
-			attempt, stop := context.WithTimeout(attempt, r.g.c.Attempt)
-			defer stop()
-			conn, err := r.safely(attempt, m.out)
-			if err != nil {
-				err = lostPath(attempt, err)
-			}
-			r.results <- result[T]{t, conn, err}
-		}()
+		t, attempt := r.next(ctx, now)
+		go func() { r.results <- r.try(attempt, t) }()
 	}
+}
+
+// next begins the attempt of the next member.
+func (r *race[T]) next(ctx context.Context, now time.Time) (*try, context.Context) {
+	attempt, cancel := context.WithTimeout(ctx, r.g.c.Attempt)
+	t := &try{member: r.queue[0].member, began: now, cancel: cancel}
+	r.queue = r.queue[1:]
+	r.tries = append(r.tries, t)
+	r.inFlight++
+	r.nextAt = now.Add(r.stagger)
+	r.g.scores.begin(t)
+	return t, attempt
+}
+
+// try makes an attempt.
+func (r *race[T]) try(ctx context.Context, t *try) result[T] {
+	conn, err := r.safely(ctx, t.out)
+	if lost := t.lost.Load(); err != nil && lost != nil {
+		err = lost
+	}
+	return result[T]{t, conn, err}
 }
 
 // safely is dial in a goroutine that nobody else guards: what a server says may
@@ -177,19 +229,16 @@ func (r *race[T]) start(ctx context.Context, now time.Time) {
 func (r *race[T]) safely(ctx context.Context, o dialer.Outbound) (conn T, err error) {
 	defer func() {
 		if p := recover(); p != nil {
-			err = r.fail(flow.Unknown, fmt.Errorf("ended by a panic: %v", p))
-			r.g.scores.log.Error("attempt ended by a panic", "outbound", o.Name(), "err", err, "stack", string(debug.Stack()))
+			err = r.panicked(p, o.Name())
 		}
 	}()
 	return r.dial(ctx, o)
 }
 
-// lostPath is why the attempt ended, if the kernel's word was the cause.
-func lostPath(ctx context.Context, err error) error {
-	var lost *errPathLost
-	if errors.As(context.Cause(ctx), &lost) {
-		return lost
-	}
+// panicked tells of a panic. It is to be called where that was recovered.
+func (r *race[T]) panicked(p any, outbound string) error {
+	err := r.fail(flow.Unknown, fmt.Errorf("ended by a panic: %v", p))
+	r.g.scores.log.Error("attempt ended by a panic", "outbound", outbound, "err", err, "stack", string(debug.Stack()))
 	return err
 }
 
@@ -210,7 +259,7 @@ func (r *race[T]) took(res *result[T]) {
 	now := time.Now()
 	t := res.try
 	t.done, t.err = true, res.err
-	t.cancel(nil)
+	t.cancel()
 	r.inFlight--
 	r.g.scores.end(t)
 	if r.scored && r.g.scores.meter != nil {
@@ -299,7 +348,7 @@ func (r *race[T]) settle(winner *try, cancel func()) {
 	for r.inFlight > 0 {
 		res := <-r.results
 		r.inFlight--
-		res.cancel(nil)
+		res.cancel()
 		r.g.scores.end(res.try)
 		if res.err == nil {
 			_ = res.conn.Close()

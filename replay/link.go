@@ -103,18 +103,22 @@ type link struct {
 
 func (l *link) name() string { return l.Path[len(l.Path)-1] }
 
-// add puts a server beside the others, and sends it what there is.
-func (r *run) add(c *dialer.Conn) *link {
+// link puts a server beside the others.
+func (r *run) link(c *dialer.Conn) *link {
 	l := &link{Conn: c, began: time.Now(), below: flow.Socket(c.Conn)}
 	if k, ok := c.Conn.(kernel); ok {
 		l.socket = k.TCP()
 	}
 	r.links = append(r.links, l)
 	r.avoid = append(r.avoid, l.name())
+	return l
+}
+
+// start sends a server what there is, and waits for its word.
+func (r *run) start(l *link) {
 	r.work.Go(func() { r.pump(l) })
 	l.waiting.Store(true)
 	r.work.Go(func() { r.await(l) })
-	return l
 }
 
 const readSize = 4 << 10
@@ -253,11 +257,7 @@ func (r *run) close(l *link) {
 
 // answered gives the flow to the server that has answered first.
 func (r *run) answered(ctx context.Context, l *link) Result {
-	after := time.Duration(0)
-	if since := r.sentAt; !since.IsZero() {
-		after = time.Since(later(since, l.began))
-	}
-	l.Tell(dialer.Outcome{News: dialer.Answered, After: after})
+	l.Tell(dialer.Outcome{News: dialer.Answered, After: r.firstByte(l)})
 	for _, other := range r.links {
 		if other == l {
 			break
@@ -267,6 +267,14 @@ func (r *run) answered(ctx context.Context, l *link) Result {
 		r.hidden = append(r.hidden, failure{other.name(), dialer.HiddenStall})
 	}
 	return r.giveOn(ctx, l)
+}
+
+// firstByte is how long a server has taken to answer; 0: it was not asked.
+func (r *run) firstByte(l *link) time.Duration {
+	if r.sentAt.IsZero() {
+		return 0
+	}
+	return time.Since(later(r.sentAt, l.began))
 }
 
 func later(a, b time.Time) time.Time {

@@ -118,10 +118,16 @@ func Begin(ctx context.Context, client flow.Conn, server *dialer.Conn, o Options
 	if o.Hide == nil {
 		o.Hide = func(string, dialer.Hidden) {}
 	}
-	r := &run{o: o, client: client, events: make(chan event), stop: make(chan struct{}), began: time.Now()}
-	r.kept.cond.L = &r.kept.mu
-	r.add(server)
-	return r.do(ctx)
+	r := &run{o: o, client: client, began: time.Now()}
+	l := r.link(server)
+	if d, ok := client.(direct); ok && l.socket != nil && len(o.First) == 0 {
+		res, done, err := r.watched(ctx, d, l)
+		if done {
+			return res
+		}
+		return r.do(ctx, err)
+	}
+	return r.do(ctx, nil)
 }
 
 // run is one flow's time here. Its fields belong to the goroutine of do, but those
@@ -165,12 +171,27 @@ type event struct {
 	err    error
 }
 
-func (r *run) do(ctx context.Context) Result {
+// do sees the flow on from there. The error is that of its server, if that has ended
+// already.
+func (r *run) do(ctx context.Context, ended error) Result {
+	r.events, r.stop = make(chan event), make(chan struct{})
+	r.kept.cond.L = &r.kept.mu
+	r.verdict = Judge(r.kept.b, r.o.Port)
+	l := r.links[0]
+	if ended == nil {
+		r.start(l)
+	}
 	r.work.Go(r.readClient)
-	if len(r.o.First) > 0 {
-		if res, done := r.heard(ctx, r.o.First); done {
-			return res
-		}
+	var res Result
+	done := false
+	switch {
+	case ended != nil:
+		res, done = r.lost(ctx, l, ended)
+	case len(r.o.First) > 0:
+		res, done = r.heard(ctx, r.o.First)
+	}
+	if done {
+		return res
 	}
 	timer := time.NewTimer(r.next())
 	defer timer.Stop()
@@ -341,7 +362,8 @@ func (r *run) dialed(ctx context.Context, e event) (Result, bool) {
 		}
 		return Result{}, false
 	}
-	l := r.add(e.conn)
+	l := r.link(e.conn)
+	r.start(l)
 	if r.last != nil {
 		r.close(r.last)
 		r.last = nil

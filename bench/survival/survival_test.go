@@ -18,7 +18,7 @@ import (
 const perRun = 200
 
 // lasts is the time in which the downloads of a run begin.
-const lasts = 60 * time.Second
+const lasts = 80 * time.Second
 
 // TestSurvival is the bench of what groups are for. Downloads of 1 to 5 MB begin at
 // seeded times, each is tried once, while one path or the other fails, never both at

@@ -84,7 +84,12 @@ use = "g%[1]d"
 // to take them away.
 func (w *world) fault(rule string) (mend func()) {
 	w.t.Helper()
-	w.router.Run("nft", `add table inet fault; add chain inet fault f { type filter hook forward priority 0; }; add rule inet fault f iifname "eth0" `+rule)
+	text := `add table inet fault; add chain inet fault f { type filter hook forward priority 0; };
+add set inet fault seen { type inet_service; flags dynamic; timeout 10s; };`
+	for _, r := range strings.Split(rule, ";") {
+		text += `add rule inet fault f iifname "eth0" ` + r + ";"
+	}
+	w.router.Run("nft", text)
 	return func() { w.router.Run("nft", "delete table inet fault") }
 }
 
@@ -109,7 +114,7 @@ func TestGroupsConnectByTheGoodPath(t *testing.T) {
 		w.server.ServeEcho(port("", p))
 	}
 	w.server.ServeUDPEcho(port(far4, 7000))
-	w.start(w.config(beforeTheAnswer(7003, 7004, 7005, 7006) + twoPaths))
+	w.start(w.config(beforeTheAnswer(7003, 7004, 7005, 7006, 7007, 7008) + twoPaths))
 	w.failBeforeTheAnswer(t)
 	w.failInTheMiddle(t)
 	connect := func(t *testing.T, to int) answer {
@@ -141,6 +146,7 @@ func TestGroupsConnectByTheGoodPath(t *testing.T) {
 		{"refused", "meta l4proto tcp reject with tcp reset"},
 		{"unreachable", "reject with icmpx host-unreachable"},
 		{"half of the SYNs lost", "tcp flags syn numgen random mod 2 0 drop"},
+		{"a second late", "tcp flags syn tcp sport @seen accept; tcp flags syn add @seen { tcp sport } drop"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			mend := w.fault(tt.rule)
@@ -205,6 +211,8 @@ func (w *world) failBeforeTheAnswer(t *testing.T) {
 		{"reset of a GET", data + "reject with tcp reset", get, "", 7003, time.Second},
 		{"loss of a GET", data + "drop", get, "", 7004, 3500 * time.Millisecond},
 		{"reset of a POST", data + "reject with tcp reset", post, "ECONNRESET", 7005, time.Second},
+		{"reset of the banner of SSH", data + "reject with tcp reset", "SSH-2.0-lab\r\n", "", 7007, time.Second},
+		{"reset of what nobody knows", data + "reject with tcp reset", "hello", "ECONNRESET", 7008, time.Second},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			var heard atomic.Int32 // connections that brought a byte: a race may have made others
