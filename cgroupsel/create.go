@@ -84,7 +84,7 @@ func Remove(instance string) ([]string, error) {
 		if l.Alive {
 			continue
 		}
-		ok, err := t.removeOurs(l.Path, instance)
+		ok, err := t.removeDead(l.Path, instance)
 		if ok {
 			removed = append(removed, l.Path)
 		}

@@ -5,6 +5,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"sync"
 	"testing"
 	"time"
 
@@ -67,15 +68,54 @@ func TestMadeCgroupsOfTheLivingStay(t *testing.T) {
 	if removed, err := cgroupsel.Remove("twice"); err != nil || len(removed) != 0 {
 		t.Errorf("removed %q of a live instance, %v", removed, err)
 	}
-	ours, err := cgroupsel.MakeAgain(path, "twice")
+	ours, end, err := cgroupsel.MakeAgain(path, "twice")
 	if err != nil || len(ours) != 0 {
 		t.Errorf("the second of the number takes %q for its own, %v", ours, err)
+	}
+	if err := end(); err != nil {
+		t.Error(err)
 	}
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
 	if there(filepath.Join(top.Dir, "sel")) {
 		t.Error("the cgroup is still there")
+	}
+}
+
+// Who cleans up takes nothing that an instance takes over at the same time, and does
+// not steer yet.
+func TestWhatIsTakenOverIsNotCleanedUp(t *testing.T) {
+	lab, _, _ := newLab(t)
+	top := lab.Cgroup("top")
+	path, name := top.Path+"/sel", "over"
+	var cleaning sync.WaitGroup
+	defer cleaning.Wait()
+	stop := make(chan struct{})
+	defer close(stop)
+	cleaning.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				if _, err := cgroupsel.Remove(name); err != nil {
+					t.Error(err)
+				}
+			}
+		}
+	})
+	for n := range 300 {
+		ours, end, err := cgroupsel.MakeAgain(path, name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(ours) != 1 || !there(filepath.Join(top.Dir, "sel")) {
+			t.Errorf("time %d: it is not there, of %q", n, ours)
+		}
+		if err := end(); err != nil {
+			t.Error(err)
+		}
 	}
 }
 

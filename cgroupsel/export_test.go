@@ -114,14 +114,15 @@ func (s *Selector) SetSender(cookie uint64, pid int, boot uint64) {
 	_ = s.maps.senders.Put(cookie, sender{Boot: boot, PID: uint64(pid)})
 }
 
-// MakeAgain does what another instance does with a cgroup that it is to make.
-func MakeAgain(path, instance string) ([]string, error) {
+// MakeAgain does what another instance does with a cgroup that it is to make. It
+// lives until end is called.
+func MakeAgain(path, instance string) (ours []string, end func() error, err error) {
 	t, err := openTree()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	defer t.close()
-	return t.make(path, instance)
+	ours, err = t.make(path, instance)
+	return ours, t.close, err
 }
 
 // PickedFollowing is Picked with what is followed from the start.

@@ -1,6 +1,8 @@
 package cgroupsel_test
 
 import (
+	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -174,6 +176,10 @@ func TestV1CgroupOfTheSamePathDoesNotMatter(t *testing.T) {
 	if err := os.MkdirAll(old, 0o755); err != nil {
 		t.Fatal(err)
 	}
+	// Renamed away, and to the path again.
+	if err := errors.Join(os.Rename(old, old+"x"), os.Rename(old+"x", old)); err != nil {
+		t.Fatal(err)
+	}
 	got := s.SelectedIDs()
 	for dir := old; dir != v1; dir = filepath.Dir(dir) {
 		if err := os.Remove(dir); err != nil {
@@ -187,4 +193,17 @@ func TestV1CgroupOfTheSamePathDoesNotMatter(t *testing.T) {
 	if got := s.SelectedIDs(); len(got) != 1 {
 		t.Errorf("ids %v selected, want that of the v2 cgroup", got)
 	}
+}
+
+// A cgroup2 cannot be renamed: what is selected by its path keeps it, and is removed
+// and made again or not at all.
+func TestCgroupCannotBeRenamed(t *testing.T) {
+	lab, h, m := newLab(t)
+	sel := lab.Cgroup("sel")
+	newSelector(t, cgroupsel.Options{Selections: one(sel.Path)})
+	if err := os.Rename(sel.Dir, sel.Dir+"x"); !errors.Is(err, fs.ErrPermission) {
+		t.Errorf("rename: %v, want that the kernel does not permit it", err)
+	}
+	send(t, lab, h, sel)
+	m.want(1, true, "under its own name")
 }

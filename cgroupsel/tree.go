@@ -147,16 +147,10 @@ func gone(err error) bool {
 func (t *tree) make(name, instance string) ([]string, error) {
 	var ours []string
 	for _, p := range lineage(name) {
-		parent, err := t.dir(path.Dir(p))
-		if err != nil {
-			return ours, err
+		mine, err := t.makeOne(p, instance)
+		for n := 0; gone(err) && n < makeTries; n++ {
+			mine, err = t.makeOne(p, instance) // somebody has cleaned up
 		}
-		err = unix.Mkdirat(int(parent.Fd()), path.Base(p), 0o755)
-		parent.Close()
-		if err != nil && !errors.Is(err, unix.EEXIST) {
-			return ours, &fs.PathError{Op: "make cgroup", Path: p, Err: err}
-		}
-		mine, err := t.claim(p, instance, err == nil)
 		if err != nil {
 			return ours, err
 		}
@@ -165,6 +159,22 @@ func (t *tree) make(name, instance string) ([]string, error) {
 		}
 	}
 	return ours, nil
+}
+
+// makeTries is how often a cgroup is made again that was removed meanwhile.
+const makeTries = 10
+
+func (t *tree) makeOne(name, instance string) (mine bool, err error) {
+	parent, err := t.dir(path.Dir(name))
+	if err != nil {
+		return false, err
+	}
+	err = unix.Mkdirat(int(parent.Fd()), path.Base(name), 0o755)
+	parent.Close()
+	if err != nil && !errors.Is(err, unix.EEXIST) {
+		return false, &fs.PathError{Op: "make cgroup", Path: name, Err: err}
+	}
+	return t.claim(name, instance, err == nil)
 }
 
 // claim marks a cgroup that was just made, and tells of an older one whether
@@ -220,6 +230,11 @@ func (t *tree) hold(name string) (bool, error) {
 	case err != nil:
 		return false, errors.Join(&fs.PathError{Op: "lock cgroup", Path: name, Err: err}, d.Close())
 	}
+	// Who takes away what the dead left locks it, too: it can be gone by now.
+	was, err := inode(d)
+	if now, errNow := t.id(name); err != nil || errNow != nil || now != was {
+		return false, errors.Join(&fs.PathError{Op: "lock cgroup", Path: name, Err: unix.ENOENT}, d.Close())
+	}
 	if t.held == nil {
 		t.held = map[string]*os.File{}
 	}
@@ -260,8 +275,19 @@ func (t *tree) remove(name string) error {
 }
 
 // removeOurs removes a cgroup if the instance made it and nobody uses it, and
-// says whether it did.
+// says whether it did. It is for who holds it.
 func (t *tree) removeOurs(name, instance string) (bool, error) {
+	return t.removeIf(name, func(d *os.File) bool { return owner(d) == instance })
+}
+
+// removeDead is removeOurs for a cgroup that nobody holds, and holds it meanwhile.
+func (t *tree) removeDead(name, instance string) (bool, error) {
+	return t.removeIf(name, func(d *os.File) bool {
+		return owner(d) == instance && unix.Flock(int(d.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil
+	})
+}
+
+func (t *tree) removeIf(name string, may func(*os.File) bool) (bool, error) {
 	d, err := t.dir(name)
 	if gone(err) {
 		return false, nil
@@ -269,9 +295,8 @@ func (t *tree) removeOurs(name, instance string) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	mine := owner(d) == instance
-	d.Close()
-	if !mine {
+	defer d.Close()
+	if !may(d) {
 		return false, nil
 	}
 	err = t.remove(name)
