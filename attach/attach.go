@@ -113,6 +113,9 @@ type Options struct {
 	HomeChanged func()
 	// CgroupPath finds the path of a cgroup by its id; nil: none is known.
 	CgroupPath func(id uint64) (string, bool)
+	// Selection finds the index of the route that selects a cgroup, by its id;
+	// nil: none does.
+	Selection func(id uint64) (int, bool)
 	// Process finds the process of a socket by its cookie, and its program;
 	// nil: none is known.
 	Process func(cookie uint64) (pid int, program string, ok bool)

@@ -45,7 +45,7 @@ func (s *site) serve(ctx context.Context, inForce func()) error {
 		return err
 	}
 	for _, a := range s.attached {
-		if err := a.steering.Missing(); err != nil {
+		if err := errors.Join(a.steering.Missing(), s.cutOlder(a)); err != nil {
 			s.m.opts.Logger.Warn("the kernel offers less than is wanted", "err", err)
 		}
 	}

@@ -3,6 +3,7 @@ package main_test
 import (
 	"fmt"
 	"math/rand/v2"
+	"net"
 	"os"
 	"strings"
 	"syscall"
@@ -12,6 +13,8 @@ import (
 	"cgtun/attach"
 	"cgtun/internal/labtest"
 )
+
+func init() { probes["converse"] = converse }
 
 // closedConfig is config with on_exit = "closed".
 func (w *world) closedConfig() string {
@@ -107,6 +110,81 @@ func TestClosedStaysClosed(t *testing.T) {
 	if diff := before.Diff(w.lab.Snapshot(w.machine)); diff != "" {
 		t.Errorf("the machine is not as it was:\n%s", diff)
 	}
+}
+
+// Connections that are older than cgtun go on through starts, kills and stops: those
+// that came in to a selected server, and those of who is not selected. That of a
+// selected client goes on by the old way, or is cut where on_exit is "closed".
+func TestConnectionsOlderThanCgtun(t *testing.T) {
+	t.Parallel()
+	labtest.Alone(t)
+	for name, closed := range map[string]bool{"open": false, "closed": true} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t)
+			w.server.ServeEcho(":7000")
+			w.startProbe(inside, probe{Do: "serve", Network: "tcp", To: port("10.1.0.2", 7100)})
+			older := w.startProbe(inside, probe{Do: "converse", Network: "tcp", To: port(far4, 7000)})
+			alive := map[string]net.Conn{}
+			for name, dial := range map[string]func() (net.Conn, error){
+				"came in":      func() (net.Conn, error) { return w.server.Dial("tcp", port("10.1.0.2", 7100)) },
+				"not selected": func() (net.Conn, error) { return w.machine.Dial("tcp", port(far4, 7000)) },
+			} {
+				c, err := dial()
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer c.Close()
+				alive[name] = c
+			}
+			goOn := func(when string) {
+				t.Helper()
+				for name, c := range alive {
+					if err := echoOnce(c, "hello"); err != nil {
+						t.Errorf("%s, %s: %v", when, name, err)
+					}
+				}
+			}
+			text := w.config(second)
+			if closed {
+				text = w.closedConfig()
+			}
+			goOn("before")
+			d := w.start(text)
+			goOn("started")
+			if closed {
+				labtest.Eventually(t, patience(), func() bool { return strings.Contains(older.Output(), "cut") }, "it is cut")
+			}
+			d.kill()
+			goOn("killed")
+			d = w.start(text)
+			goOn("started again")
+			if !closed && strings.Contains(older.Output(), "cut") {
+				t.Errorf("the older connection was cut: %s", older.Output())
+			}
+			d.stop()
+			goOn("stopped")
+			if out, errs, code := w.cgtun("cleanup"); code != 0 {
+				t.Errorf("cleanup: %d %s%s", code, out, errs)
+			}
+			goOn("cleaned up")
+		})
+	}
+}
+
+// converse speaks on one connection until that fails.
+func converse(q probe) error {
+	c, err := dialTCP(q)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	fmt.Println("ready")
+	for err == nil {
+		time.Sleep(10 * time.Millisecond)
+		err = echoOnce(c, "hello")
+	}
+	fmt.Println("cut:", err)
+	return nil
 }
 
 // A way by the kernel with on_exit = "closed" goes on after a kill, also of a

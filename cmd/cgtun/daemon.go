@@ -321,9 +321,18 @@ func (in *instance) setManager(routes []attach.Route) {
 	}
 	in.manager = attach.New(attach.Options{
 		Isolated: isolated,
-		Routes:   routes, Serve: in.serve, Gate: in.selector, CgroupPath: in.selector.PathByID, Process: in.selector.PID, HomeChanged: in.guard.LookAgain, Logger: in.log,
+		Routes:   routes, Serve: in.serve, Gate: in.selector, CgroupPath: in.selector.PathByID, Selection: in.selectionOf, Process: in.selector.PID, HomeChanged: in.guard.LookAgain, Logger: in.log,
 	})
 	in.manager.Reconcile(in.selector.Snapshot())
+}
+
+// selectionOf is the index of the route that selects a cgroup.
+func (in *instance) selectionOf(cgroup uint64) (int, bool) {
+	path, ok := in.selector.PathByID(cgroup)
+	if !ok {
+		return 0, false
+	}
+	return in.selector.Selected(path)
 }
 
 // serve is the netstack of an attachment.
