@@ -5,7 +5,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"sync"
 	"testing"
 	"time"
 
@@ -83,43 +82,25 @@ func TestMadeCgroupsOfTheLivingStay(t *testing.T) {
 	}
 }
 
-// Who cleans up takes nothing that an instance takes over at the same time, and does
-// not steer yet.
+// Who cleans up takes nothing that an instance has taken over since it was found, and
+// that does not steer yet.
 func TestWhatIsTakenOverIsNotCleanedUp(t *testing.T) {
 	lab, _, _ := newLab(t)
-	top := lab.Cgroup("top")
-	path, name := top.Path+"/sel", "over"
-	var cleaning sync.WaitGroup
-	defer cleaning.Wait()
-	stop := make(chan struct{})
-	defer close(stop)
-	cleaned := make(chan struct{}) // a clean-up has ended
-	cleaning.Go(func() {
-		for {
-			if _, err := cgroupsel.Remove(name); err != nil {
-				t.Error(err)
-			}
-			select {
-			case <-stop:
-				return
-			case cleaned <- struct{}{}:
-			default:
-			}
-		}
-	})
-	for n := range 100 {
-		ours, end, err := cgroupsel.MakeAgain(path, name)
+	path, name := lab.Cgroup("top").Path+"/sel", "over"
+	for range 2 { // made, and taken over
+		_, end, err := cgroupsel.MakeAgain(path, name)
 		if err != nil {
 			t.Fatal(err)
 		}
-		<-cleaned
-		<-cleaned
-		if len(ours) != 1 || !there(filepath.Join(top.Dir, "sel")) {
-			t.Errorf("time %d: it is not there, of %q", n, ours)
+		if removed, err := cgroupsel.RemoveFound(path, name); removed || err != nil {
+			t.Errorf("removed while it is held: %v, %v", removed, err)
 		}
 		if err := end(); err != nil {
 			t.Error(err)
 		}
+	}
+	if removed, err := cgroupsel.RemoveFound(path, name); !removed || err != nil {
+		t.Errorf("of a dead one: %v, %v", removed, err)
 	}
 }
 

@@ -125,6 +125,16 @@ func MakeAgain(path, instance string) (ours []string, end func() error, err erro
 	return ours, t.close, err
 }
 
+// RemoveFound does what Remove does with a cgroup that was found to be a dead one's.
+func RemoveFound(path, instance string) (bool, error) {
+	t, err := openTree()
+	if err != nil {
+		return false, err
+	}
+	defer t.close()
+	return t.removeDead(path, instance)
+}
+
 // PickedFollowing is Picked with what is followed from the start.
 func PickedFollowing(o Options, name string) (selection int, top string, err error) {
 	p, err := newPicker(o)
