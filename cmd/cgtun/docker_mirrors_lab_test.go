@@ -23,6 +23,7 @@ func (d *dockers) testMirrors() {
 	if _, err := exec.LookPath("npm"); err == nil && labtest.Soak() {
 		d.servePackage(filepath.Join(www, "npm"))
 		extra = `need "$(readlink -f "$(command -v node)")"; ln -sf "$(readlink -f "$(command -v node)")" $root/bin/node
+ln -s /bin/busybox $root/usr/bin/env
 cli=$(readlink -f "$(command -v npm)"); lib=$(dirname "$(dirname "$cli")"); mkdir -p "$root$lib"; cp -r "$lib/." "$root$lib"; ln -s "$cli" $root/bin/npm
 `
 		npm = "RUN cd /tmp && npm install --no-audit --no-fund --registry=http://mirror.lab/npm/ ours && grep -c ours node_modules/ours/package.json\n"
