@@ -58,9 +58,8 @@ func (in *instance) setOutbounds(w, before *ways) (err error) {
 	}
 	kept := map[string]dialer.Hop{}
 	w.scores = group.NewScores(in.log, in.metrics)
-	stays := func(string) bool { return false }
 	if before != nil {
-		stays = sameWays(w.file, before.file)
+		stays := sameWays(w.file, before.file)
 		w.scores = before.scores.Next(stays)
 		w.before = before.dropped(stays)
 		for _, o := range before.outbounds {
