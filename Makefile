@@ -28,7 +28,9 @@ test: deps build
 unit:
 	go test -short ./...
 
-demo: deps build
+# It has a docker daemon of its own, and installs none.
+demo: build
+	WITHOUT="docker.io podman buildah docker-registry" internal/tools/deps.sh
 	go run ./internal/demo
 
 soak: deps

@@ -410,7 +410,9 @@ func (m *Manager) scan(ctx context.Context, work *sync.WaitGroup) {
 
 // begin lets a new site run. It is called with the lock held.
 func (m *Manager) begin(ctx context.Context, work *sync.WaitGroup, cookie uint64, news []cgroupsel.Namespace) {
-	s := m.newSite(news[0].Ref, siteID(news, netns.Names(), m.opts.CgroupPath))
+	id, container := nameOf(news, netns.Names(), m.opts.CgroupPath)
+	s := m.newSite(news[0].Ref, id)
+	s.container = container
 	s.seen(news)
 	m.sites[cookie] = s
 	s.stopping = ctx.Done()

@@ -56,8 +56,11 @@ const (
 )
 
 type site struct {
-	m     *Manager
-	id    string
+	m  *Manager
+	id string
+	// container is as State has it.
+	container string
+
 	again chan struct{} // holds one token: look again
 	end   func()        // lets run return; not for home
 	// stopping is closed when all of the Manager ends.

@@ -21,7 +21,7 @@ type State struct {
 	ID        string // "home", a name of /run/netns, a container's first 12 digits, "netns-INODE"
 	Route     string
 	Netns     string // its name in /run/netns, if it has one
-	Container string // the container's first 12 digits, if it is one
+	Container string // a container's first 12 digits, or those of a step of BuildKit; "": neither
 	NetnsIno  uint64
 	Device    string
 	Kernel    bool   // the kernel routes: there is no device of ours
@@ -57,7 +57,9 @@ func (m *Manager) States() []State {
 	}
 	for _, n := range m.picked.Load().Namespaces {
 		if n.Excess != nil {
-			s := m.newSite(n.Ref, siteID([]cgroupsel.Namespace{n}, names, m.opts.CgroupPath))
+			id, container := nameOf([]cgroupsel.Namespace{n}, names, m.opts.CgroupPath)
+			s := m.newSite(n.Ref, id)
+			s.container = container
 			s.state, s.err, s.since = StateFailed, n.Excess, time.Time{}
 			states = append(states, s.states(names)...)
 		}
@@ -70,8 +72,8 @@ func (s *site) states(names map[uint64]string) []State {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	base := State{ID: s.id, NetnsIno: s.ns.Inode(), State: s.state, Err: s.err, Since: s.since}
-	if base.Netns = names[s.ns.Inode()]; base.Netns == "" && isContainer(s.id) {
-		base.Container = s.id
+	if base.Netns = names[s.ns.Inode()]; base.Netns == "" {
+		base.Container = s.container
 	}
 	if len(s.attached) == 0 || s.state != StateUp && !s.home() {
 		return []State{base}
@@ -152,30 +154,47 @@ func (s *site) served() *Attachment {
 // shownDigits is how many digits of its id name a container.
 const shownDigits = 12
 
-// siteID names a namespace: by its name of ip-netns(8), which names has, else by
+// nameOf names a namespace: by its name of ip-netns(8), which names has, else by
 // the container that its first task is of, as docker and its kin name their
-// cgroups.
-func siteID(news []cgroupsel.Namespace, names map[uint64]string, cgroupPath func(uint64) (string, bool)) string {
+// cgroups. A step of BuildKit is no container, but has an id as one.
+func nameOf(news []cgroupsel.Namespace, names map[uint64]string, cgroupPath func(uint64) (string, bool)) (id, container string) {
 	ref := news[0].Ref
-	if name := names[ref.Inode()]; name != "" {
-		return name
-	}
 	var p string
 	for _, n := range news {
 		if n.Cgroup != 0 && cgroupPath != nil {
 			p, _ = cgroupPath(n.Cgroup)
 		}
 	}
-	base := strings.TrimSuffix(path.Base(p), ".scope")
-	if i := strings.LastIndexByte(base, '-'); i >= 0 {
-		base = base[i+1:]
+	container, step := containerOf(p)
+	switch name := names[ref.Inode()]; {
+	case name != "":
+		return name, container
+	case container != "" && !step:
+		return container, container
 	}
-	if len(base) == 64 && strings.Trim(base, "0123456789abcdef") == "" {
-		return base[:shownDigits]
-	}
-	return fmt.Sprintf("netns-%d", ref.Inode())
+	return fmt.Sprintf("netns-%d", ref.Inode()), container
 }
 
-func isContainer(id string) bool {
-	return len(id) == shownDigits && strings.Trim(id, "0123456789abcdef") == ""
+// The lengths of ids: of containers, in hex, and of BuildKit's steps.
+const (
+	containerDigits = 64
+	stepDigits      = 25
+)
+
+// containerOf finds the shown digits of a container or a step in a cgroup's path.
+func containerOf(cgroup string) (digits string, step bool) {
+	dir, base := path.Split(cgroup)
+	base = strings.TrimSuffix(base, ".scope")
+	// With systemd: docker-ID.scope, and system.slice:docker:ID for a step.
+	ofSteps := path.Base(dir) == "buildkit" || strings.Contains(base, ":docker:")
+	if i := strings.LastIndexAny(base, "-:"); i >= 0 {
+		base = base[i+1:]
+	}
+	switch {
+	case len(base) == containerDigits && strings.Trim(base, "0123456789abcdef") == "":
+		return base[:shownDigits], false
+	case len(base) == stepDigits && ofSteps && strings.Trim(base, "0123456789abcdefghijklmnopqrstuvwxyz") == "":
+		return base[:shownDigits], true
+	}
+	return "", false
 }

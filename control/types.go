@@ -125,7 +125,7 @@ type Attachment struct {
 	ID        string       `json:"id"` // "home" for one
 	NetnsIno  ID           `json:"netns_ino"`
 	Netns     Text         `json:"netns"`     // its name in /run/netns
-	Container Text         `json:"container"` // first 12 digits
+	Container Text         `json:"container"` // first 12 digits, also of a step of BuildKit
 	Route     string       `json:"route"`
 	Device    Text         `json:"device"`
 	Address   List[string] `json:"address"`

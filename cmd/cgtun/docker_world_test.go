@@ -36,6 +36,9 @@ type dockers struct {
 
 const registry = "registry.lab:5000"
 
+// bridge is the machine's address on docker0.
+const bridge = "172.17.0.1"
+
 func newDockers(t *testing.T) *dockers {
 	t.Helper()
 	d := newBuilders(t, "dockerd")
@@ -141,7 +144,7 @@ func (d *dockers) startDaemon(args ...string) {
 	script := ownMounts + `
 echo $$ >/sys/fs/cgroup/dockerd.service/cgroup.procs
 exec dockerd --data-root $0/data --exec-root $0/exec --pidfile $0/pid -H unix://$0/sock --exec-opt native.cgroupdriver=cgroupfs \
-	--insecure-registry http://` + registry + ` --insecure-registry ` + registry + ` --insecure-registry localhost:5001 --raw-logs -l error "$@"`
+	--insecure-registry http://` + registry + ` --insecure-registry ` + registry + ` --insecure-registry 10.1.0.2:5001 --insecure-registry 172.17.0.0/16 --raw-logs -l error "$@"`
 	cmd := exec.CommandContext(context.Background(), "nsenter", append([]string{"--net=" + d.machine.Path, "--", "unshare", "--mount", "--cgroup", "sh", "-c", script, d.state}, args...)...)
 	d.daemon = d.lab.StartCommand(d.host.Command(cmd))
 	labtest.Eventually(d.t, 30*time.Second, func() bool {

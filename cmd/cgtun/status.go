@@ -95,7 +95,7 @@ func printStatus(w io.Writer, s *control.Status) {
 	}
 	t.head("ATTACHMENT", "ROUTE", "CAPTURE", "DEVICE", "ADDRESS", "STATE", "FAMILIES", "FLOWS", "UP", "DOWN", "ERROR")
 	for _, a := range s.Attachments {
-		t.row(plain(a.ID), plain(a.Route), a.Capture, orDash(string(a.Device)), orDash(strings.Join(a.Address, " ")), a.State,
+		t.row(attachmentName(&a), plain(a.Route), a.Capture, orDash(string(a.Device)), orDash(strings.Join(a.Address, " ")), a.State,
 			families(a.V4, a.V6), a.Flows, size(a.UpBytes), size(a.DownBytes), orDash(string(a.Error)))
 	}
 	t.head("OUTBOUND", "TYPE", "STATE", "SCORE", "CONNECT", "DIALS", "FAILED", "HIDDEN", "UP", "DOWN", "ERROR")
@@ -161,4 +161,12 @@ func via(v any) string {
 		return strings.Join(parts, " ")
 	}
 	return fmt.Sprint(v)
+}
+
+// attachmentName is the id, with the container's beside it where that is another one.
+func attachmentName(a *control.Attachment) string {
+	if a.Container == "" || string(a.Container) == a.ID {
+		return plain(a.ID)
+	}
+	return plain(a.ID) + " (" + plain(string(a.Container)) + ")"
 }

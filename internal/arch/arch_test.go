@@ -120,7 +120,7 @@ func walk(t *testing.T, f func(path string, text []byte)) {
 		if err != nil {
 			return err
 		}
-		if d.IsDir() && (d.Name() == ".git" || d.Name() == "fuzz") {
+		if d.IsDir() && (d.Name() == ".git" || d.Name() == "fuzz" || name == filepath.Join(top, "build")) {
 			return fs.SkipDir
 		}
 		if !d.Type().IsRegular() {

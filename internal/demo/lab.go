@@ -139,10 +139,15 @@ func (l *lab) counters(ctx context.Context) error {
 	rules := fmt.Sprintf(`table inet demo {
 	counter tun { }
 	counter uplink { }
+	counter routed { }
+	chain routed {
+		type filter hook forward priority 400; policy accept;
+		oifname "%[4]s" counter name routed
+	}
 	chain post {
 		type filter hook postrouting priority 400; policy accept;
-		meta skgid %s oifname "%s" counter name tun
-		meta skgid %s oifname "%s" counter name uplink
+		meta skgid %[1]s oifname "%[2]s" counter name tun
+		meta skgid %[3]s oifname "%[4]s" counter name uplink
 	}
 }
 `, group, device, group, uplink)

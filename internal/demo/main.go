@@ -7,7 +7,8 @@
 // place, or from none. None is given a proxy. Each runs twice: inside the
 // selected cgroup, by `cgtun run`, and outside of it. Of each run it says how
 // many of the program's packets went into tun0 and how many left by the uplink,
-// as counted in the machine's own firewall, and what `cgtun flows` knows.
+// as counted in the machine's own firewall, and what `cgtun flows` knows. Then it
+// builds with a docker daemon of its own, where it can have one.
 //
 // It owns all that it makes and takes it away again, also after an interrupt.
 // It is called by the Makefile only, and imports nothing of cgtun: it uses the
@@ -90,6 +91,9 @@ func show(ctx context.Context) (err error) {
 		if e := l.compare(ctx, p); e != nil {
 			err = errors.Join(err, fmt.Errorf("%s: %w", p.name, e))
 		}
+	}
+	if e := l.docker(ctx); e != nil {
+		err = errors.Join(err, fmt.Errorf("docker build: %w", e))
 	}
 	took, e := daemon.stop()
 	if e == nil {

@@ -135,7 +135,7 @@ func machineState(ctx context.Context) (lines []string) {
 			}
 		}
 	}
-	for _, pattern := range []string{"/etc/netns/*", "/run/cgtun/*", "/sys/fs/cgroup/cgtun", "/sys/fs/cgroup/unified/cgtun", filepath.Join(os.TempDir(), "cgtun-demo*")} {
+	for _, pattern := range []string{"/etc/netns/*", "/run/cgtun/*", "/sys/fs/cgroup/cgtun*", "/sys/fs/cgroup/unified/cgtun*", filepath.Join(os.TempDir(), "cgtun-demo*")} {
 		found, _ := filepath.Glob(pattern)
 		lines = append(lines, found...)
 	}

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Installs the Debian packages of the programs that tests and the demo use and
 # that are not there. Does nothing, and needs no root, where all of them are.
-# Go itself is not among them.
+# Go itself is not among them, nor are the packages in WITHOUT.
 set -eu
 list=$(dirname "$0")/../labtest/tools.txt
 
@@ -11,6 +11,7 @@ PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 missing=
 while read -r tool package rest; do
 	case $tool in '' | '#'*) continue ;; esac
+	case " ${WITHOUT:-} " in *" $package "*) continue ;; esac
 	command -v "$tool" >/dev/null 2>&1 || missing="$missing $package"
 done <"$list"
 # The race detector is C: the compiler alone does not do.
