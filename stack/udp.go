@@ -88,7 +88,7 @@ type UDPCounters struct {
 	Evicted   uint64 // sessions ended for room
 	Malformed uint64 // packets with impossible headers, or to nobody in particular
 	BadSum    uint64 // packets of raw sockets with a wrong checksum
-	QueueFull uint64 // reads dropped because nobody took those before
+	QueueFull uint64 // reads dropped because nobody took those before, or no session could be
 	Unwritten uint64 // datagrams that the tun did not take
 	ICMPLimit uint64 // ICMP errors not sent because of the rate
 }
@@ -123,15 +123,16 @@ type udp struct {
 	began time.Time // what lastUsed counts from
 	icmp  *rate.Limiter
 
-	queued  atomic.Int64 // bytes in all queues
-	noJoin  atomic.Bool  // this kernel's tun does not take joined datagrams
-	opened  atomic.Uint64
-	evicted atomic.Uint64
-	bad     atomic.Uint64
-	badSum  atomic.Uint64
-	full    atomic.Uint64
-	lost    atomic.Uint64
-	limited atomic.Uint64
+	queued   atomic.Int64 // bytes in all queues
+	handlers atomic.Int64 // of sessions, also of those that have ended and are not gone yet
+	noJoin   atomic.Bool  // this kernel's tun does not take joined datagrams
+	opened   atomic.Uint64
+	evicted  atomic.Uint64
+	bad      atomic.Uint64
+	badSum   atomic.Uint64
+	full     atomic.Uint64
+	lost     atomic.Uint64
+	limited  atomic.Uint64
 
 	mu       sync.Mutex
 	sessions map[netip.AddrPort]*session
@@ -161,10 +162,12 @@ func newUDP(cfg udpConfig) *udp {
 func (u *udp) run(ctx context.Context) error {
 	u.mu.Lock()
 	u.start = func(s *session) {
+		u.handlers.Add(1)
 		u.serving.Go(func() {
 			u.cfg.Handler.ServePackets(ctx, s)
 			s.Close()
 			u.forget(s)
+			u.handlers.Add(-1)
 		})
 	}
 	for _, s := range u.waiting {
@@ -272,7 +275,7 @@ func (u *udp) take(src netip.AddrPort, d flow.Datagram, head []byte) {
 // now is the time since the stack began, in nanoseconds.
 func (u *udp) now() int64 { return int64(time.Since(u.began)) }
 
-// session finds or opens the session of src. Nil: the end has come.
+// session finds or opens the session of src. Nil: there can be none now.
 func (u *udp) session(src netip.AddrPort, now int64) *session {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -280,6 +283,10 @@ func (u *udp) session(src netip.AddrPort, now int64) *session {
 		return s
 	}
 	if u.ended {
+		return nil
+	}
+	if u.handlers.Load() >= int64(u.cfg.Sessions/2*3) {
+		u.full.Add(1) // they come faster than the old ones go
 		return nil
 	}
 	own := u.sources[src.Addr()]

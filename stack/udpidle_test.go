@@ -1,6 +1,7 @@
 package stack
 
 import (
+	"context"
 	"io"
 	"net/netip"
 	"testing"
@@ -62,6 +63,37 @@ func TestSessionsAreNoMoreWhereMemoryIsShort(t *testing.T) {
 	if n := open(30, 50); n != 15 {
 		t.Errorf("%d sessions, want no more than there were", n)
 	}
+}
+
+// Sessions that have ended and are not gone yet are no more than half of those that
+// there may be: more are not opened meanwhile.
+func TestEndedSessionsThatAreNotGoneAreBounded(t *testing.T) {
+	release := make(chan struct{})
+	u := newUDP(udpConfig{Proto: flow.UDP, UDPOptions: UDPOptions{Sessions: 10}, Write: new(fakeTun).write, Handler: packetsHandler{func(context.Context, flow.PacketConn) {
+		<-release
+	}}})
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() { defer close(done); _ = u.run(ctx) }()
+	for n := range 50 {
+		u.deliver(local, udpPacket(sourceN(n), server4, nil))
+		for u.handlers.Load() == 0 { // it has not begun
+			time.Sleep(time.Millisecond)
+		}
+	}
+	if got := u.handlers.Load(); got > 15 {
+		t.Errorf("%d sessions are there, ended ones too, want 15 at most", got)
+	}
+	close(release)
+	for u.handlers.Load() > 0 {
+		time.Sleep(time.Millisecond)
+	}
+	u.deliver(local, udpPacket(sourceN(99), server4, nil))
+	if got := u.counters(); got.Opened != 16 || got.QueueFull == 0 {
+		t.Errorf("counters %+v", got)
+	}
+	cancel()
+	<-done
 }
 
 func TestSourceCannotTakeAllSessions(t *testing.T) {
