@@ -3,6 +3,7 @@ package router
 import (
 	"context"
 	"runtime"
+	"runtime/debug"
 	"runtime/metrics"
 	"time"
 
@@ -78,8 +79,8 @@ const (
 	collectFraction = 20
 	// In a fifth where somebody would be refused.
 	collectHurried = 5
-	// And that often where more than an eighth of the memory is in use, so that
-	// what a flood leaves goes back to the system.
+	// And that often where more than an eighth of the memory is held, so that what
+	// a flood leaves goes back to the system.
 	collectAtLeast = 30 * time.Second
 	// stallRoom is kept free for each open flow, for the time that its ends do
 	// not read: its buffers are as small as they get by then.
@@ -139,10 +140,15 @@ func (r *Router) lookAtMemory(m *memory) {
 	m.limit = uint64(r.maxMemory.Load())
 	used := r.memoryAboveStart()
 	since := time.Since(m.collected)
-	grown := used > m.live+m.limit/8 || since > collectAtLeast && used > m.limit/8
-	if since > m.pause && (grown || r.scarce.Load()) || grown && r.tight(m, used) && since > collectHurried*m.took {
+	grown := used > m.live+m.limit/8
+	due := since > m.pause && (grown || r.scarce.Load()) || grown && r.tight(m, used) && since > collectHurried*m.took
+	collect := runtime.GC
+	if since > collectAtLeast && r.aboveStart(heldMemory()) > m.limit/8 {
+		due, collect = true, debug.FreeOSMemory
+	}
+	if due {
 		began := time.Now()
-		runtime.GC()
+		collect()
 		m.collected = time.Now()
 		m.took = time.Since(began)
 		m.pause = max(collectAtMost, collectFraction*m.took)
@@ -166,9 +172,15 @@ func (r *Router) tight(m *memory, used uint64) bool { return r.promised(used) > 
 // promised is what is in use, and what the open connections may yet fill.
 func (r *Router) promised(used uint64) uint64 { return used + uint64(r.streams.Load())*stallRoom }
 
-func (r *Router) memoryAboveStart() uint64 {
-	used := usedMemory()
-	return used - min(used, r.startMemory)
+func (r *Router) memoryAboveStart() uint64 { return r.aboveStart(usedMemory()) }
+
+func (r *Router) aboveStart(bytes uint64) uint64 { return bytes - min(bytes, r.startMemory) }
+
+// heldMemory is usedMemory, and what is free and was not given back to the kernel.
+func heldMemory() uint64 {
+	s := []metrics.Sample{{Name: "/memory/classes/total:bytes"}, {Name: "/memory/classes/heap/released:bytes"}}
+	metrics.Read(s)
+	return s[0].Value.Uint64() - s[1].Value.Uint64()
 }
 
 // usedMemory is what the Go runtime has in use, in bytes: not what is free for

@@ -239,7 +239,8 @@ func TestFloodsOfOneLeaveTheOthersAlone(t *testing.T) {
 				t.Logf("%v after the floods: %d MiB above the start, %d sockets", time.Since(ended).Round(time.Second), (rss-base)>>20, sockets)
 				return true
 			}
-			time.Sleep(time.Second)
+			t.Logf("%v after: %d MiB, %d sockets", time.Since(ended).Round(time.Second), (rss-base)>>20, sockets)
+			time.Sleep(5 * time.Second)
 			return false
 		}, "memory and sockets are given back")
 	}
