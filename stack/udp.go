@@ -285,7 +285,7 @@ func (u *udp) session(src netip.AddrPort, now int64) *session {
 	if u.ended {
 		return nil
 	}
-	if u.handlers.Load() >= int64(u.cfg.Sessions/2*3) {
+	if u.handlers.Load() >= int64(u.cfg.Sessions+max(u.cfg.Sessions/2, 16)) {
 		u.full.Add(1) // they come faster than the old ones go
 		return nil
 	}

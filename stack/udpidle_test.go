@@ -69,27 +69,27 @@ func TestSessionsAreNoMoreWhereMemoryIsShort(t *testing.T) {
 // there may be: more are not opened meanwhile.
 func TestEndedSessionsThatAreNotGoneAreBounded(t *testing.T) {
 	release := make(chan struct{})
-	u := newUDP(udpConfig{Proto: flow.UDP, UDPOptions: UDPOptions{Sessions: 10}, Write: new(fakeTun).write, Handler: packetsHandler{func(context.Context, flow.PacketConn) {
+	u := newUDP(udpConfig{Proto: flow.UDP, UDPOptions: UDPOptions{Sessions: 32}, Write: new(fakeTun).write, Handler: packetsHandler{func(context.Context, flow.PacketConn) {
 		<-release
 	}}})
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})
 	go func() { defer close(done); _ = u.run(ctx) }()
-	for n := range 50 {
+	for n := range 100 {
 		u.deliver(local, udpPacket(sourceN(n), server4, nil))
 		for u.handlers.Load() == 0 { // it has not begun
 			time.Sleep(time.Millisecond)
 		}
 	}
-	if got := u.handlers.Load(); got > 15 {
-		t.Errorf("%d sessions are there, ended ones too, want 15 at most", got)
+	if got := u.handlers.Load(); got > 48 {
+		t.Errorf("%d sessions are there, ended ones too, want 48 at most", got)
 	}
 	close(release)
 	for u.handlers.Load() > 0 {
 		time.Sleep(time.Millisecond)
 	}
 	u.deliver(local, udpPacket(sourceN(99), server4, nil))
-	if got := u.counters(); got.Opened != 16 || got.QueueFull == 0 {
+	if got := u.counters(); got.Opened != 49 || got.QueueFull == 0 {
 		t.Errorf("counters %+v", got)
 	}
 	cancel()
