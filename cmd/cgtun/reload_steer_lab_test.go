@@ -66,8 +66,8 @@ func TestReloadSteersOtherwise(t *testing.T) {
 	w.server.Serve("0.0.0.0:80", func(c *net.TCPConn) error {
 		b := make([]byte, 1000)
 		_, _ = c.Read(b)
-		n, err := io.WriteString(c, "HTTP/1.0 200 OK\r\n\r\n")
-		for n = 0; err == nil; n += len(b) {
+		_, err := io.WriteString(c, "HTTP/1.0 200 OK\r\n\r\n")
+		for n := 0; err == nil; n += len(b) {
 			select {
 			case <-stop:
 				sent <- n
