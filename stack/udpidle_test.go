@@ -89,7 +89,8 @@ func TestEndedSessionsThatAreNotGoneAreBounded(t *testing.T) {
 		time.Sleep(time.Millisecond)
 	}
 	u.deliver(local, udpPacket(sourceN(99), server4, nil))
-	if got := u.counters(); got.Opened != 49 || got.QueueFull == 0 {
+	// It may end before it has the datagram, which then opens another one.
+	if got := u.counters(); got.Opened < 49 || got.QueueFull == 0 {
 		t.Errorf("counters %+v", got)
 	}
 	cancel()
