@@ -111,6 +111,7 @@ func TestPasswordsAreFoundNowhere(t *testing.T) {
 			t.Errorf("port %d: %+v, want %q", 7000+i, a, want)
 		}
 	}
+	d.WaitOutput("does not take its account", patience())
 	said := map[string]string{"log": d.Output()}
 	for _, command := range []string{"status", "flows", "doctor", "explain " + port(far4, 7003), fmt.Sprint("status ", d.Pid)} {
 		for _, form := range []string{"", " --json"} {
