@@ -220,6 +220,11 @@ func TestEveryFlowThatIsLetInHasItsRoom(t *testing.T) {
 	})
 	text := strings.Replace(w.config(second), `"debug"`, `"warn"`, 1) + fmt.Sprintf("[limits]\nmemory = \"%dMiB\"\n", limit>>20)
 	d := w.start(text)
+	w.server.ServeEcho(":7000")
+	// Pages of the program that no flow has needed yet are no memory of flows.
+	if a := w.probe(inside, probe{Do: "dial", Network: "tcp", To: port(far4, 7000), Say: "x"}); a.Heard != "x" {
+		t.Fatalf("%+v", a)
+	}
 	start := memoryOf(t, d.Pid, "VmRSS")
 	p := w.startProbe(inside, probe{Do: "hoard", To: port(far4, 7100), N: flows, Wait: 2 * time.Second})
 	peak := 0
