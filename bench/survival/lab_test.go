@@ -3,7 +3,6 @@ package survival_test
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -13,8 +12,6 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"cgtun/control"
 	"cgtun/internal/labtest"
@@ -90,19 +87,7 @@ type proxy struct {
 func (p *proxy) start() { p.Proc = p.host.Start("microsocks", "-i", p.addr, "-p", proxyPort) }
 
 // program returns the path of cgtun, built once.
-var program = sync.OnceValues(func() (string, error) {
-	path := filepath.Join(os.TempDir(), fmt.Sprintf("cgtun-survival-%d", os.Getpid()))
-	out, err := exec.Command("go", "build", "-o", path, "cgtun/cmd/cgtun").CombinedOutput()
-	if err != nil {
-		return "", fmt.Errorf("build cgtun: %w\n%s", err, out)
-	}
-	// A descriptor stands for its name: so nothing is left, however this ends.
-	fd, err := unix.Open(path, unix.O_PATH|unix.O_CLOEXEC, 0)
-	if err := errors.Join(err, os.Remove(path)); err != nil {
-		return "", err
-	}
-	return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), fd), nil
-})
+var program = sync.OnceValues(func() (string, error) { return labtest.Program() })
 
 // setting is how cgtun is set up: one row of the table.
 type setting struct {
@@ -126,19 +111,7 @@ var settings = []setting{
 
 // config has two paths, directly and by a SOCKS server on each.
 func (l *lab) config(s setting) string {
-	text := fmt.Sprintf(`
-[select]
-cgroups = [%q]
-[route]
-mark = %d
-table = %[2]d
-[tun]
-name = "tun0"
-[control]
-socket = %[3]q
-[log]
-level = "debug"
-`, l.sel.Path, l.number, l.socket)
+	text := labtest.Config(l.sel, l.number, l.socket, "")
 	for i, name := range []string{"a", "b"} {
 		text += fmt.Sprintf(`
 [[outbound]]

@@ -16,8 +16,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"cgtun/control"
 	"cgtun/flow"
 	"cgtun/internal/labtest"
@@ -105,21 +103,10 @@ func newWorld(t *testing.T, tools ...string) *world {
 // program returns the path of cgtun, built once: with the race detector if the
 // test has it.
 var program = sync.OnceValues(func() (string, error) {
-	path := filepath.Join(os.TempDir(), fmt.Sprintf("cgtun-test-%d", os.Getpid()))
-	args := []string{"build", "-o", path}
 	if raceEnabled {
-		args = append(args, "-race")
+		return labtest.Program("-race")
 	}
-	out, err := exec.Command("go", append(args, "cgtun/cmd/cgtun")...).CombinedOutput()
-	if err != nil {
-		return "", fmt.Errorf("build cgtun: %w\n%s", err, out)
-	}
-	// A descriptor stands for its name: so nothing is left, however this ends.
-	fd, err := unix.Open(path, unix.O_PATH|unix.O_CLOEXEC, 0)
-	if err := errors.Join(err, os.Remove(path)); err != nil {
-		return "", err
-	}
-	return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), fd), nil
+	return labtest.Program()
 })
 
 func (w *world) program() string {
@@ -133,23 +120,7 @@ func (w *world) program() string {
 
 // config returns a configuration that selects sel, and more after it.
 func (w *world) config(more string) string {
-	return fmt.Sprintf(`
-[select]
-cgroups = [%q]
-
-[route]
-mark = %d
-table = %[2]d
-
-[tun]
-name = "tun0"
-
-[control]
-socket = %[3]q
-
-[log]
-level = "debug"
-%[4]s`, w.sel.Path, w.number, w.socket, more)
+	return labtest.Config(w.sel, w.number, w.socket, more)
 }
 
 // write writes a configuration and returns its path.
