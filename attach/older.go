@@ -48,13 +48,14 @@ func (s *site) cutOlder(a *Attachment) error {
 		if err != nil {
 			return err
 		}
+		alone := slices.Concat(steer.Builtin(), plan.Bypass)
 		listened := map[uint16]bool{}
 		for _, c := range all {
 			listened[c.local] = listened[c.local] || c.state == tcpListen
 		}
 		var errs []error
 		for _, c := range all {
-			if listened[c.local] || c.state == tcpTimeWait || c.mark&plan.Mask == plan.Mark || !s.isOf(a, &plan, c) {
+			if listened[c.local] || c.state == tcpTimeWait || c.mark&plan.Mask == plan.Mark || !s.isOf(a, &plan, alone, c) {
 				continue
 			}
 			err := asker.destroy(c)
@@ -74,12 +75,11 @@ func (s *site) cutOlder(a *Attachment) error {
 	return err
 }
 
-// isOf says whether a connection is one that the plan captures.
-func (s *site) isOf(a *Attachment, plan *steer.Plan, c connection) bool {
-	for _, p := range slices.Concat(steer.Builtin(), plan.Bypass) {
-		if p.Contains(c.remote) {
-			return false
-		}
+// isOf says whether a connection is one that the plan captures: not to prefixes that
+// are left alone.
+func (s *site) isOf(a *Attachment, plan *steer.Plan, alone []netip.Prefix, c connection) bool {
+	if slices.ContainsFunc(alone, func(p netip.Prefix) bool { return p.Contains(c.remote) }) {
+		return false
 	}
 	if c.remote.Is4() && plan.No4 || c.remote.Is6() && plan.No6 {
 		return false
