@@ -88,7 +88,7 @@ func (c *Config) Validate(bad func(key, what string)) {
 		}
 	}
 	for i, name := range c.Netns {
-		if name == "" || (name[0] != '/' && strings.Contains(name, "/")) {
+		if name == "" || name == "." || name == ".." || strings.ContainsRune(name, 0) || (name[0] != '/' && strings.Contains(name, "/")) {
 			bad(fmt.Sprintf("netns[%d]", i), fmt.Sprintf("%q is not a namespace; allowed: a name in /run/netns or an absolute path", name))
 		}
 	}
@@ -116,8 +116,8 @@ func badCgroup(entry string) string {
 		return fmt.Sprintf(`%q does not start with a slash; allowed: a path from the root of cgroup2 such as "/cgtun", or "unit:NAME.service"`, entry)
 	case path.Clean(entry) != entry:
 		return fmt.Sprintf("%q is not a plain path; allowed: %q", entry, path.Clean(entry))
-	case strings.ContainsRune(entry, 0) || len(entry) > 4095:
-		return fmt.Sprintf("%.40q is not a path that can exist; allowed: up to 4095 bytes without NUL", entry)
+	case strings.ContainsRune(entry, 0) || len(entry) > maxPathLen && !IsGlob(entry):
+		return fmt.Sprintf("%.40q cannot be selected; allowed: up to %d bytes without NUL", entry, maxPathLen)
 	}
 	return ""
 }

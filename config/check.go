@@ -38,6 +38,25 @@ func (d *decoder) check(l *layout) {
 	l.Log.Validate(d.under("log"))
 	d.references(l)
 	d.clashes(l.routes)
+	d.loops(l)
+}
+
+// loops reports what would come back to cgtun: an outbound that marks its
+// packets as captured ones are, and a device of ours among the interfaces.
+func (d *decoder) loops(l *layout) {
+	for i := range l.routes {
+		route := &l.routes[i]
+		for j, o := range l.Outbounds {
+			if o.Mark != 0 && (o.Mark^route.Mark)&route.Mask == 0 {
+				d.bad(at("outbound", j)+".mark", fmt.Sprintf("%#x is one that route %q captures by; allowed: a mark that differs in the bits of its mask %#x", o.Mark, route.Name, route.Mask))
+			}
+		}
+		for j, name := range route.Select.Interfaces {
+			if name == route.Tun.Name {
+				d.bad(at(d.part(i, "select")+".interfaces", j), fmt.Sprintf("%q is the device of cgtun; allowed: other interfaces", name))
+			}
+		}
+	}
 }
 
 // mask clears the bits behind the length of each prefix.

@@ -4,12 +4,15 @@ package dns
 
 import (
 	"fmt"
+	"maps"
 	"net/netip"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 
 	"cgtun/dialer"
+	"cgtun/flow"
 )
 
 // Config is the [dns] table.
@@ -48,15 +51,37 @@ func (c *Config) Validate(bad func(key, what string)) {
 		bad("cache", fmt.Sprintf("is %d; allowed: 0 to 10000000 entries", c.Cache))
 	}
 	validateUpstreams("upstreams", c.Upstreams, bad)
+	c.validateHosts(bad)
 	for i, route := range c.Route {
 		key := fmt.Sprintf("route[%d]", i)
 		if len(route.DomainSuffix) == 0 {
 			bad(key+".domain_suffix", "is missing; allowed: at least one name")
 		}
+		for j, text := range route.DomainSuffix {
+			if _, err := flow.PlainSuffix(text); err != nil {
+				bad(fmt.Sprintf("%s.domain_suffix[%d]", key, j), fmt.Sprintf(`%.60q %v; allowed: a name such as "example.org"`, text, err))
+			}
+		}
 		if len(route.Upstreams) == 0 {
 			bad(key+".upstreams", "is missing; allowed: at least one server")
 		}
 		validateUpstreams(key+".upstreams", route.Upstreams, bad)
+	}
+}
+
+// validateHosts sees to it that each name can be asked for, and has one entry.
+func (c *Config) validateHosts(bad func(key, what string)) {
+	seen := map[string]string{}
+	for _, text := range slices.Sorted(maps.Keys(c.Hosts)) {
+		name, err := flow.PlainName(text)
+		switch other, twice := seen[name]; {
+		case err != nil:
+			bad(fmt.Sprintf("hosts.%q", text), fmt.Sprintf(`%v; allowed: one name, exactly, such as "mirror.example"`, err))
+		case twice:
+			bad(fmt.Sprintf("hosts.%q", text), fmt.Sprintf("is %q again; allowed: each name once", other))
+		default:
+			seen[name] = text
+		}
 	}
 }
 

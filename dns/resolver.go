@@ -12,7 +12,6 @@ import (
 	"net/netip"
 	"net/url"
 	"strconv"
-	"strings"
 	"sync/atomic"
 	"time"
 
@@ -136,10 +135,18 @@ func (r *Resolver) Reload(c Config, outbounds map[string]dialer.Outbound) {
 			way = c.Outbound
 		}
 		servers := serversOf(one.Upstreams, way)
-		s.routes = append(s.routes, route{lowered(one.DomainSuffix), servers, scopeOf(servers)})
+		to := route{servers: servers, scope: scopeOf(servers)}
+		for _, text := range one.DomainSuffix {
+			if suffix, err := flow.PlainSuffix(text); err == nil {
+				to.suffixes = append(to.suffixes, suffix)
+			}
+		}
+		s.routes = append(s.routes, to)
 	}
-	for name, addrs := range c.Hosts {
-		s.hosts[plainName(name)] = addrs
+	for text, addrs := range c.Hosts {
+		if name, err := flow.PlainName(text); err == nil {
+			s.hosts[name] = addrs
+		}
 	}
 	r.now.Store(s)
 	r.cache.resize(c.Cache)
@@ -155,16 +162,6 @@ func scopeOf(servers []*server) string {
 	}
 	const size = 16
 	return string(h.Sum(nil)[:size])
-}
-
-// plainName is how names are compared.
-func plainName(name string) string { return strings.ToLower(strings.TrimSuffix(name, ".")) }
-
-func lowered(names []string) (all []string) {
-	for _, name := range names {
-		all = append(all, strings.TrimPrefix(plainName(name), "."))
-	}
-	return all
 }
 
 // serversOf reads upstreams that Validate has seen.

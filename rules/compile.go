@@ -91,9 +91,9 @@ func namesOf(c *Config, before error) (list *Names, looks *patterns, err error) 
 	if len(c.Domain)+len(c.DomainSuffix)+len(c.DomainFile) > 0 {
 		list = &Names{text: bytes.Clone(c.ListedNames.text)}
 	}
-	for exact, texts := range map[bool][]string{true: c.Domain, false: c.DomainSuffix} {
+	add := func(texts []string, plain func(string) (string, error), exact bool) {
 		for _, text := range texts {
-			name, bad := plainName(text)
+			name, bad := plain(text)
 			if bad != nil {
 				err = errors.Join(err, fmt.Errorf("%q %w", text, bad))
 				continue
@@ -101,6 +101,8 @@ func namesOf(c *Config, before error) (list *Names, looks *patterns, err error) 
 			list.add(name, exact)
 		}
 	}
+	add(c.Domain, flow.PlainName, true)
+	add(c.DomainSuffix, flow.PlainSuffix, false)
 	if len(c.DomainKeyword)+len(c.DomainRegex) == 0 {
 		return list, nil, err
 	}

@@ -7,6 +7,8 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+
+	"cgtun/flow"
 )
 
 // Config is one [[rule]]. Its keys are and-ed, the values of one key or-ed; a
@@ -116,11 +118,14 @@ func (c *Config) Validate(bad func(key, what string)) {
 			bad(index("domain_regex", i), fmt.Sprintf("%q is no expression: %s; allowed: the syntax of RE2", expression, strings.TrimPrefix(err.Error(), "error parsing regexp: ")))
 		}
 	}
-	for key, list := range map[string][]string{"domain": c.Domain, "domain_suffix": c.DomainSuffix} {
-		for i, text := range list {
-			if _, err := plainName(text); err != nil && text != "" {
-				bad(index(key, i), fmt.Sprintf(`%.60q is not a name; allowed: a name such as "example.org"`, text))
-			}
+	for i, text := range c.Domain {
+		if _, err := flow.PlainName(text); err != nil && text != "" {
+			bad(index("domain", i), fmt.Sprintf(`%.60q %v; allowed: one name, exactly, such as "example.org" (domain_suffix has all below it too)`, text, err))
+		}
+	}
+	for i, text := range c.DomainSuffix {
+		if _, err := flow.PlainSuffix(text); err != nil && text != "" {
+			bad(index("domain_suffix", i), fmt.Sprintf(`%.60q %v; allowed: a name such as "example.org"`, text, err))
 		}
 	}
 	for i, process := range c.Process {

@@ -3,13 +3,11 @@ package rules
 import (
 	"bufio"
 	"bytes"
-	"errors"
 	"fmt"
 	"io"
 	"net/netip"
-	"strings"
 
-	"golang.org/x/net/idna"
+	"cgtun/flow"
 )
 
 // Names are names of hosts, as a list of them is kept until it is compiled: a
@@ -76,51 +74,11 @@ func (n *Names) readLine(words [][]byte, bad func(word []byte, what string)) {
 		words = words[1:]
 	}
 	for _, word := range words {
-		name, err := plainName(string(word))
+		name, err := flow.PlainSuffix(string(word))
 		if err != nil {
 			bad(word, err.Error())
 			continue
 		}
 		n.add(name, hosts)
 	}
-}
-
-var errName = errors.New("is not a name")
-
-// plainName is a name as flows have it: in lower case, as it is asked for in the
-// DNS, without a dot at the end. One in front, or "*.", says "and all below",
-// which a suffix means anyway.
-func plainName(text string) (string, error) {
-	name := strings.TrimPrefix(strings.TrimPrefix(strings.TrimSuffix(text, "."), "*"), ".")
-	if !isASCII(name) {
-		var err error
-		if name, err = idna.Lookup.ToASCII(name); err != nil {
-			return "", errName
-		}
-	}
-	name = strings.ToLower(name)
-	const longest, longestLabel = 253, 63
-	if name == "" || len(name) > longest {
-		return "", errName
-	}
-	for label := range strings.SplitSeq(name, ".") {
-		if label == "" || len(label) > longestLabel {
-			return "", errName
-		}
-		for i := range len(label) {
-			if c := label[i]; (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '-' && c != '_' {
-				return "", errName
-			}
-		}
-	}
-	return name, nil
-}
-
-func isASCII(s string) bool {
-	for i := range len(s) {
-		if s[i] >= 0x80 {
-			return false
-		}
-	}
-	return true
 }

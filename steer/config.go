@@ -133,6 +133,9 @@ func (v *Via) validate(bad func(key, what string)) {
 	if forms != 1 {
 		bad("via", fmt.Sprintf("is %d ways; allowed: one of {gateway, gateway6, dev}, {tproxy}, {container}", forms))
 	}
+	if v.TProxy.IsValid() && v.TProxy.Port() == 0 {
+		bad("via.tproxy", fmt.Sprintf(`%s has no port; allowed: an address with a port such as "127.0.0.1:12345"`, v.TProxy))
+	}
 	for i, gateway := range v.Gateway {
 		if !gateway.Is4() {
 			bad(fmt.Sprintf("via.gateway[%d]", i), fmt.Sprintf("%s is not IPv4; allowed: IPv4 addresses (gateway6 is for IPv6)", gateway))

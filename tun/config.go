@@ -3,6 +3,7 @@ package tun
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 )
 
@@ -39,6 +40,9 @@ func (c *Config) Validate(bad func(key, what string)) {
 		a := address.Addr()
 		if a.IsUnspecified() || a.IsLoopback() || a.IsMulticast() || a.Is4In6() || a.IsLinkLocalUnicast() {
 			bad(fmt.Sprintf("address[%d]", i), fmt.Sprintf(`%s cannot be the address of a device; allowed: unicast addresses such as "10.0.1.1/24"`, address))
+		}
+		if slices.ContainsFunc(c.Address[:i], func(other netip.Prefix) bool { return other.Addr() == a }) {
+			bad(fmt.Sprintf("address[%d]", i), fmt.Sprintf("%s is listed twice; allowed: each address once", a))
 		}
 	}
 	if c.MTU < minMTU || c.MTU > maxMTU {
