@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"path"
+	"strings"
 )
 
 // Config is the [control] table: where the daemon can be asked.
@@ -24,7 +25,7 @@ const maxSocket = 107
 // Validate calls bad for every value that is out of range, with the key as it
 // stands in the table.
 func (c *Config) Validate(bad func(key, what string)) {
-	if !path.IsAbs(c.Socket) || len(c.Socket) > maxSocket {
+	if !path.IsAbs(c.Socket) || strings.HasSuffix(c.Socket, "/") || len(c.Socket) > maxSocket {
 		bad("socket", fmt.Sprintf("%q is not the path of a socket; allowed: an absolute path of at most %d bytes", c.Socket, maxSocket))
 	}
 	if c.Metrics == "" {

@@ -126,7 +126,7 @@ type Attachment struct {
 	NetnsIno  ID           `json:"netns_ino"`
 	Netns     Text         `json:"netns"`     // its name in /run/netns
 	Container Text         `json:"container"` // first 12 digits, also of a step of BuildKit
-	Route     string       `json:"route"`
+	Route     Text         `json:"route"`
 	Device    Text         `json:"device"`
 	Address   List[string] `json:"address"`
 	Capture   string       `json:"capture"` // tun, tproxy, kernel

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -45,7 +46,14 @@ var flags = []struct {
 	{"cgroup", "PATH", "the cgroup; default: the first plain one that is selected", func(fs *flag.FlagSet, o *options) { fs.StringVar(&o.cgroup, "cgroup", "", "") }},
 	{"direct", "", "outside of all selected cgroups; needs root", func(fs *flag.FlagSet, o *options) { fs.BoolVar(&o.direct, "direct", false, "") }},
 	{"proto", "PROTO", "tcp, udp or icmp; default: tcp", func(fs *flag.FlagSet, o *options) { fs.StringVar(&o.proto, "proto", "tcp", "") }},
-	{"since", "DUR", `how far back, such as "10m"`, func(fs *flag.FlagSet, o *options) { fs.DurationVar(&o.since, "since", 0, "") }},
+	{"since", "DUR", `how far back, such as "10m"`, func(fs *flag.FlagSet, o *options) {
+		fs.Func("since", "", func(text string) (err error) {
+			if o.since, err = time.ParseDuration(text); err != nil || o.since < 0 {
+				return errors.New(`allowed: a duration such as "10m"`)
+			}
+			return nil
+		})
+	}},
 }
 
 var everywhere = []string{"c", "s", "h", "help"}
@@ -178,6 +186,8 @@ func (c *call) check(given []string) error {
 		return &usageError{nil, "say what to do"}
 	case k == nil:
 		return nil
+	case c.cgroup != "" && !strings.HasPrefix(c.cgroup, "/"):
+		return &usageError{k, fmt.Sprintf(`cgroup %q is no path from the root of cgroup2, such as "/cgtun"`, c.cgroup)}
 	case len(c.args) > k.most && k.rest:
 		return &usageError{k, fmt.Sprintf(`%q is one argument too many: put "--" before CMD`, c.args[k.most])}
 	case len(c.args) > k.most:

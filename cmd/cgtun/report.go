@@ -48,9 +48,6 @@ func runReport(ctx context.Context, c *call) error {
 	if c.hasRest {
 		return c.reportOn(ctx, client, matches)
 	}
-	if c.since < 0 {
-		return &usageError{c.command, "-since is how far back: it is not negative"}
-	}
 	until := time.Now()
 	list, _, err := client.Flows(ctx)
 	if err != nil {

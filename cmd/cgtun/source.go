@@ -87,7 +87,7 @@ func attachmentStatus(a *attach.State, flows router.AttachmentStats) control.Att
 	}
 	c := control.Attachment{
 		ID: a.ID, NetnsIno: control.ID(a.NetnsIno), Netns: control.Text(a.Netns), Container: control.Text(a.Container),
-		Route: a.Route, Device: control.Text(a.Device), Capture: "tun", State: a.State, V4: a.V4, V6: a.V6,
+		Route: control.Text(a.Route), Device: control.Text(a.Device), Capture: "tun", State: a.State, V4: a.V4, V6: a.V6,
 		Flows: flows.FlowsLive, UpBytes: flows.UpBytes, DownBytes: flows.DownBytes, Since: control.Time{Time: a.Since},
 	}
 	if a.Kernel {

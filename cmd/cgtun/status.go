@@ -39,8 +39,8 @@ func runStatus(ctx context.Context, c *call) error {
 // runReload waits until the new configuration is in force, or refused.
 const reloadLong = `It waits until the file is in force. Everything is checked first: a bad file
 changes nothing, and its mistakes are printed (exit code 2). Flows that live go on as
-they are. [route], [tun], [select] but for bypass, [control] and log.format
-cannot change while cgtun runs: then nothing is changed (exit code 1).`
+they are. [tun], [control], log.format, and where a route leads cannot change
+while cgtun runs: then nothing is changed (exit code 1).`
 
 func runReload(ctx context.Context, c *call) error {
 	client, err := c.client()
@@ -95,7 +95,7 @@ func printStatus(w io.Writer, s *control.Status) {
 	}
 	t.head("ATTACHMENT", "ROUTE", "CAPTURE", "DEVICE", "ADDRESS", "STATE", "FAMILIES", "FLOWS", "UP", "DOWN", "ERROR")
 	for _, a := range s.Attachments {
-		t.row(attachmentName(&a), plain(a.Route), a.Capture, orDash(string(a.Device)), orDash(strings.Join(a.Address, " ")), a.State,
+		t.row(attachmentName(&a), plainOrDash(a.Route), a.Capture, orDash(string(a.Device)), orDash(strings.Join(a.Address, " ")), a.State,
 			families(a.V4, a.V6), a.Flows, size(a.UpBytes), size(a.DownBytes), orDash(string(a.Error)))
 	}
 	t.head("OUTBOUND", "TYPE", "STATE", "SCORE", "CONNECT", "DIALS", "FAILED", "HIDDEN", "UP", "DOWN", "ERROR")
