@@ -13,7 +13,7 @@ import (
 // checkICMP parses an ICMP error and returns its type, code and last word.
 func checkICMP(t *testing.T, pkt []byte) (h ipHeader, kind, code uint8, word uint32) {
 	t.Helper()
-	h, err := parseIP(pkt)
+	h, err := parseIP(pkt, len(pkt))
 	if err != nil {
 		t.Fatalf("the error is no packet: %v", err)
 	}
@@ -90,7 +90,7 @@ func TestICMPErrorSaysTheReason(t *testing.T) {
 			if got := (message{kind, code, word}); got != tt.want {
 				t.Errorf("got %+v, want %+v", got, tt.want)
 			}
-			of, _ := parseIP(orig)
+			of, _ := parseIP(orig, len(orig))
 			if h.src != of.dst || h.dst != of.src {
 				t.Errorf("goes from %v to %v", h.src, h.dst)
 			}

@@ -46,18 +46,18 @@ type ipHeader struct {
 	end      int   // where the packet ends, by its own account
 }
 
-// parseIP reads and checks the IP header of a whole packet: lengths, the IPv4
-// header's checksum, and a bounded chain of IPv6 extension headers. Bytes after
-// end are allowed, as padding.
-func parseIP(pkt []byte) (ipHeader, error) {
-	h, err := parseHeaders(pkt)
+// parseIP reads and checks the IP header of a packet of n bytes that begins with
+// head: lengths, the IPv4 header's checksum, and a bounded chain of IPv6 extension
+// headers, all of it within head. Bytes after end are allowed, as padding.
+func parseIP(head []byte, n int) (ipHeader, error) {
+	h, err := parseHeaders(head)
 	if err != nil {
 		return h, err
 	}
-	if h.end > len(pkt) || h.off > h.end {
+	if h.end > n || h.off > h.end || h.off > len(head) {
 		return h, errShort
 	}
-	if h.src.Is4() && checksum.Checksum(pkt[:h.off], 0) != 0xffff {
+	if h.src.Is4() && checksum.Checksum(head[:h.off], 0) != 0xffff {
 		return h, errSum
 	}
 	return h, nil

@@ -114,7 +114,7 @@ func TestParseIP(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			got, err := parseIP(tt.pkt)
+			got, err := parseIP(tt.pkt, len(tt.pkt))
 			if !errors.Is(err, tt.error) {
 				t.Fatalf("error %v, want %v", err, tt.error)
 			}
@@ -127,7 +127,7 @@ func TestParseIP(t *testing.T) {
 
 func TestTransportSum(t *testing.T) {
 	for _, good := range [][]byte{udpPacket(client4, server4, []byte("odd")), udpPacket(client6, server6, []byte("even"))} {
-		h, err := parseIP(good)
+		h, err := parseIP(good, len(good))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -148,7 +148,7 @@ func TestTransportSum(t *testing.T) {
 func FuzzParseIP(f *testing.F) {
 	seedPackets(f)
 	f.Fuzz(func(t *testing.T, pkt []byte) {
-		h, err := parseIP(pkt)
+		h, err := parseIP(pkt, len(pkt))
 		if err != nil {
 			return
 		}

@@ -33,7 +33,7 @@ func TestErrorsQuoteTheirProbe(t *testing.T) {
 		var sent [][]byte
 		for n := 2; n < 6; n++ {
 			sent = append(sent, ttl(udpPacket(tt.client, tt.server, bytes.Repeat([]byte{byte(n)}, 100)), n, byte(n)))
-			u.deliver(local, sent[len(sent)-1])
+			u.packet(local, sent[len(sent)-1])
 		}
 		c := (<-sources).(*session)
 		if d := readOne(t, c); d.TTL != 1 {
@@ -64,7 +64,7 @@ func TestErrorsQuoteTheirProbe(t *testing.T) {
 		_ = c.Unreachable(tt.server, flow.HostUnreachable, said)
 		pkt := device.take()[0].pkt
 		h, _, _, _ := checkICMP(t, pkt)
-		q, err := parseIP(pkt[h.off+8:])
+		q, err := parseIP(pkt[h.off+8:], len(pkt[h.off+8:]))
 		if err != nil || q.ttl != 1 || q.src != tt.client.Addr() || q.dst != tt.server.Addr() || !bytes.HasSuffix(pkt, []byte("no probe")) {
 			t.Errorf("quotes %+v: %v", q, err)
 		}

@@ -7,7 +7,6 @@ import (
 
 	gvbuffer "gvisor.dev/gvisor/pkg/buffer"
 	"gvisor.dev/gvisor/pkg/tcpip"
-	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	gvstack "gvisor.dev/gvisor/pkg/tcpip/stack"
 
@@ -83,13 +82,13 @@ func (r *reader) run() error {
 func (r *reader) packet(off tun.Offload, n int) {
 	c := &r.s.count
 	first := r.bufs[0][:min(n, len(r.bufs[0]))]
-	h, err := parseHeaders(first)
-	if err != nil || h.end > n || h.off > h.end || h.off > len(first) {
-		c.malformed.Add(1)
-		return
-	}
-	if h.src.Is4() && checksum.Checksum(first[:int(first[0]&0x0f)*4], 0) != 0xffff {
+	h, err := parseIP(first, n)
+	switch {
+	case errors.Is(err, errSum):
 		c.badSum.Add(1)
+		return
+	case err != nil:
+		c.malformed.Add(1)
 		return
 	}
 	if !r.s.o.Local(h.src) {
@@ -124,11 +123,7 @@ func (r *reader) packet(off tun.Offload, n int) {
 			r.deliver(h, n)
 		}
 	case protoUDP:
-		if h.end-h.off < header.UDPMinimumSize {
-			c.malformed.Add(1)
-			return
-		}
-		r.s.udp.deliverParsed(off, h, r.inOnePiece(n))
+		r.s.udp.deliver(off, h, r.inOnePiece(n))
 	case protoICMPv4, protoICMPv6:
 		r.s.takeEcho(off, h, r.inOnePiece(n))
 	default:

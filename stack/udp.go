@@ -197,20 +197,13 @@ func (u *udp) run(ctx context.Context) error {
 	return ctx.Err()
 }
 
-// deliver takes one packet as it was read from the tun, in one piece. It keeps
-// nothing of it.
-func (u *udp) deliver(off tun.Offload, pkt []byte) {
-	h, err := parseIP(pkt)
-	if err != nil || h.fragment || h.proto != protoUDP || h.end-h.off < header.UDPMinimumSize {
+// deliver takes one packet of UDP as it was read from the tun, whole and in one
+// piece, with its header. It keeps nothing of it.
+func (u *udp) deliver(off tun.Offload, h ipHeader, pkt []byte) {
+	if h.end-h.off < header.UDPMinimumSize {
 		u.bad.Add(1)
 		return
 	}
-	u.deliverParsed(off, h, pkt)
-}
-
-// deliverParsed is deliver for a caller that has the header already: of UDP,
-// whole, and long enough for a UDP header.
-func (u *udp) deliverParsed(off tun.Offload, h ipHeader, pkt []byte) {
 	seg := header.UDP(pkt[h.off:h.end])
 	length := int(seg.Length())
 	joined := off.GSOType == tun.GSOUDPL4

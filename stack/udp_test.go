@@ -80,6 +80,13 @@ func startUDP(t testing.TB, o UDPOptions) (*udp, *fakeTun, chan flow.PacketConn)
 	return u, device, sources
 }
 
+// packet gives u what the reader of a tun would give it.
+func (u *udp) packet(off tun.Offload, pkt []byte) {
+	if h, err := parseIP(pkt, len(pkt)); err == nil && h.proto == protoUDP && !h.fragment {
+		u.deliver(off, h, pkt)
+	}
+}
+
 var local = tun.Offload{NeedsCsum: true}
 
 func readOne(t *testing.T, c flow.PacketConn) flow.Datagram {
@@ -95,8 +102,8 @@ func readOne(t *testing.T, c flow.PacketConn) flow.Datagram {
 func TestOneSourceHasOneSessionForAllPeers(t *testing.T) {
 	u, device, sources := startUDP(t, UDPOptions{})
 	other := netip.MustParseAddrPort("198.51.100.9:9")
-	u.deliver(local, udpPacket(client4, server4, []byte("one")))
-	u.deliver(local, udpPacket(client4, other, []byte("two")))
+	u.packet(local, udpPacket(client4, server4, []byte("one")))
+	u.packet(local, udpPacket(client4, other, []byte("two")))
 	u.deliverReassembled(client4, server4, 64, []byte("three"))
 	c := <-sources
 	if f := c.Flow(); f.Src != client4 || f.Dst != (netip.AddrPort{}) || f.Proto != flow.UDP || f.Attachment != "home" {
@@ -120,7 +127,7 @@ func TestOneSourceHasOneSessionForAllPeers(t *testing.T) {
 		t.Errorf("got %v, want %v", got, want)
 	}
 	// Another port of the same address is another source.
-	u.deliver(local, udpPacket(netip.AddrPortFrom(client4.Addr(), 4001), server4, nil))
+	u.packet(local, udpPacket(netip.AddrPortFrom(client4.Addr(), 4001), server4, nil))
 	if c2 := <-sources; c2.Flow().Src.Port() != 4001 {
 		t.Errorf("second source %v", c2.Flow().Src)
 	}
@@ -139,7 +146,7 @@ type writtenDatagram struct {
 func parseWritten(t *testing.T, packets []writtenPacket) (all []writtenDatagram) {
 	t.Helper()
 	for _, p := range packets {
-		h, err := parseIP(p.pkt)
+		h, err := parseIP(p.pkt, len(p.pkt))
 		if err != nil || h.end != len(p.pkt) {
 			t.Fatalf("written packet is wrong: %v (%d of %d bytes)", err, h.end, len(p.pkt))
 		}
@@ -177,7 +184,7 @@ func TestDatagramsOfEverySizePass(t *testing.T) {
 		var c flow.PacketConn
 		for _, size := range []int{0, 1, 1472, 2048, 2049, 8192, 16384, 16385, 65507, tt.largest} {
 			want := bytes.Repeat([]byte{byte(size + 1)}, size)
-			u.deliver(local, udpPacket(tt.client, tt.server, want))
+			u.packet(local, udpPacket(tt.client, tt.server, want))
 			if c == nil {
 				c = <-sources
 			}
@@ -206,8 +213,8 @@ func TestJoinedDatagramsStayJoined(t *testing.T) {
 	u, _, sources := startUDP(t, UDPOptions{})
 	payload := make([]byte, 40*1200+7)
 	off := tun.Offload{NeedsCsum: true, GSOType: tun.GSOUDPL4, GSOSize: 1200}
-	u.deliver(off, udpPacket(client4, server4, payload))
-	u.deliver(off, udpPacket(client4, server4, payload[:1200])) // only one
+	u.packet(off, udpPacket(client4, server4, payload))
+	u.packet(off, udpPacket(client4, server4, payload[:1200])) // only one
 	c := <-sources
 	if d := readOne(t, c); d.Segment != 1200 || len(d.Data) != len(payload) {
 		t.Errorf("got %d bytes in segments of %d", len(d.Data), d.Segment)
@@ -216,9 +223,9 @@ func TestJoinedDatagramsStayJoined(t *testing.T) {
 		t.Errorf("got %d bytes in segments of %d", len(d.Data), d.Segment)
 	}
 	off.GSOSize = 0
-	u.deliver(off, udpPacket(client4, server4, payload))
+	u.packet(off, udpPacket(client4, server4, payload))
 	off = tun.Offload{NeedsCsum: true, GSOType: tun.GSOTCPv4, GSOSize: 1200}
-	u.deliver(off, udpPacket(client4, server4, payload))
+	u.packet(off, udpPacket(client4, server4, payload))
 	if bad := u.counters().Malformed; bad != 2 {
 		t.Errorf("%d counted as malformed, want 2", bad)
 	}
@@ -251,7 +258,7 @@ func TestWritesAreJoined(t *testing.T) {
 			t.Run(fmt.Sprintf("%s, old kernel %v", tt.name, old), func(t *testing.T) {
 				u, device, sources := startUDP(t, UDPOptions{})
 				device.noUSO = old
-				u.deliver(local, udpPacket(client4, server4, nil))
+				u.packet(local, udpPacket(client4, server4, nil))
 				if n, err := (<-sources).WriteBatch(tt.dgs); n != len(tt.dgs) || err != nil {
 					t.Fatalf("wrote %d: %v", n, err)
 				}
@@ -279,7 +286,7 @@ func TestWritesAreJoined(t *testing.T) {
 
 func TestWriteErrors(t *testing.T) {
 	u, device, sources := startUDP(t, UDPOptions{})
-	u.deliver(local, udpPacket(client4, server4, nil))
+	u.packet(local, udpPacket(client4, server4, nil))
 	c := <-sources
 	device.err = fmt.Errorf("write packet: %w", unix.ENOBUFS)
 	if n, err := c.WriteBatch([]flow.Datagram{{Peer: server4}, {Peer: server6}}); n != 2 || err != nil {
@@ -303,26 +310,22 @@ func TestBadDatagramsAreCounted(t *testing.T) {
 	good := udpPacket(client4, server4, []byte("hello"))
 	wrongSum := edit(good, func(b []byte) { b[len(b)-1]++ })
 	for _, pkt := range [][]byte{
-		nil,
-		good[:24],
-		edit(good, func(b []byte) { b[25] = 7 }), // UDP length below its header
-		edit(good, func(b []byte) { b[24] = 1 }), // and beyond the packet
+		edit(good, func(b []byte) { b[25] = 7 }),                                              // UDP length below its header
+		edit(good, func(b []byte) { b[24] = 1 }),                                              // and beyond the packet
 		edit(good, func(b []byte) { b[20], b[21] = 0, 0 }),                                    // from port 0
 		edit(good, func(b []byte) { b[22], b[23] = 0, 0 }),                                    // to port 0
-		resum(edit(good, func(b []byte) { b[6] = 0x20 })),                                     // a fragment
 		udpPacket(client4, netip.MustParseAddrPort("224.0.0.251:5353"), nil),                  // multicast
 		udpPacket(netip.MustParseAddrPort("0.0.0.0:68"), server4, nil),                        // from nobody
-		ipPacket(protoTCP, client4.Addr(), server4.Addr(), make([]byte, 20)),                  // not UDP
 		resum(edit(good, func(b []byte) { binary.BigEndian.PutUint16(b[2:], uint16(20+7)) })), // no room
 	} {
-		u.deliver(local, pkt)
+		u.packet(local, pkt)
 	}
-	u.deliver(tun.Offload{}, wrongSum)
-	if got, want := u.counters(), (UDPCounters{Malformed: 11, BadSum: 1}); got != want {
+	u.packet(tun.Offload{}, wrongSum)
+	if got, want := u.counters(), (UDPCounters{Malformed: 7, BadSum: 1}); got != want {
 		t.Errorf("got %+v, want %+v", got, want)
 	}
-	u.deliver(tun.Offload{}, good)
-	u.deliver(tun.Offload{DataValid: true}, wrongSum)
+	u.packet(tun.Offload{}, good)
+	u.packet(tun.Offload{DataValid: true}, wrongSum)
 	if got := u.counters(); got.Sessions != 1 || got.BadSum != 1 {
 		t.Errorf("good ones: %+v", got)
 	}
@@ -344,7 +347,7 @@ func TestQueueIsBounded(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			u, _, sources := startUDP(t, tt.o)
 			for range 10 {
-				u.deliver(local, udpPacket(client4, server4, make([]byte, tt.size)))
+				u.packet(local, udpPacket(client4, server4, make([]byte, tt.size)))
 			}
 			if full := u.counters().QueueFull; int(full) != 10-tt.fit {
 				t.Errorf("%d dropped, want %d", full, 10-tt.fit)
@@ -357,7 +360,7 @@ func TestQueueIsBounded(t *testing.T) {
 				t.Errorf("%d bytes are counted in an empty queue", q)
 			}
 			// There is room again.
-			u.deliver(local, udpPacket(client4, server4, make([]byte, tt.size)))
+			u.packet(local, udpPacket(client4, server4, make([]byte, tt.size)))
 			readOne(t, c)
 		})
 	}
@@ -366,7 +369,7 @@ func TestQueueIsBounded(t *testing.T) {
 // The lent data stays what it was until the next call.
 func TestLentDataHolds(t *testing.T) {
 	u, _, sources := startUDP(t, UDPOptions{})
-	u.deliver(local, udpPacket(client4, server4, []byte("first")))
+	u.packet(local, udpPacket(client4, server4, []byte("first")))
 	s := (<-sources).(*session)
 	dgs := make([]flow.Datagram, 4)
 	n, err := s.ReadLent(dgs)
@@ -374,7 +377,7 @@ func TestLentDataHolds(t *testing.T) {
 		t.Fatal(n, err)
 	}
 	for range 100 {
-		u.deliver(local, udpPacket(client4, server4, []byte("other")))
+		u.packet(local, udpPacket(client4, server4, []byte("other")))
 	}
 	if string(dgs[0].Data) != "first" {
 		t.Errorf("lent data became %q", dgs[0].Data)
@@ -402,7 +405,7 @@ func TestSessionEndsWithItsHandler(t *testing.T) {
 		calls <- c
 	}}})
 	// Before run, too: nothing gets lost.
-	u.deliver(local, udpPacket(client4, server4, []byte("x")))
+	u.packet(local, udpPacket(client4, server4, []byte("x")))
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})
 	go func() { defer close(done); _ = u.run(ctx) }()
@@ -410,13 +413,13 @@ func TestSessionEndsWithItsHandler(t *testing.T) {
 	for u.counters().Sessions != 0 {
 		time.Sleep(time.Millisecond)
 	}
-	u.deliver(local, udpPacket(client4, server4, []byte("y")))
+	u.packet(local, udpPacket(client4, server4, []byte("y")))
 	if second := <-calls; second == first {
 		t.Error("the same session twice")
 	}
 	cancel()
 	<-done
-	u.deliver(local, udpPacket(client4, server4, []byte("z")))
+	u.packet(local, udpPacket(client4, server4, []byte("z")))
 	if got := u.counters(); got.Opened != 2 || got.Sessions != 0 {
 		t.Errorf("after the end: %+v", got)
 	}
@@ -424,7 +427,7 @@ func TestSessionEndsWithItsHandler(t *testing.T) {
 
 func TestClientIsToldByICMP(t *testing.T) {
 	u, device, sources := startUDP(t, UDPOptions{ICMPRate: 10})
-	u.deliver(local, udpPacket(client6, server6, nil))
+	u.packet(local, udpPacket(client6, server6, nil))
 	c := (<-sources).(*session)
 	if err := c.Unreachable(server6, flow.Refused, nil); err != nil {
 		t.Fatal(err)
@@ -440,7 +443,7 @@ func TestClientIsToldByICMP(t *testing.T) {
 	if kind != 1 || code != 4 || h.dst != client6.Addr() || h.src != server6.Addr() {
 		t.Errorf("type %d code %d to %v", kind, code, h.dst)
 	}
-	quoted, err := parseIP(packets[0].pkt[h.off+8:])
+	quoted, err := parseIP(packets[0].pkt[h.off+8:], len(packets[0].pkt[h.off+8:]))
 	if err != nil || quoted.src != client6.Addr() || quoted.dst != server6.Addr() {
 		t.Errorf("quotes %+v: %v", quoted, err)
 	}
@@ -465,8 +468,8 @@ func FuzzDeliver(f *testing.F) {
 	seedPackets(f)
 	u, _, _ := startUDP(f, UDPOptions{Sessions: 4, TotalBytes: 1 << 20})
 	f.Fuzz(func(t *testing.T, pkt []byte) {
-		u.deliver(tun.Offload{}, pkt)
-		u.deliver(tun.Offload{NeedsCsum: true, GSOType: tun.GSOUDPL4, GSOSize: 3}, pkt)
+		u.packet(tun.Offload{}, pkt)
+		u.packet(tun.Offload{NeedsCsum: true, GSOType: tun.GSOUDPL4, GSOSize: 3}, pkt)
 		if n := u.counters().Sessions; n > 4 {
 			t.Errorf("%d sessions", n)
 		}
@@ -492,7 +495,7 @@ func BenchmarkDeliver(b *testing.B) {
 			b.SetBytes(int64(size))
 			b.ReportAllocs()
 			for b.Loop() {
-				u.deliver(local, pkt)
+				u.packet(local, pkt)
 			}
 			cancel()
 			<-done
@@ -503,7 +506,7 @@ func BenchmarkDeliver(b *testing.B) {
 func BenchmarkWriteBatch(b *testing.B) {
 	u, _, sources := startUDP(b, UDPOptions{})
 	u.cfg.Write = func(tun.Offload, [][]byte) error { return nil }
-	u.deliver(local, udpPacket(client4, server4, nil))
+	u.packet(local, udpPacket(client4, server4, nil))
 	c := <-sources
 	dgs := slices.Repeat([]flow.Datagram{{Peer: server4, Data: make([]byte, 1200)}}, 32)
 	b.SetBytes(32 * 1200)

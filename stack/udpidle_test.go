@@ -19,7 +19,7 @@ func TestLongestIdleSessionMakesRoom(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		u, _, sources := startUDP(t, UDPOptions{Sessions: 3})
 		send := func(src netip.AddrPort) {
-			u.deliver(local, udpPacket(src, server4, []byte("x")))
+			u.packet(local, udpPacket(src, server4, []byte("x")))
 			time.Sleep(time.Millisecond)
 		}
 		var conns []flow.PacketConn
@@ -48,7 +48,7 @@ func TestSessionsAreNoMoreWhereMemoryIsShort(t *testing.T) {
 	u, _, _ := startUDP(t, UDPOptions{Sessions: 40})
 	open := func(from, to int) int {
 		for n := from; n < to; n++ {
-			u.deliver(local, udpPacket(sourceN(n), server4, nil))
+			u.packet(local, udpPacket(sourceN(n), server4, nil))
 		}
 		return u.counters().Sessions
 	}
@@ -76,7 +76,7 @@ func TestEndedSessionsThatAreNotGoneAreBounded(t *testing.T) {
 	done := make(chan struct{})
 	go func() { defer close(done); _ = u.run(ctx) }()
 	for n := range 100 {
-		u.deliver(local, udpPacket(sourceN(n), server4, nil))
+		u.packet(local, udpPacket(sourceN(n), server4, nil))
 		for u.handlers.Load() == 0 { // it has not begun
 			time.Sleep(time.Millisecond)
 		}
@@ -88,7 +88,7 @@ func TestEndedSessionsThatAreNotGoneAreBounded(t *testing.T) {
 	for u.handlers.Load() > 0 {
 		time.Sleep(time.Millisecond)
 	}
-	u.deliver(local, udpPacket(sourceN(99), server4, nil))
+	u.packet(local, udpPacket(sourceN(99), server4, nil))
 	// It may end before it has the datagram, which then opens another one.
 	if got := u.counters(); got.Opened < 49 || got.QueueFull == 0 {
 		t.Errorf("counters %+v", got)
@@ -99,10 +99,10 @@ func TestEndedSessionsThatAreNotGoneAreBounded(t *testing.T) {
 
 func TestSourceCannotTakeAllSessions(t *testing.T) {
 	u, _, sources := startUDP(t, UDPOptions{Sessions: 100, SessionsPerSource: 2})
-	u.deliver(local, udpPacket(sourceN(7), server4, nil))
+	u.packet(local, udpPacket(sourceN(7), server4, nil))
 	first := <-sources
 	for port := range 50 {
-		u.deliver(local, udpPacket(netip.AddrPortFrom(client4.Addr(), uint16(1000+port)), server4, nil))
+		u.packet(local, udpPacket(netip.AddrPortFrom(client4.Addr(), uint16(1000+port)), server4, nil))
 	}
 	if got := u.counters(); got.Sessions != 3 || got.Evicted != 48 {
 		t.Errorf("counters %+v", got)
@@ -117,9 +117,9 @@ func TestIdleSessionsEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		u, _, sources := startUDP(t, UDPOptions{})
 		web := netip.MustParseAddrPort("192.0.2.7:443")
-		u.deliver(local, udpPacket(sourceN(1), server4, nil)) // DNS
+		u.packet(local, udpPacket(sourceN(1), server4, nil)) // DNS
 		dns := <-sources
-		u.deliver(local, udpPacket(sourceN(2), web, nil))
+		u.packet(local, udpPacket(sourceN(2), web, nil))
 		quic := <-sources
 		readOne(t, dns)
 		readOne(t, quic)
@@ -139,7 +139,7 @@ func TestIdleSessionsEnd(t *testing.T) {
 			t.Errorf("counters %+v", got)
 		}
 		// The next datagram begins a new one.
-		u.deliver(local, udpPacket(sourceN(1), server4, nil))
+		u.packet(local, udpPacket(sourceN(1), server4, nil))
 		if c := <-sources; c == dns {
 			t.Error("an ended session came back")
 		}
@@ -154,12 +154,12 @@ func TestManyIdleSessionsEndSoon(t *testing.T) {
 		u, _, _ := startUDP(t, UDPOptions{Sessions: sessions})
 		web := netip.MustParseAddrPort("192.0.2.7:443")
 		for n := range sessions {
-			u.deliver(local, udpPacket(sourceN(n), web, nil))
+			u.packet(local, udpPacket(sourceN(n), web, nil))
 		}
 		for range 6 {
 			time.Sleep(10 * time.Second)
 			for n := range few + 2 {
-				u.deliver(local, udpPacket(sourceN(n), web, nil))
+				u.packet(local, udpPacket(sourceN(n), web, nil))
 			}
 		}
 		if n := u.counters().Sessions; n != few+2 {
