@@ -51,7 +51,7 @@ func leftOwn(before []string) (left []string) {
 // ownResidue lists what this process holds or a cgtun left in its namespace.
 func ownResidue() []string {
 	all := kernelDescriptors()
-	if _, err := Root.check(); err == nil {
+	if err := Root.check(); err == nil {
 		all = append(all, residue()...)
 	}
 	return all

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"strconv"
 	"strings"
 	"testing"
 
@@ -26,19 +25,19 @@ func Soak() bool { return os.Getenv(SoakEnv) == "1" }
 // Requirement is something that a test cannot do without.
 type Requirement struct {
 	name  string
-	how   string                           // how to get it
-	check func() (old bool, missing error) // old: the kernel is older than the feature
+	how   string       // how to get it
+	check func() error // says what is missing
 }
 
 // Root is the right to make namespaces and to change them.
 var Root = Requirement{
 	name: "root",
 	how:  "run it with sudo, for example: sudo make test",
-	check: func() (bool, error) {
+	check: func() error {
 		if os.Geteuid() == 0 {
-			return false, nil
+			return nil
 		}
-		return false, fmt.Errorf("effective user id is %d", os.Geteuid())
+		return fmt.Errorf("effective user id is %d", os.Geteuid())
 	},
 }
 
@@ -46,12 +45,12 @@ var Root = Requirement{
 var CgroupV2 = Requirement{
 	name: "a writable cgroup2 hierarchy",
 	how:  "mount -t cgroup2 none /sys/fs/cgroup/unified",
-	check: func() (bool, error) {
+	check: func() error {
 		root, err := cgroupRoot()
 		if err != nil {
-			return false, err
+			return err
 		}
-		return false, unix.Access(root, unix.W_OK)
+		return unix.Access(root, unix.W_OK)
 	},
 }
 
@@ -76,27 +75,12 @@ func Tool(name string) Requirement {
 	return Requirement{
 		name: "the program " + name,
 		how:  "apt-get install " + pkg,
-		check: func() (bool, error) {
+		check: func() error {
 			if pkg == "" {
-				return false, fmt.Errorf("it is not in internal/labtest/tools.txt: add it there")
+				return fmt.Errorf("it is not in internal/labtest/tools.txt: add it there")
 			}
 			_, err := exec.LookPath(name)
-			return false, err
-		},
-	}
-}
-
-// Kernel is a feature of the kernel, found by trying: probe returns nil if it
-// is there. A kernel that is not older than since ("5.8") and fails the probe
-// makes the test fail, whatever AllEnv says: the probe, or what it uses, is
-// broken. An older one lets the test be skipped even with AllEnv.
-func Kernel(feature, since string, probe func() error) Requirement {
-	return Requirement{
-		name: "the kernel feature " + feature,
-		how:  "run a kernel of version " + since + " or later",
-		check: func() (bool, error) {
-			err := probe()
-			return err != nil && kernelOlder(since), err
+			return err
 		},
 	}
 }
@@ -106,43 +90,14 @@ func Kernel(feature, since string, probe func() error) Requirement {
 func Need(t testing.TB, reqs ...Requirement) {
 	t.Helper()
 	for _, r := range reqs {
-		old, err := r.check()
+		err := r.check()
 		if err == nil {
 			continue
 		}
 		msg := fmt.Sprintf("needs %s: %v\n\tto get it: %s", r.name, err, r.how)
-		kernel := strings.HasPrefix(r.name, "the kernel feature ")
-		if (kernel && !old) || (os.Getenv(AllEnv) == "1" && !old) {
+		if os.Getenv(AllEnv) == "1" {
 			t.Fatal(msg)
 		}
 		t.Skip(msg)
 	}
-}
-
-// kernelOlder tells whether the running kernel is older than version.
-func kernelOlder(version string) bool {
-	var u unix.Utsname
-	if unix.Uname(&u) != nil {
-		return false
-	}
-	have, want := numbers(unix.ByteSliceToString(u.Release[:])), numbers(version)
-	for i := range want {
-		if have[i] != want[i] {
-			return have[i] < want[i]
-		}
-	}
-	return false
-}
-
-// numbers reads "6.18.44-x" as 6, 18.
-func numbers(version string) [2]int {
-	var n [2]int
-	for i, part := range strings.SplitN(version, ".", 3) {
-		if i == len(n) {
-			break
-		}
-		digits := strings.TrimRight(part, "-+abcdefghijklmnopqrstuvwxyz")
-		n[i], _ = strconv.Atoi(digits)
-	}
-	return n
 }
