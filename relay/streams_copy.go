@@ -16,7 +16,7 @@ import (
 const (
 	// copyBuffer is what one direction of the plain path holds while open.
 	copyBuffer = 32 << 10
-	// lastWords is how long a server that takes nothing any more may be silent.
+	// lastWords is how long a side that takes nothing any more may be silent.
 	lastWords = 30 * time.Second
 	// spliceStep bounds one splice, so that the counts are live.
 	spliceStep = 1 << 20
@@ -33,23 +33,21 @@ type copier struct {
 	why  error
 	over chan struct{}
 
-	mu       sync.Mutex
-	broken   error // of a write to the server
-	downDone bool
+	mu    sync.Mutex
+	sides [Server + 1]struct {
+		broken error // of a write to it
+		shut   bool  // it was told that nothing more comes
+		said   bool  // nothing more comes from it
+	}
 }
 
 func relayCopy(ctx context.Context, client, server flow.Conn, o Options) Result {
 	up, down := o.Up.Load(), o.Down.Load()
-	c := &copier{client: client, server: server, o: o, over: make(chan struct{}), broken: o.Broken}
-	// Deadlines wake both directions and leave the ends usable: what a peer
-	// sent before its reset is still to be delivered by Reset.
-	wake := func() {
-		_ = client.SetDeadline(flow.Past)
-		_ = server.SetDeadline(flow.Past)
-	}
+	c := &copier{client: client, server: server, o: o, over: make(chan struct{})}
+	c.sides[Server].broken = o.Broken
 	ended := make(chan struct{})
 	var watch, halves sync.WaitGroup
-	watch.Go(func() { c.watch(ctx, ended, wake) })
+	watch.Go(func() { c.watch(ctx, ended) })
 	halves.Go(func() { c.up() })
 	halves.Go(func() { c.half(client, server, Server, o.Down) })
 	halves.Wait()
@@ -78,8 +76,15 @@ func (c *copier) end(by Side, why error) {
 	})
 }
 
+// wake ends both directions. Deadlines leave the ends usable: what a peer sent
+// before its reset is still to be delivered by Reset.
+func (c *copier) wake() {
+	_ = c.client.SetDeadline(flow.Past)
+	_ = c.server.SetDeadline(flow.Past)
+}
+
 // watch wakes both directions when the flow has failed or ctx has ended.
-func (c *copier) watch(ctx context.Context, ended <-chan struct{}, wake func()) {
+func (c *copier) watch(ctx context.Context, ended <-chan struct{}) {
 	select {
 	case <-ended:
 		return
@@ -87,7 +92,7 @@ func (c *copier) watch(ctx context.Context, ended <-chan struct{}, wake func()) 
 		c.end(Neither, context.Cause(ctx))
 	case <-c.over:
 	}
-	wake()
+	c.wake()
 	<-ended
 }
 
@@ -119,48 +124,77 @@ func (c *copier) half(dst, src flow.Conn, from Side, count *atomic.Int64) {
 func (c *copier) halfEnded(dst flow.Conn, from Side, err error, writing bool) {
 	to := Client + Server - from
 	switch {
-	case writing && to == Server && !flow.IsDeadline(err):
-		c.writeFailed(err)
-	case from == Server && c.downEnded(err):
+	case writing && !flow.IsDeadline(err):
+		c.writeFailed(to, err)
+	case c.saidAll(from, err):
 	case err == nil:
+		c.mu.Lock()
+		c.sides[to].shut = true
+		c.mu.Unlock()
 		// An error means that dst has gone, or has ended already; who reads
 		// there sees how.
 		_ = dst.CloseWrite()
 		c.o.Half()
 	case flow.IsDeadline(err):
-	case writing:
-		c.end(to, err)
 	default:
 		c.end(from, err)
 	}
 }
 
-// writeFailed notes that the server takes nothing any more. What it has said before
-// is still to be delivered: the flow ends when that has.
-func (c *copier) writeFailed(err error) {
-	c.mu.Lock()
-	c.broken = err
-	over := c.downDone
-	c.mu.Unlock()
-	if over {
-		c.end(Server, err)
-		return
+func (c *copier) conn(s Side) flow.Conn {
+	if s == Client {
+		return c.client
 	}
-	_ = c.server.SetReadDeadline(time.Now().Add(lastWords))
+	return c.server
 }
 
-// downEnded notes that nothing comes from the server any more, and says whether
-// that has ended the flow.
-func (c *copier) downEnded(err error) bool {
+// writeFailed notes that a side takes nothing any more. What it has said before
+// is still to be delivered: the flow ends when that has. A server that does not
+// take the last of a client that is gone does not hold the flow for ever.
+func (c *copier) writeFailed(to Side, err error) {
 	c.mu.Lock()
-	c.downDone = true
-	broken := c.broken
+	c.sides[to].broken = err
+	over := c.sides[to].said
+	c.mu.Unlock()
+	if over {
+		c.end(to, err)
+		return
+	}
+	_ = c.conn(to).SetReadDeadline(time.Now().Add(lastWords))
+	if to == Client {
+		_ = c.server.SetWriteDeadline(time.Now().Add(drainTime))
+	}
+	select {
+	case <-c.over: // and has woken before
+		c.wake()
+	default:
+	}
+}
+
+// saidAll notes that nothing comes from a side any more, or can be passed on, and
+// says whether that has ended the flow.
+func (c *copier) saidAll(from Side, err error) bool {
+	reset := err == nil && wasReset(c.conn(from))
+	c.mu.Lock()
+	s := &c.sides[from]
+	s.said = true
+	broken := s.broken
+	if broken == nil && reset && !s.shut {
+		broken = unix.ECONNRESET
+	}
 	c.mu.Unlock()
 	if broken == nil || err != nil && !flow.IsDeadline(err) {
 		return false
 	}
-	c.end(Server, broken)
+	c.end(from, broken)
 	return true
+}
+
+// wasReset says whether the end that was read of a socket may be a reset: a write
+// that hears of one takes the error with it.
+func wasReset(c flow.Conn) bool {
+	k, ok := c.(Kernel)
+	return ok && state(k.TCP()) == unix.BPF_TCP_CLOSE
 }
 
 // move copies until the end of src. An error is one of writing or of reading.
@@ -202,18 +236,23 @@ func spliceAll(dst, src *net.TCPConn, count *atomic.Int64) (err error, writing b
 	}
 }
 
-// closed tells whose error a failed splice was: a socket that was reset is in
-// state CLOSE.
+// closed says whether a socket was reset, or has ended in both directions.
 func closed(c *net.TCPConn) bool {
+	s := state(c)
+	return s == unix.BPF_TCP_CLOSE || s == 0
+}
+
+// state returns the state of a socket, 0 if it has none.
+func state(c *net.TCPConn) uint8 {
 	raw, err := c.SyscallConn()
 	if err != nil {
-		return true
+		return 0
 	}
 	var info *unix.TCPInfo
 	if cerr := raw.Control(func(fd uintptr) {
 		info, err = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
 	}); cerr != nil || err != nil {
-		return true
+		return 0
 	}
-	return info.State == unix.BPF_TCP_CLOSE
+	return info.State
 }

@@ -42,8 +42,15 @@ func (d *direct) downEnded() bool {
 		d.end(Server, d.err)
 		return true
 	case d.eof:
-		if _, failed := d.upState(); failed != nil {
-			// The write took the reset's errno with it.
+		// A write that hears of a reset takes its errno with it. That the pump has
+		// noted it cannot be waited for: the state of the socket tells, if up has
+		// not ended, which is to be looked at after it.
+		reset := state(d.server) == unix.BPF_TCP_CLOSE
+		done, failed := d.upState()
+		if failed == nil && reset && !done {
+			failed = unix.ECONNRESET
+		}
+		if failed != nil {
 			d.end(Server, failed)
 			return true
 		}

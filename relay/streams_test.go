@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"cgtun/flow"
 	"cgtun/internal/labtest"
 	"cgtun/relay"
@@ -18,6 +20,8 @@ import (
 
 // plainConn hides that it is a kernel socket: the path with buffers.
 type plainConn struct{ flow.Conn }
+
+func (c plainConn) Carrier() flow.Conn { return c.Conn }
 
 // ends is a flow that is relayed, seen from outside.
 type ends struct {
@@ -125,6 +129,67 @@ func TestStreamsPassAReset(t *testing.T) {
 				from.Close()
 				if _, err := to.Read(got); !errors.Is(err, syscall.ECONNRESET) {
 					t.Errorf("other side got %v, want a reset", err)
+				}
+				if r := e.await(t); r.Reason != flow.Reset || r.By != by {
+					t.Errorf("ended %+v", r)
+				}
+			})
+		}
+	}
+}
+
+// What one side has said before it resets in the middle of what the other says is
+// delivered, and then the reset.
+func TestStreamsDeliverWhatWasSaidBeforeAReset(t *testing.T) {
+	const size = 200_000 // no more than the sockets hold
+	for _, p := range paths {
+		for _, by := range []relay.Side{relay.Client, relay.Server} {
+			t.Run(p.name+" by "+by.String(), func(t *testing.T) {
+				sides := []relay.Side{relay.Client, relay.Server}
+				e := relayed(t, context.Background(), func(c flow.Conn) flow.Conn {
+					side := sides[0]
+					sides = sides[1:]
+					if side == by { // whose state tells a reset from an end
+						return c
+					}
+					return p.hide(c)
+				})
+				from, to := e.client, e.server
+				if by == relay.Server {
+					from, to = to, from
+				}
+				refused := make(chan error, 1)
+				go func() {
+					buf := make([]byte, 64<<10)
+					for {
+						if _, err := to.Write(buf); err != nil {
+							refused <- err
+							return
+						}
+					}
+				}()
+				if _, err := io.CopyN(io.Discard, from, 1<<20); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := from.Write(make([]byte, size)); err != nil {
+					t.Fatal(err)
+				}
+				raw, _ := from.SyscallConn()
+				labtest.Eventually(t, 10*time.Second, func() bool {
+					left := 1
+					_ = raw.Control(func(fd uintptr) { left, _ = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ) })
+					return left == 0
+				}, "what was said is acknowledged")
+				from.SetLinger(0)
+				from.Close()
+				time.Sleep(100 * time.Millisecond) // the relay hears of it while to reads nothing
+				got, err := io.ReadAll(to)
+				if len(got) != size {
+					t.Errorf("the other side got %d bytes of %d", len(got), size)
+				}
+				// Of its read and its write, one hears of the reset.
+				if writing := <-refused; !errors.Is(err, syscall.ECONNRESET) && !errors.Is(writing, syscall.ECONNRESET) {
+					t.Errorf("ended with %v, and %v when writing", err, writing)
 				}
 				if r := e.await(t); r.Reason != flow.Reset || r.By != by {
 					t.Errorf("ended %+v", r)
