@@ -84,19 +84,21 @@ func TestBytesBehindTheAnswer(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			const first, second = "\r\nSSH-2.0-x\r\n\r\n", "and more"
-			f := newFakeProxy(t, func(c *net.TCPConn) {
-				readRequest(c)
-				_, _ = io.WriteString(c, head+first)
-				_, _ = io.Copy(c, c)
-			})
-			c := mustDial(t, f.outbound(t, Config{Type: TypeHTTP}), somewhere)
-			if _, ok := c.Conn.(flow.TCPConn); !ok || strings.Join(c.Path, ">") != "relay" {
-				t.Errorf("the conn is a %T of path %q", c.Conn, c.Path)
-			}
-			_, _ = io.WriteString(c, second)
-			_ = c.CloseWrite()
-			if got, err := io.ReadAll(c); err != nil || string(got) != first+second {
-				t.Errorf("got %q, %v", got, err)
+			for _, say := range []func(io.Writer, string){say, sayInCrumbs} {
+				f := newFakeProxy(t, func(c *net.TCPConn) {
+					readRequest(c)
+					say(c, head+first)
+					_, _ = io.Copy(c, c)
+				})
+				c := mustDial(t, f.outbound(t, Config{Type: TypeHTTP}), somewhere)
+				if _, ok := c.Conn.(flow.TCPConn); !ok || strings.Join(c.Path, ">") != "relay" {
+					t.Errorf("the conn is a %T of path %q", c.Conn, c.Path)
+				}
+				_, _ = io.WriteString(c, second)
+				_ = c.CloseWrite()
+				if got, err := io.ReadAll(c); err != nil || string(got) != first+second {
+					t.Errorf("got %q, %v", got, err)
+				}
 			}
 		})
 	}
@@ -111,6 +113,7 @@ func TestReasonsOfAnswers(t *testing.T) {
 		{"403 Forbidden", flow.Prohibited},
 		{"401 Unauthorized", flow.Prohibited},
 		{"407 Proxy Authentication Required\r\nProxy-Authenticate: Basic realm=\"x\"", flow.Prohibited},
+		{"407 No\r\nTransfer-Encoding: chunked\r\n\r\nffffffffffffffff\r\n", flow.Prohibited},
 		{"404 Not Found", flow.HostUnreachable},
 		{"405 Method Not Allowed", flow.HostUnreachable},
 		{"408 Request Timeout", flow.TimedOut},

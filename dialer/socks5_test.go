@@ -49,6 +49,14 @@ func expect(t *testing.T, c io.Reader, want string) bool {
 
 func say(c io.Writer, text string) { _, _ = io.WriteString(c, text) }
 
+// sayInCrumbs says a text byte by byte, each in a segment of its own.
+func sayInCrumbs(c io.Writer, text string) {
+	for i := range len(text) {
+		say(c, text[i:i+1])
+		time.Sleep(100 * time.Microsecond) // longer than the other side reads what came
+	}
+}
+
 const (
 	hello   = "\x05\x01\x00"
 	noAuth  = "\x05\x00"
@@ -85,7 +93,11 @@ func TestSOCKS5Requests(t *testing.T) {
 		{"name from elsewhere to a proxy at home", names, Target{Addr: v4, Name: "example.org", Flow: &flow.Flow{Attachment: "lab1"}}, []string{hello, noAuth, v4Request, success}},
 		{"name from behind home to a proxy at home", names, Target{Addr: v4, Name: "example.org", Flow: &flow.Flow{Attachment: flow.Home, Src: v4}}, []string{hello, noAuth, v4Request, success}},
 	}
-	for _, tt := range tests {
+	for i := range 2 * len(tests) {
+		tt, say := tests[i/2], say
+		if i%2 == 1 {
+			tt.name, say = tt.name+", in crumbs", sayInCrumbs
+		}
 		t.Run(tt.name, func(t *testing.T) {
 			addr := proxyServer(t, func(c *net.TCPConn) {
 				for i := 0; i < len(tt.script); i += 2 {
