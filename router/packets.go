@@ -32,7 +32,7 @@ import (
 //
 // A verdict other than an outbound, and a socket that could not be opened, is
 // remembered for a moment, so that a client that insists makes no new flow with
-// every datagram.
+// every datagram; so is one that ended as soon as it was open.
 
 // PacketOptions bound what datagrams can fill; zero values mean the defaults.
 type PacketOptions struct {
@@ -81,6 +81,7 @@ func (r *Router) ServePackets(ctx context.Context, client flow.PacketConn) {
 		peers:  make(map[netip.AddrPort]*peer),
 		idle:   list.New(),
 		outs:   make(map[outKey]*packetOut),
+		fell:   make(map[outKey]time.Time),
 		moves:  make(map[outKey]*moving),
 	}
 	ctx, cancel := context.WithCancel(ctx)
@@ -114,28 +115,11 @@ type source struct {
 	peers map[netip.AddrPort]*peer
 	idle  *list.List // of *peer, the longest silent first
 	outs  map[outKey]*packetOut
+	fell  map[outKey]time.Time // when one ended as soon as it was open
 
 	moves map[outKey]*moving // of the goroutine that reads the client
 
 	back sync.WaitGroup // the goroutines of outs
-}
-
-// outKey: each outbound has one socket a family.
-type outKey struct {
-	outbound dialer.Outbound
-	v6       bool
-}
-
-// packetOut is an open outbound socket.
-type packetOut struct {
-	key  outKey
-	conn *dialer.PacketConn
-	dead atomic.Bool
-	// places are taken for its sockets.
-	places int
-
-	movable bool // there are other paths
-	silence silence
 }
 
 // peer is the flow between the source and one peer.
@@ -384,85 +368,6 @@ func (p *peer) notCarried(r *Router, now time.Time) {
 		p.tell = flow.Prohibited
 	}
 	p.e.end(p.tell)
-}
-
-// open returns the socket of an outbound for the family of e's destination.
-func (s *source) open(ctx context.Context, outbound dialer.Outbound, e *entry) (*packetOut, error) {
-	key := outKey{outbound: outbound, v6: e.flow.Dst.Addr().Is6()}
-	s.mu.Lock()
-	out := s.outs[key]
-	s.mu.Unlock()
-	if out != nil && !out.dead.Load() {
-		return out, nil
-	}
-	ctx, cancel := context.WithTimeout(ctx, s.r.opts.Deadline)
-	defer cancel()
-	if err := s.r.takeSocket(); err != nil {
-		return nil, err
-	}
-	var conn *dialer.PacketConn
-	dial := outbound.OpenPackets
-	if e.flow.Proto == flow.ICMP {
-		dial = func(ctx context.Context, t dialer.Target) (*dialer.PacketConn, error) {
-			return dialer.OpenEcho(ctx, outbound, t)
-		}
-	}
-	err := s.r.inFlight(ctx, e.flow, func(ctx context.Context) (err error) {
-		conn, err = s.openAway(ctx, key, e.target(), dial)
-		return err
-	})
-	if err != nil {
-		s.r.giveSockets(1)
-		return nil, err
-	}
-	if w := s.r.ways.find(outbound.Name()); w != nil {
-		w.dials.Add(1) // its time says nothing: nobody was asked
-	}
-	out = &packetOut{key: key, conn: conn, places: 1, movable: movable(outbound)}
-	for ; out.places < conn.Sockets; out.places++ {
-		if err := s.r.takeSocket(); err != nil {
-			s.r.giveSockets(out.places)
-			conn.Close()
-			return nil, err
-		}
-	}
-	s.mu.Lock()
-	s.outs[key] = out
-	s.mu.Unlock()
-	s.back.Go(func() {
-		defer s.r.recovered(s.noEntry(), func() { s.drop(out, nil) })
-		// Not the PacketConn around it: that would hide that it can lend.
-		err := relay.Packets(s.client, out.conn.Packets, relay.PacketOptions{Seen: out.seen(s.seen), Failed: s.failed})
-		s.drop(out, err)
-	})
-	return out, nil
-}
-
-// seen is what is told of what comes back by this socket.
-func (o *packetOut) seen(f func([]flow.Datagram)) func([]flow.Datagram) {
-	if !o.movable {
-		return f
-	}
-	return func(dgs []flow.Datagram) {
-		o.silence.heard()
-		f(dgs)
-	}
-}
-
-// drop closes a socket that does not work any more. Its peers' flows end when
-// the client writes to them again, or with the session.
-func (s *source) drop(out *packetOut, err error) {
-	if out.dead.Swap(true) {
-		return
-	}
-	s.mu.Lock()
-	if s.outs[out.key] == out {
-		delete(s.outs, out.key)
-	}
-	s.mu.Unlock()
-	out.conn.Close()
-	s.r.giveSockets(out.places)
-	s.r.log.Debug("datagram socket ended", "flow", s.client.Flow().ID, "outbound", out.key.outbound.Name(), "err", err)
 }
 
 // seen counts what came back.

@@ -321,6 +321,7 @@ func TestBrokenSocketIsOpenedAgain(t *testing.T) {
 			c.sent <- flow.Datagram{Peer: peerN(1), Data: []byte("a")}
 			s := <-out.open
 			<-s.out
+			time.Sleep(2 * time.Second)
 			s.in <- fmt.Errorf("read: %w", unix.ENODEV)
 			<-s.done // it was closed
 			synctest.Wait()
@@ -331,6 +332,22 @@ func TestBrokenSocketIsOpenedAgain(t *testing.T) {
 			}
 			if n := r.Counters().FlowsTotal; n != 2 {
 				t.Errorf("%d flows, want a new one on the new socket", n)
+			}
+			// One that ends as soon as it is open is not opened by every datagram.
+			s.in <- io.EOF
+			<-s.done
+			for range 3 {
+				synctest.Wait()
+				c.sent <- flow.Datagram{Peer: peerN(1), Data: []byte("c")}
+				if got := <-c.told; got.why != flow.Refused {
+					t.Errorf("told %+v", got)
+				}
+			}
+			time.Sleep(time.Second)
+			c.sent <- flow.Datagram{Peer: peerN(1), Data: []byte("d")}
+			s = <-out.open
+			if d := <-s.out; string(d.Data) != "d" {
+				t.Errorf("got %q", d.Data)
 			}
 		})
 }
