@@ -44,6 +44,7 @@ func sizes(q probe) error {
 	}
 	defer c.Close()
 	buf := make([]byte, 1<<16)
+	last := 0
 	for _, size := range []int{0, 1, 512, 1232, 1452, 1472, 1473, 4000, 9000, 30000, 65487, 65507} {
 		if size == 65507 && c.RemoteAddr().(*net.UDPAddr).IP.To4() == nil {
 			continue // the same in sum: a header is longer
@@ -56,19 +57,23 @@ func sizes(q probe) error {
 			out[i] = byte(i * size)
 		}
 		ok := false
-		for range 5 { // a fragment may be lost
+		for try := 0; try < 5 && !ok; try++ { // a fragment may be lost
 			if _, err := c.Write(out); err != nil {
 				return fmt.Errorf("send %d bytes: %w", size, err)
 			}
 			_ = c.SetReadDeadline(time.Now().Add(time.Second))
-			n, err := c.Read(buf)
-			if ok = err == nil && string(buf[:n]) == string(out); ok {
+			for {
+				n, err := c.Read(buf)
+				if err == nil && n == last && size != last {
+					continue // the one before was late, and was sent again
+				}
+				if ok = err == nil && string(buf[:n]) == string(out); !ok && err == nil {
+					return fmt.Errorf("%d bytes came back as %d, or others", size, n)
+				}
 				break
 			}
-			if !errors.Is(err, unix.EAGAIN) && err == nil {
-				return fmt.Errorf("%d bytes came back as %d, or others", size, n)
-			}
 		}
+		last = size
 		if !ok {
 			return fmt.Errorf("%d bytes did not come back", size)
 		}

@@ -49,28 +49,35 @@ func dialTCP(q probe) (*net.TCPConn, error) {
 	return c.(*net.TCPConn), nil
 }
 
-// exchange moves N bytes each way at once and checks them.
+// exchange moves N bytes each way at once and checks them. If Late is not 0, one
+// side ends that much after the other: the server, or the client if it is negative.
 func exchange(q probe) error {
 	c, err := dialTCP(q)
 	if err != nil {
 		return err
 	}
 	defer c.Close()
-	return labtest.Exchange(c, int64(q.N), int64(q.N))
+	return labtest.Exchange(c, labtest.Transfer{Up: int64(q.N), Down: int64(q.N), Late: q.Late.Abs(), Client: q.Late < 0})
 }
 
-// 64 MiB each way at once: every byte, in order, and both ends.
+// 64 MiB each way at once: every byte, in order, and both ends; also where the
+// client, or the server, ends long before the other.
 func TestBulkBothWays(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	server := w.server.ServeExchange(":7000")
 	w.start(w.config(second))
-	size := 64 << 20
-	if raceEnabled {
+	size, late := 64<<20, time.Second
+	switch {
+	case labtest.Soak():
+		size, late = 1<<30, 10*time.Second
+	case raceEnabled:
 		size = 4 << 20
 	}
 	for _, far := range []string{far4, far6} {
-		w.probeOutput(inside, probe{Do: "exchange", To: port(far, 7000), N: size})
+		for _, late := range []time.Duration{late, -late} {
+			w.probeOutput(inside, probe{Do: "exchange", To: port(far, 7000), N: size, Late: late})
+		}
 	}
 	if err := server.Err(); err != nil {
 		t.Error(err)
@@ -122,14 +129,17 @@ func delayed(q probe) error {
 func TestSlowReaderHoldsTheSenderBack(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
-	const size = 256 << 20
+	size, pause := 256<<20, 4*time.Second
+	if labtest.Soak() {
+		size, pause = 1<<30, 20*time.Second
+	}
 	w.server.Serve(":7000", func(c *net.TCPConn) error {
-		_, err := io.Copy(c, labtest.Pattern(size))
+		_, err := io.Copy(c, labtest.Pattern(int64(size)))
 		return err
 	})
 	d := w.start(w.config(second))
 	before := resident(t, d.Pid)
-	p := w.startProbe(inside, probe{Do: "slow", To: port(far4, 7000), N: size, Wait: 4 * time.Second})
+	p := w.startProbe(inside, probe{Do: "slow", To: port(far4, 7000), N: size, Wait: pause})
 	peak := before
 	for !p.Exited() {
 		peak = max(peak, resident(t, d.Pid))
@@ -138,6 +148,7 @@ func TestSlowReaderHoldsTheSenderBack(t *testing.T) {
 	if err := p.Wait(); err != nil {
 		t.Errorf("%v: %s", err, p.Output())
 	}
+	t.Logf("cgtun grew by %d MiB", (peak-before)>>20)
 	if grown := peak - before; grown > 64<<20 && !raceEnabled {
 		t.Errorf("cgtun grew by %d MiB", grown>>20)
 	}
@@ -187,6 +198,8 @@ const (
 	serverFirst
 	clientResets // after its bytes have been acknowledged
 	serverResets
+	clientBreaks // as clientResets, while the server sends on and on
+	serverBreaks
 	endings
 )
 
@@ -204,7 +217,10 @@ func TestRandomEndings(t *testing.T) {
 	server := w.serveOrders(":7000")
 	d := w.start(w.config(second))
 	n, seed := 300, rand.Int64()
-	if raceEnabled {
+	switch {
+	case labtest.Soak():
+		n = 5000
+	case raceEnabled:
 		n = 60
 	}
 	for _, far := range []string{far4, far6} {
@@ -293,13 +309,13 @@ func mix(q probe) error {
 // play plays one side of an order.
 func (o order) play(c *net.TCPConn, client bool) error {
 	_ = c.SetDeadline(time.Now().Add(25 * time.Second))
-	send, receive, first, resets := int64(o.Up), int64(o.Down), clientFirst, clientResets
+	send, receive, first, resets, breaks := int64(o.Up), int64(o.Down), clientFirst, clientResets, clientBreaks
 	if !client {
-		send, receive, first, resets = receive, send, serverFirst, serverResets
+		send, receive, first, resets, breaks = receive, send, serverFirst, serverResets, serverBreaks
 	}
-	switch int(o.Ending) {
+	switch ending := int(o.Ending); ending {
 	case clientFirst, serverFirst:
-		if int(o.Ending) == first {
+		if ending == first {
 			if _, err := io.Copy(c, labtest.Pattern(send)); err != nil {
 				return fmt.Errorf("send: %w", err)
 			}
@@ -313,25 +329,54 @@ func (o order) play(c *net.TCPConn, client bool) error {
 		}
 		_, err := io.Copy(c, labtest.Pattern(send))
 		return errors.Join(err, c.CloseWrite())
-	case resets:
+	case resets, breaks:
+		if ending == breaks {
+			go func() { _, _ = io.Copy(io.Discard, c) }() // until it is closed
+		}
 		if _, err := io.Copy(c, labtest.Pattern(send)); err != nil {
 			return fmt.Errorf("send before reset: %w", err)
 		}
 		return reset(c)
+	case clientBreaks, serverBreaks:
+		over := make(chan struct{})
+		defer func() { <-over }()
+		go func() {
+			defer close(over)
+			_, _ = io.Copy(c, labtest.Pattern(1<<62))
+		}()
 	}
-	// The other side resets.
+	return untilReset(c, receive)
+}
+
+// untilReset reads what the other side sends before it resets.
+func untilReset(c *net.TCPConn, want int64) error {
 	buf := make([]byte, 32<<10)
 	var got int64
 	for {
 		n, err := c.Read(buf)
 		got += int64(n)
-		if errors.Is(err, unix.ECONNRESET) && got == receive {
+		switch {
+		case err == nil:
+		case got == want && (errors.Is(err, unix.ECONNRESET) || err == io.EOF && isReset(c)):
 			return nil
-		}
-		if err != nil {
-			return fmt.Errorf("reset expected after %d bytes: %d and %w", receive, got, err)
+		default:
+			return fmt.Errorf("reset expected after %d bytes: %d and %w", want, got, err)
 		}
 	}
+}
+
+// isReset says whether a connection was reset: the write that hears of it takes
+// the error with it, and reads say that it has ended.
+func isReset(c *net.TCPConn) (is bool) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return false
+	}
+	_ = raw.Control(func(fd uintptr) {
+		info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
+		is = err == nil && info.State == unix.BPF_TCP_CLOSE
+	})
+	return is
 }
 
 // reset sends a RST once everything has been acknowledged.

@@ -2,6 +2,7 @@ package main_test
 
 import (
 	"context"
+	"encoding/binary"
 	"fmt"
 	"io"
 	"net/netip"
@@ -161,7 +162,6 @@ func TestResetAtOnceDoesNotLeak(t *testing.T) {
 
 // snap connects N times, asks for much, and resets at different moments.
 func snap(q probe) error {
-	ask := append(make([]byte, 8), 0, 0, 0, 0, 0, 16, 0, 0) // 1 MiB of the ServeExchange
 	var work sync.WaitGroup
 	defer work.Wait()
 	slots := make(chan struct{}, 16)
@@ -173,7 +173,7 @@ func snap(q probe) error {
 			if err != nil {
 				return // of so many some may be refused
 			}
-			_, _ = c.Write(ask)
+			_ = binary.Write(c, binary.BigEndian, labtest.Transfer{Down: 1 << 20}) // of the ServeExchange
 			if i%3 == 1 {
 				_, _ = io.ReadFull(c, make([]byte, 1))
 			}

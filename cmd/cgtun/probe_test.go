@@ -57,6 +57,7 @@ type probe struct {
 	Wait    time.Duration // for the connection or the answer; 0: 3 s
 	N       int
 	Seed    int64
+	Late    time.Duration // of exchange
 }
 
 // answer is what came of it, as JSON on stdout.

@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"cgtun/flow"
 	"cgtun/internal/labtest"
 	"cgtun/relay"
@@ -27,7 +29,7 @@ func (w *world) faithful(addr string, config *tls.Config, ask asked) *labtest.Se
 	return w.router.Serve(addr, func(c *net.TCPConn) error {
 		var client flow.Conn = flow.NewTCPConn(c)
 		if config != nil {
-			client = &secured{tls.Server(c, config), client}
+			client = &secured{tls.Server(unended{c}, config), client}
 		}
 		target, yes, no, err := ask(client)
 		if err != nil {
@@ -78,6 +80,17 @@ func askedBySOCKS5(client net.Conn) (target, yes, no string, err error) {
 	return to.String(), "\x05\x00\x00\x01\x00\x00\x00\x00\x00\x00", "\x05\x05\x00\x01\x00\x00\x00\x00\x00\x00", nil
 }
 
+// unended is what is below TLS, whose ends are TLS's own: any other is a break.
+type unended struct{ net.Conn }
+
+func (u unended) Read(b []byte) (int, error) {
+	n, err := u.Conn.Read(b)
+	if err == io.EOF {
+		err = unix.ECONNRESET
+	}
+	return n, err
+}
+
 // secured is the server's end of TLS, as a Conn.
 type secured struct {
 	*tls.Conn
@@ -93,8 +106,8 @@ func (s *secured) Close() error {
 }
 
 // What TestRandomEndings and TestBulkBothWays see of direct connections holds
-// through proxies of each kind, and a chain of two: every byte, ends as ends,
-// resets as resets.
+// through proxies of each kind, and a chain of two: every byte, ends as ends, also
+// where one side ends long before the other, resets as resets.
 func TestEndingsThroughProxies(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, "dig", "dnsmasq")
@@ -134,28 +147,33 @@ via = "https"
 	}
 	more, asked := w.namedProxy()
 	d := w.start(text + more)
-	n, size, seed := 100, 16<<20, rand.Int64()
-	if labtest.Soak() {
-		n, size = 2000, 1<<30
-	}
-	if raceEnabled {
+	n, size, late, seed := 100, 16<<20, time.Second, rand.Int64()
+	switch {
+	case labtest.Soak():
+		n, size, late = 2000, 1<<30, 10*time.Second
+	case raceEnabled:
 		n, size = 30, 2<<20
 	}
 	for i, kind := range kinds {
-		for j, far := range []string{far4, far6} {
+		for _, far := range []string{far4, far6} {
+			late = -late // another side with each
 			for _, q := range []probe{
 				{Do: "mix", To: port(far, 7000+10*i), N: n, Seed: seed},
-				{Do: "exchange", To: port(far, 7001+10*i), N: size >> j},
+				{Do: "exchange", To: port(far, 7001+10*i), N: size, Late: late},
 			} {
+				began := time.Now()
 				if out, err := w.try(inside, "env", probeArgs(q)...); err != nil {
-					t.Errorf("%s to %s, seed %d: %v %s", kind, far, seed, err, out)
+					t.Errorf("%s by %s to %s, seed %d: %v %s", q.Do, kind, far, seed, err, out)
+				}
+				if labtest.Soak() {
+					t.Logf("%s of %d by %s to %s: %v", q.Do, q.N, kind, far, time.Since(began).Round(time.Millisecond))
 				}
 			}
 		}
 	}
-	for _, server := range servers {
+	for i, server := range servers {
 		if err := server.Err(); err != nil {
-			t.Errorf("seed %d: server: %v", seed, err)
+			t.Errorf("seed %d: server by %s: %v", seed, kinds[i/2], err)
 		}
 	}
 	w.asksForNames(asked)

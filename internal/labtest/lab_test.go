@@ -33,7 +33,7 @@ func TestExchangeBothFamilies(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := labtest.Exchange(conn.(*net.TCPConn), 1<<20, 3<<20); err != nil {
+		if err := labtest.Exchange(conn.(*net.TCPConn), labtest.Transfer{Up: 1 << 20, Down: 3 << 20}); err != nil {
 			t.Error(host, err)
 		}
 		conn.Close()

@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/netip"
 	"sync"
+	"time"
 )
 
 // Server is a server of the test process inside a namespace. The lab closes it
@@ -139,17 +140,26 @@ func (h *Host) ServeUDPEcho(addr string) *Server {
 	return s
 }
 
+// Transfer is what two sides send each other, at the same time. Either side ends
+// with a half-close.
+type Transfer struct {
+	Up, Down int64         // bytes
+	Late     time.Duration // one side ends so long after the other has: the server
+	Client   bool          // or the client
+}
+
+// tail is how much of its bytes a side that is late sends only then.
+const tail = 1 << 20
+
 // ServeExchange is the far end of Exchange: a sink, a source, or both at once.
 func (h *Host) ServeExchange(addr string) *Server {
 	h.lab.t.Helper()
 	return h.Serve(addr, func(c *net.TCPConn) error {
-		var head [16]byte
-		if _, err := io.ReadFull(c, head[:]); err != nil {
+		var x Transfer
+		if err := binary.Read(c, binary.BigEndian, &x); err != nil {
 			return fmt.Errorf("read request: %w", err)
 		}
-		up := int64(binary.BigEndian.Uint64(head[:8]))
-		down := int64(binary.BigEndian.Uint64(head[8:]))
-		return both(c, down, up)
+		return x.both(c, x.Down, x.Up, !x.Client)
 	})
 }
 
@@ -159,29 +169,34 @@ type halfCloser interface {
 	CloseWrite() error
 }
 
-// Exchange sends up bytes to a ServeExchange and gets down bytes from it, at
-// the same time; either side ends with a half-close. It checks that every byte
-// came, in order, and then the end. The server checks the same: see its Err.
-func Exchange(c halfCloser, up, down int64) error {
-	var head [16]byte
-	binary.BigEndian.PutUint64(head[:8], uint64(up))
-	binary.BigEndian.PutUint64(head[8:], uint64(down))
-	if _, err := c.Write(head[:]); err != nil {
+// Exchange plays the client's side of x with a ServeExchange. It checks that every
+// byte came, in order, and then the end. The server checks the same: see its Err.
+func Exchange(c halfCloser, x Transfer) error {
+	if err := binary.Write(c, binary.BigEndian, x); err != nil {
 		return fmt.Errorf("write request: %w", err)
 	}
-	return both(c, up, down)
+	return x.both(c, x.Up, x.Down, x.Client)
 }
 
-func both(c halfCloser, send, receive int64) error {
-	sent := make(chan error, 1)
+func (x Transfer) both(c halfCloser, send, receive int64, late bool) error {
+	sent, ended := make(chan error, 1), make(chan struct{})
 	go func() {
-		_, err := io.Copy(c, Pattern(send))
+		data, err := Pattern(send), error(nil)
+		if late && x.Late > 0 {
+			_, err = io.CopyN(c, data, send-min(send, tail))
+			<-ended
+			time.Sleep(x.Late) // what is tested is time itself
+		}
+		if err == nil {
+			_, err = io.Copy(c, data)
+		}
 		if err == nil {
 			err = c.CloseWrite()
 		}
 		sent <- err
 	}()
 	err := CheckPattern(c, receive)
+	close(ended)
 	return errors.Join(err, <-sent)
 }
 
