@@ -2,10 +2,13 @@ package main
 
 import (
 	"bytes"
+	"fmt"
 	"log/slog"
 	"os"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"cgtun/config"
 )
@@ -102,6 +105,31 @@ func TestReadyIsLoggedAtEveryLevel(t *testing.T) {
 			}
 		}
 	}
+}
+
+// What a captured process can bring about again and again fills no disk.
+func TestTheSameIsNotLoggedWithoutEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var b bytes.Buffer
+		log, _ := newLogger(config.Log{Level: "debug", Format: config.FormatText}, &b)
+		lines := func(message string) int { return strings.Count(b.String(), "msg="+message) }
+		for i := range 1000 {
+			log.With("netns", i).Warn("late")
+			log.Debug("flow")
+		}
+		log.Warn("other")
+		log.Info(readyMessage)
+		if late, flow := lines("late"), lines("flow"); late != mostAlike || flow != 1000 || lines("other") != 1 || lines(readyMessage) != 1 {
+			t.Errorf("%d warnings, %d records of debug:\n%s", late, flow, b.String())
+		}
+		b.Reset()
+		time.Sleep(alikeTime)
+		log.Warn("late")
+		log.Warn("late")
+		if got := b.String(); lines("late") != 2 || strings.Count(got, fmt.Sprintf("untold=%d\n", 1000-mostAlike)) != 1 {
+			t.Errorf("a minute later:\n%s", got)
+		}
+	})
 }
 
 // docs/cli.md has each form of each command, each flag and what they mean, in
