@@ -46,8 +46,9 @@ func TestDoctorTellsWhatTheDaemonSays(t *testing.T) {
 	}
 }
 
-// A password in a file that others can read is a warning, and is not repeated.
-func TestDoctorSeesAPasswordThatOthersCanRead(t *testing.T) {
+// A file that others can change, or with a password that they can read, is a warning,
+// and the password is not repeated.
+func TestDoctorSeesWhatOthersCanReadOrChange(t *testing.T) {
 	const outbound = "[[outbound]]\nname = 'a'\ntype = 'http'\nserver = '192.0.2.1:3128'\nusername = 'u'\n"
 	for _, tt := range []struct {
 		line string
@@ -58,6 +59,7 @@ func TestDoctorSeesAPasswordThatOthersCanRead(t *testing.T) {
 		{"password = 'hunter2'", 0o640, doctor.Warn},
 		{"password = 'hunter2'", 0o600, doctor.OK},
 		{"password_env = 'X'", 0o644, doctor.OK},
+		{"password_env = 'X'", 0o646, doctor.Warn},
 	} {
 		p := &patient{path: filepath.Join(t.TempDir(), "f.toml")}
 		if err := errors.Join(os.WriteFile(p.path, []byte(outbound+tt.line), 0o600), os.Chmod(p.path, tt.mode)); err != nil {

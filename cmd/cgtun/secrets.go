@@ -154,17 +154,25 @@ func ownProgram() string {
 	return path
 }
 
-// exposed says that the file itself holds a password and others can read it, and
-// what mends that; "" if not. A password_file in that state is refused; this is
-// for what stands beside everything else in a file that was there before.
+// exposed says that others can change the file, or read the password that it
+// holds itself, and what mends that; "" if not. A password_file in that state is
+// refused; this is for what stands beside everything else in a file that was there
+// before.
 func exposed(file *config.File) (what, fix string) {
+	info, err := os.Stat(file.Name)
+	if err != nil || !info.Mode().IsRegular() {
+		return "", ""
+	}
+	mode := info.Mode().Perm()
 	holds := slices.ContainsFunc(file.Outbounds, func(o dialer.Config) bool {
 		return !o.Password.IsZero() && o.PasswordFile == "" && o.PasswordEnv == ""
 	})
-	info, err := os.Stat(file.Name)
-	if !holds || err != nil || !info.Mode().IsRegular() || info.Mode().Perm()&0o044 == 0 {
-		return "", ""
+	switch {
+	case mode&0o002 != 0:
+		return fmt.Sprintf("%s has mode %04o: others can change what cgtun does", file.Name, mode), "chmod o-w " + file.Name
+	case holds && mode&0o044 != 0:
+		return fmt.Sprintf("%s holds a password and has mode %04o: others can read it", file.Name, mode),
+			"chmod 600 " + file.Name + ", or password_file in place of password"
 	}
-	return fmt.Sprintf("%s holds a password and has mode %04o: others can read it", file.Name, info.Mode().Perm()),
-		"chmod 600 " + file.Name + ", or password_file in place of password"
+	return "", ""
 }
