@@ -11,8 +11,9 @@ import (
 
 // A namespace without a way out is left as it is, and can get one at any time. While
 // cgtun runs it is attached then, before anybody sends. For the time when it does not,
-// closed routes put a fence there: what is marked takes no default route. While the
-// namespace is attached its steering is in the place of that.
+// closed routes put a fence there: a plan without a device, by which what is selected
+// takes no default route (steer.Plan). While the namespace is attached its steering is
+// in the place of that, and has the fence of a family without a way out.
 
 // fence is what one route has put into a namespace.
 type fence struct {
@@ -53,12 +54,7 @@ func (s *site) fenceAll(around *surroundings) error {
 func (s *site) fenceOne(selection int, around *surroundings) error {
 	r := &s.m.opts.Routes[selection]
 	f, there := s.fences[r]
-	base := (*s.m.plans.Load())[selection]
-	plan := steer.Plan{
-		Mark: base.Mark, Mask: base.Mask, Earlier: base.Earlier, Table: base.Table, Priority: base.Priority,
-		Closed: true, Offline: true,
-		Bypass: slices.Concat(base.Bypass, around.connected, s.m.homeAddresses()),
-	}
+	plan := s.wanted(&Attachment{route: r, selection: selection}, (*s.m.plans.Load())[selection], around)
 	if there && reflect.DeepEqual(plan, f.plan) {
 		what, err := f.steering.Repair()
 		if what != "" {

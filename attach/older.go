@@ -34,7 +34,7 @@ func (s *site) cutOlder(a *Attachment) error {
 	s.mu.Lock()
 	plan := a.plan
 	s.mu.Unlock()
-	if !plan.Closed || plan.Offline {
+	if !plan.Closed {
 		return nil
 	}
 	var cut int

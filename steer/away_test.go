@@ -30,6 +30,11 @@ func (w *world) away(p steer.Plan) *steer.Steering {
 	return s
 }
 
+// briefly is run for what nobody is to answer: it does not wait for long.
+func briefly(run func(args ...string) string) func(args ...string) string {
+	return func(args ...string) string { return run(append(args, "wait=300")...) }
+}
+
 // asks is who answers on each of the ways.
 func asks(run func(args ...string) string) (answers string) {
 	for _, way := range ways {
@@ -100,6 +105,58 @@ func TestOfflineFamilyStaysAsItIs(t *testing.T) {
 	}
 }
 
+// With closed a family without a way out is fenced by itself: it keeps what it had, and
+// takes no default route that comes later, also when the device has gone.
+func TestOfflineFamilyIsFenced(t *testing.T) {
+	w := newWorld(t)
+	w.home.Run("ip", "-6", "route", "del", "default")
+	w.home.Run("ip", "route", "add", server6, "via", "fd09::1")
+	p := w.plan()
+	p.No6, p.Closed = true, true
+	s := w.away(p)
+	marked := func(args ...string) string { return w.in(append(args, "mark=101")...) }
+	if got, want := asks(marked), "beyond beyond uplink uplink"; got != want {
+		t.Errorf("with a route for v6: %s, want %s", got, want)
+	}
+	w.home.Run("ip", "route", "del", server6)
+	w.home.Run("ip", "route", "add", "default", "via", "fd09::1")
+	fenced := func(when, v4 string) {
+		t.Helper()
+		for _, in := range []func(args ...string) string{w.in, marked} {
+			if got := asks(briefly(in)); !strings.HasPrefix(got, v4) || strings.Contains(got, "uplink") {
+				t.Errorf("%s: %s", when, got)
+			}
+		}
+		if got := briefly(marked)("ask", "tcp6", "["+server6+"]:7000", "dev="+w.uplink); got == "uplink" {
+			t.Errorf("%s, bound to the uplink: %s", when, got)
+		}
+		if got := marked("ask", "tcp6", "[fd09::1]:9"); !strings.Contains(got, "refused") {
+			t.Errorf("%s, bypassed: %s", when, got)
+		}
+		if got := asks(w.out); got != allUplink {
+			t.Errorf("%s, others: %s", when, got)
+		}
+	}
+	fenced("with a default route", "beyond beyond")
+	if what, err := s.Repair(); what != "" || err != nil {
+		t.Errorf("Repair of what is whole: %q, %v", what, err)
+	}
+	w.pipe.home.Close()
+	labtest.Eventually(t, 10*time.Second, func() bool {
+		_, err := w.home.Try("ip", "link", "show", "tun0")
+		return err != nil
+	}, "device gone")
+	fenced("after death", "")
+	w.revive()
+	p.No6 = false
+	if err := s.Apply(p); err != nil {
+		t.Fatal(err)
+	}
+	if got := asks(w.in); got != allBeyond {
+		t.Errorf("captured: %s", got)
+	}
+}
+
 // In a namespace without a way out what is marked goes as it did, but by no default
 // route that comes later, until that is steered, or the fence removed.
 func TestOfflineTakesNoDefaultRoute(t *testing.T) {
@@ -110,7 +167,7 @@ func TestOfflineTakesNoDefaultRoute(t *testing.T) {
 	w.home.Run("ip", "route", "add", server4, "via", "10.9.0.1")
 	before := state(w.home)
 	p := w.plan()
-	p.Device, p.Offline, p.Closed = "", true, true
+	p.Device, p.No4, p.No6, p.Closed = "", true, true, true
 	s := w.away(p)
 	marked := func(args ...string) string { return w.in(append(args, "mark=101")...) }
 	if got := asks(marked); strings.Count(got, "uplink") != 2 || strings.Count(got, "unreachable")+strings.Count(got, "no route") != 2 {
@@ -121,6 +178,13 @@ func TestOfflineTakesNoDefaultRoute(t *testing.T) {
 	w.home.Run("ip", "route", "add", "default", "via", "fd09::1")
 	if got := asks(marked); strings.Contains(got, "uplink") {
 		t.Errorf("with default routes: %s", got)
+	}
+	bound := func(args ...string) string { return marked(append(args, "dev="+w.uplink)...) }
+	if got := asks(briefly(bound)); strings.Contains(got, "uplink") {
+		t.Errorf("bound to the uplink: %s", got)
+	}
+	if got := asks(briefly(w.in)); strings.Contains(got, "uplink") {
+		t.Errorf("selected by the table alone: %s", got)
 	}
 	if got := marked("ask", "tcp4", "10.9.0.1:9"); !strings.Contains(got, "refused") {
 		t.Errorf("bypassed: %s", got)
@@ -179,7 +243,11 @@ func TestTableThatOutlivesUs(t *testing.T) {
 				_, err := w.home.Try("ip", "link", "show", "tun0")
 				return err != nil
 			}, "device gone")
-			got := asks(w.in)
+			in := w.in
+			if closed {
+				in = briefly(w.in)
+			}
+			got := asks(in)
 			switch n := w.leaks.Packets(); {
 			case !closed && got != allUplink:
 				t.Errorf("after death: %s", got)

@@ -70,7 +70,7 @@ func TestClosedOutlivesTheInstance(t *testing.T) {
 
 func (w *world) assertClosed(after syscall.Signal) {
 	w.t.Helper()
-	if got := asks(w.in); strings.Contains(got, "uplink") {
+	if got := asks(briefly(w.in)); strings.Contains(got, "uplink") {
 		w.t.Errorf("after %v: %s", after, got)
 	}
 	if got := w.in("ask", "tcp4", server4+":7000", "mark=101"); !strings.Contains(got, "no route") && !strings.Contains(got, "unreachable") {

@@ -94,8 +94,8 @@
 // A closed plan leaves on purpose what blocks: a table that is persistent as
 // well as owned (Linux 6.9; before, a plain one), guard included, the ip rules,
 // what throws, and a route that blocks. The next start takes it over without a
-// gap, Remove opens it. In a namespace without a way out (Plan.Offline) that is ip
-// rules alone, with a table that says whose they are: what is marked goes by the
-// routes of the main table, but by no default route. Once its owner is dead, "nft flush ruleset" takes the
-// table; the programs that cgroupsel pins still hold then.
+// gap, Remove opens it. A family without a way out (Plan.No4, No6) is fenced
+// then: what is marked goes by the routes of the main table, but by no default
+// route that comes, and loses its mark in chain post. Once its owner is dead, "nft
+// flush ruleset" takes the table; the programs that cgroupsel pins still hold then.
 package steer

@@ -244,6 +244,16 @@ func daddrType(e func([]byte) expr.Any, kind uint32) part {
 	return part{&expr.Fib{Register: 1, FlagDADDR: true, ResultADDRTYPE: true}, e(host32(kind))}
 }
 
+// daddrGoesNowhere is true where the routes for the packet's mark lead nowhere,
+// whatever device its socket is bound to. IPv6 only: of IPv4 fib knows addresses of
+// this machine and no routes.
+func daddrGoesNowhere() part {
+	return part{
+		&expr.Fib{Register: 1, FlagDADDR: true, FlagMARK: true, ResultADDRTYPE: true},
+		equal(host32(unix.RTN_UNREACHABLE)),
+	}
+}
+
 // reject is an ICMP error of either family: administratively prohibited.
 func reject() part {
 	return part{&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED}}

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"os/signal"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -91,14 +92,22 @@ func bindTo(fd int, src netip.Addr) error {
 	return unix.Bind(fd, &unix.SockaddrInet4{Addr: src.As4()})
 }
 
-// ask sends a line and prints the answer: the name of the server.
+// ask sends a line and prints the answer: the name of the server. It waits as many
+// milliseconds for it as the option "wait" says.
 func ask(network, addr string, opts []string) error {
-	c, err := (&net.Dialer{Timeout: 2 * time.Second, Control: options(opts)}).Dial(network, addr)
+	wait := 5 * time.Second
+	for _, o := range opts {
+		if ms, ok := strings.CutPrefix(o, "wait="); ok {
+			n, _ := strconv.Atoi(ms)
+			wait = time.Duration(n) * time.Millisecond
+		}
+	}
+	c, err := (&net.Dialer{Timeout: wait, Control: options(opts)}).Dial(network, addr)
 	if err != nil {
 		return err
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(2 * time.Second))
+	c.SetDeadline(time.Now().Add(wait))
 	if _, err := c.Write([]byte("who\n")); err != nil {
 		return err
 	}

@@ -89,7 +89,7 @@ func TestDeviceBindingIsDropped(t *testing.T) {
 	s := w.steer(w.plan())
 	for _, way := range ways {
 		for _, mark := range []string{"mark=0", "mark=101"} {
-			got := w.in("ask", way.network, way.server, "dev="+w.uplink, mark)
+			got := w.in("ask", way.network, way.server, "dev="+w.uplink, mark, "wait=300")
 			if got == "uplink" || got == "beyond" {
 				t.Errorf("%s %s, bound to %s: answered by %s", way.network, mark, w.uplink, got)
 			}

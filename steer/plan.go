@@ -38,11 +38,6 @@ type Plan struct {
 	// Closed: what blocks outlives this process, see the package comment.
 	Closed bool
 
-	// Offline is for a namespace without a way out, and with Closed: nothing is
-	// steered, but what is marked takes no default route that comes while nobody
-	// looks. It has no Device.
-	Offline bool
-
 	// Cgroups are selected by the nft table. They may be all, or only those
 	// which BPF programs mark as well.
 	Cgroups []Cgroup
@@ -52,7 +47,9 @@ type Plan struct {
 	// them is selected.
 	Interfaces []string
 	// No4 and No6 leave a family alone: there is no way out of this namespace
-	// for it, and there is none with cgtun.
+	// for it, and there is none with cgtun. With Closed there is none either if it
+	// gets a default route while nobody looks: what is selected takes all routes of
+	// the main table but that. A plan with both has no Device, and is for Closed.
 	No4, No6 bool
 	// Others are below some of Cgroups and belong to another plan: what they
 	// send is that one's alone.
@@ -107,6 +104,12 @@ func (p *Plan) skips(is6 bool) bool {
 	return p.No4
 }
 
+// fences says whether a family that is left alone is kept from default routes.
+func (p *Plan) fences(is6 bool) bool { return p.Closed && p.skips(is6) }
+
+// offline says whether the namespace has no way out at all.
+func (p *Plan) offline() bool { return p.No4 && p.No6 }
+
 func (p *Plan) validate() error {
 	switch {
 	case p.Mark&p.Mask != p.Mark:
@@ -117,9 +120,9 @@ func (p *Plan) validate() error {
 		return fmt.Errorf("table %d is not free for use: the kernel's own are 0 and 253 to 255", p.Table)
 	case p.Priority <= 0 || p.Priority > 32765:
 		return fmt.Errorf("priority %d is not in 1 to 32765, before the main table", p.Priority)
-	case p.Offline && !p.Closed:
+	case p.offline() && !p.Closed:
 		return errors.New("there is nothing to do where there is no way out, and nothing is closed")
-	case p.byTun() && !p.Offline && !isDevice(p.Device):
+	case p.byTun() && !p.offline() && !isDevice(p.Device):
 		return fmt.Errorf("device name %q has not 1 to 15 bytes", p.Device)
 	case p.Via.Mode == ViaTProxy || p.Via.Container != "":
 		return fmt.Errorf("the way %q is not one that the kernel alone goes", p.Via)

@@ -134,7 +134,7 @@ func wantRoutes(h *netlink.Handle, p *Plan, w *way) []routeKey {
 		if blocks {
 			want = append(want, routeKey{dst: all, kind: unix.RTN_UNREACHABLE, metric: lastMetric})
 		}
-		if !w.carries(is6) {
+		if !w.carries(is6) || p.skips(is6) {
 			continue
 		}
 		way := routeKey{dst: all, kind: unix.RTN_UNICAST, link: w.link, gw: w.gw[is6]}
@@ -157,7 +157,7 @@ func (p *Plan) blocks() bool { return p.Closed || !p.byTun() }
 // steers says whether the table has routes of a family.
 func steers(p *Plan, w *way, is6 bool) bool {
 	switch {
-	case p.skips(is6):
+	case p.skips(is6) && !p.Closed:
 		return false
 	case !is6:
 		return true

@@ -23,8 +23,8 @@ func listRules(h *netlink.Handle, family int) ([]netlink.Rule, error) {
 
 // wantRules are the ip rules of a plan in one family, in their order. What
 // comes out of our device for somebody behind an interface carries the mark,
-// for the sake of rp_filter, and goes by the main table. Where there is no way
-// out, all goes by that, but for a default route.
+// for the sake of rp_filter, and goes by the main table. Where a family is fenced,
+// all of it goes by that, but for a default route.
 func wantRules(p *Plan, family int) []*netlink.Rule {
 	r := netlink.NewRule()
 	r.Family, r.Priority, r.Table, r.Protocol = family, p.Priority, p.Table, Protocol
@@ -36,7 +36,7 @@ func wantRules(p *Plan, family int) []*netlink.Rule {
 		first := one
 		first.Table = unix.RT_TABLE_MAIN
 		switch {
-		case p.Offline:
+		case p.fences(family == unix.AF_INET6):
 			first.SuppressPrefixlen = 0
 			rules = append(rules, &first)
 		case own && len(p.Interfaces) > 0 && p.byTun():

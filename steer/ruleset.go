@@ -61,9 +61,6 @@ func newRuleset(p *Plan, w *way, at place) *ruleset {
 	if at.away {
 		r.chain(homeOf(at.home))
 	}
-	if p.Offline {
-		return r
-	}
 	bypass := r.bypass(p)
 	if len(p.Interfaces) > 0 {
 		r.interfaces(p)
@@ -161,6 +158,11 @@ func (r *ruleset) through(p *Plan, bypass []*nftables.Set) *nftables.Chain {
 // post is the guard, and what enters the device.
 func (r *ruleset) post(p *Plan, w *way, at place) {
 	post := r.hook("post", nftables.ChainHookPostrouting, nftables.ChainPriorityFilter)
+	for _, is6 := range []bool{false, true} {
+		if p.fences(is6) {
+			r.fence(post, p, is6)
+		}
+	}
 	if at.guards(p) {
 		guard := markIs(p.Mask, p.Mark)
 		if w.dev != "" && w.dev != "lo" {
@@ -177,6 +179,16 @@ func (r *ruleset) post(p *Plan, w *way, at place) {
 		r.add(post, oif(w.dev), iifIn(r.ifs), leave())
 	}
 	r.add(post, oif(w.dev), saddrType(differs, unix.RTN_LOCAL), count(countSpoof), drop())
+}
+
+// fence lets go what the routes let pass of a family that is left alone: the mark
+// was for them. A socket that is bound to a device finds a way that they do not have.
+func (r *ruleset) fence(post *nftables.Chain, p *Plan, is6 bool) {
+	marked := join(family(is6), markIs(p.Mask, p.Mark))
+	if is6 { // of IPv4 the kernel asks by ARP for who is far, and fib has no answer
+		r.add(post, marked, daddrGoesNowhere(), count(countGuard), drop())
+	}
+	r.add(post, marked, setMark(p.Mask, 0))
 }
 
 // out is the chain that decides. Its type is route: a changed mark makes the
@@ -203,7 +215,7 @@ func (r *ruleset) out(p *Plan, at place, bypass []*nftables.Set) {
 		r.add(out, daddrIn(set), goTo(unmark.Name))
 	}
 	for _, is6 := range []bool{false, true} {
-		if p.skips(is6) {
+		if p.skips(is6) && !p.Closed {
 			r.add(out, family(is6), goTo(unmark.Name))
 		}
 	}

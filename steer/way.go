@@ -31,7 +31,7 @@ func (s *Steering) findWay(h *netlink.Handle, p *Plan) (*way, error) {
 	w := &way{gw: map[bool]netip.Addr{}, none: map[bool]bool{}}
 	var err error
 	switch {
-	case p.Offline:
+	case p.offline():
 		w.down = errors.New("there is no way out")
 	case p.byTun():
 		w.dev, w.ours = p.Device, true
