@@ -72,6 +72,7 @@ func (w *world) revive() {
 func serveName(h *labtest.Host, name string) {
 	h.Run("ip", "addr", "add", server4+"/32", "dev", "lo")
 	h.Run("ip", "addr", "add", server6+"/128", "dev", "lo", "nodad")
+	h.Settled("lo")
 	h.Serve(":7000", func(c *net.TCPConn) error {
 		_, err := c.Write([]byte(name + "\n"))
 		c.Read(make([]byte, 10))
@@ -217,6 +218,7 @@ func (w *world) tun(name, addr4, addr6 string, beyond *labtest.Host, far string)
 	w.home.Run("ip", "link", "set", name, "up")
 	w.home.Run("ip", "addr", "add", addr4+"/32", "dev", name, "noprefixroute")
 	w.home.Run("ip", "addr", "add", addr6+"/128", "dev", name, "noprefixroute", "nodad")
+	w.home.Settled(name)
 	beyond.Run("ip", "link", "set", far, "up")
 	beyond.Run("ip", "route", "add", "default", "dev", far)
 	beyond.Run("ip", "-6", "route", "add", "default", "dev", far)

@@ -93,6 +93,7 @@ func newWorld(t *testing.T, tools ...string) *world {
 		words := strings.Fields(s)
 		map[string]*labtest.Host{"machine": w.machine, "router": w.router, "server": w.server}[words[0]].Run("ip", words[1:]...)
 	}
+	w.server.Settled("lo")
 	w.sel, w.self = lab.Cgroup("sel"), lab.Cgroup("daemon")
 	w.leaks = w.router.MeterMatch(
 		`iifname "eth0" ip daddr != { 10.1.0.0/24, 169.254.0.0/16, 224.0.0.0/4, 255.255.255.255 }`,

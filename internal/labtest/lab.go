@@ -86,14 +86,14 @@ func (l *Lab) Link(a, b *Host, addrs ...string) *Link {
 			b.address(k.B, addr)
 		}
 	}
-	a.settled(k.A)
-	b.settled(k.B)
+	a.Settled(k.A)
+	b.Settled(k.B)
 	return k
 }
 
-// settled waits until the v6 addresses of a device are in force, which they are
+// Settled waits until the v6 addresses of a device are in force, which they are
 // a moment after it is up, and slower on a busy machine.
-func (h *Host) settled(dev string) {
+func (h *Host) Settled(dev string) {
 	h.lab.t.Helper()
 	Eventually(h.lab.t, 10*time.Second, func() bool {
 		addrs, err := exec.Command("ip", "-n", h.Name, "-6", "-o", "addr", "show", "dev", dev).Output()
