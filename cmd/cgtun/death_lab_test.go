@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"cgtun/attach"
 	"cgtun/internal/labtest"
 )
 
@@ -254,6 +255,53 @@ func TestTwoInstances(t *testing.T) {
 	}
 	two.stop()
 	w.unchanged(before, "both gone")
+}
+
+// Two instances with the same numbers, each in a machine (a network namespace) of its
+// own, do not know of each other: neither captures, ends or cleans up what is the
+// other's.
+func TestSameNumbersInTwoMachines(t *testing.T) {
+	t.Parallel()
+	labtest.Alone(t)
+	one, two := newWorld(t), newWorld(t)
+	two.number = one.number
+	for _, w := range []*world{one, two} {
+		w.server.ServeEcho(":7000")
+	}
+	before := two.lab.Snapshot(two.machine)
+	works := func(w *world, when string) {
+		t.Helper()
+		for _, far := range []string{far4, far6} {
+			if a := w.probe(inside, probe{Do: "dial", Network: "tcp", To: port(far, 7000), Say: "x"}); a.Heard != "x" {
+				t.Errorf("%s: %+v", when, a)
+			}
+		}
+		w.noLeak(when)
+	}
+	first, other := one.start(one.config(second)), two.start(two.config(second))
+	works(one, "the first of two")
+	works(two, "the second of two")
+	// A namespace of the one's processes is not the other's to judge.
+	one.routed()
+	p := one.wait()
+	one.join(1, p.pid)
+	labtest.Eventually(t, patience(), func() bool { return one.stateOf(p.pid) == attach.StateUp }, "the first attaches")
+	if list := two.attachments(); len(list) != 0 {
+		t.Errorf("the second has %+v", list)
+	}
+	other.kill()
+	if out, errs, code := two.cgtun("cleanup"); code != 0 {
+		t.Errorf("cleanup: %d: %s%s", code, out, errs)
+	}
+	works(one, "the second is dead and cleaned up")
+	if one.stateOf(p.pid) != attach.StateUp {
+		t.Error("cleanup of the second has taken an attachment of the first away")
+	}
+	again := two.start(two.config(second))
+	first.stop()
+	works(two, "the first has stopped")
+	again.stop()
+	two.unchanged(before, "both gone")
 }
 
 // Started inside of the cgroup that it selects, cgtun does not capture itself.

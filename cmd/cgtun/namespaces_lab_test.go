@@ -7,7 +7,6 @@ import (
 	"net"
 	"os"
 	"os/exec"
-	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -282,125 +281,9 @@ func inodeOf(pid int) uint64 {
 }
 
 // A namespace without a way out is left offline, is captured when it gets one,
-// and shows so; a stop gives it back as it was.
-func TestOfflineNamespaceStaysOfflineUntilItHasAWayOut(t *testing.T) {
-	t.Parallel()
-	w := newWorld(t)
-	w.routed()
-	d := w.start(w.config(second))
-	p := w.wait()
-	in := func(args ...string) string {
-		out, err := exec.Command("nsenter", append([]string{"-t", strconv.Itoa(p.pid), "-n"}, args...)...).CombinedOutput()
-		if err != nil {
-			t.Fatalf("%v: %v %s", args, err, out)
-		}
-		return string(out)
-	}
-	labtest.Eventually(t, patience(), func() bool { return w.stateOf(p.pid) == attach.StateOffline }, "it is offline")
-	if links := in("ip", "-br", "link"); strings.Contains(links, "tun") {
-		t.Errorf("an offline namespace got a device:\n%s", links)
-	}
-	s := ask[control.PIDStatus](w, "status", strconv.Itoa(p.pid))
-	if s.Captured || !strings.Contains(s.Why, "no default route") {
-		t.Errorf("offline: %+v", s)
-	}
-	w.join(1, p.pid)
-	labtest.Eventually(t, patience(), func() bool { return w.stateOf(p.pid) == attach.StateUp }, "it is up")
-	s = ask[control.PIDStatus](w, "status", strconv.Itoa(p.pid))
-	if !s.Captured || string(s.Attachment) != fmt.Sprintf("netns-%d", inodeOf(p.pid)) {
-		t.Errorf("up: %+v", s)
-	}
-	d.stop()
-	for _, what := range []string{in("ip", "rule"), in("ip", "-6", "rule"), in("nft", "list", "tables"), in("ip", "-br", "link"), in("ip", "route", "show", "table", "all")} {
-		if strings.Contains(what, strconv.Itoa(w.number)) || strings.Contains(what, "tun0") || strings.Contains(what, "proto 197") {
-			t.Errorf("left inside:\n%s", what)
-		}
-	}
-}
-
 // Where IPv6 is left alone, as docker has none by itself, each change makes cgtun look
-// whether it has a way out now. What is sent by IPv4 meanwhile goes on.
-func TestChangesOfANamespaceDropNothing(t *testing.T) {
-	t.Parallel()
-	w := newWorld(t)
-	w.routed()
-	w.server.ServeUDPEcho(port(far4, 7000))
-	w.start(w.config(second))
-	p := w.wait()
-	w.join(1, p.pid)
-	in := func(args ...string) *exec.Cmd {
-		return exec.Command("nsenter", append([]string{"-t", strconv.Itoa(p.pid), "-n"}, args...)...)
-	}
-	run := func(args ...string) {
-		t.Helper()
-		if out, err := in(args...).CombinedOutput(); err != nil {
-			t.Fatalf("%v: %v %s", args, err, out)
-		}
-	}
-	run("ip", "-6", "route", "del", "default")
-	labtest.Eventually(t, patience(), func() bool {
-		all := w.attachments()
-		return len(all) == 1 && all[0].State == attach.StateUp && !all[0].V6
-	}, "IPv6 is left alone")
-	const changes = 10
-	sender := w.lab.StartCommand(w.command(context.Background(), inside, "nsenter", append([]string{"-t", strconv.Itoa(p.pid), "-n", "env"}, probeArgs(probe{Do: "stammer", To: port(far4, 7000), N: 1000})...)...))
-	sender.WaitOutput("ready", patience())
-	for range changes {
-		run("ip", "addr", "add", "10.60.0.1/32", "dev", "lo")
-		time.Sleep(60 * time.Millisecond) // so that it is looked at each of them
-		run("ip", "addr", "del", "10.60.0.1/32", "dev", "lo")
-	}
-	if err := sender.Wait(); err != nil {
-		t.Errorf("a datagram was refused: %v: %s", err, sender.Output())
-	}
-	w.noLeak("changes")
-	if n := w.status().Counters.GateDropsTotal; n != 0 {
-		t.Errorf("%d packets were dropped by the gate", n)
-	}
-}
-
-// With on_exit = "closed" a namespace without a way out that gets one while cgtun is
-// not there is shut; the next start attaches it, cleanup opens it. Nobody else there
-// is touched.
-func TestOfflineNamespaceIsShutWhenItGetsAWayOutLater(t *testing.T) {
-	t.Parallel()
-	labtest.Alone(t)
-	w := newWorld(t)
-	w.routed()
-	w.server.ServeUDPEcho(port(far4, 7000))
-	w.server.ServeUDPEcho(port(far6, 7000))
-	d := w.start(w.closedConfig())
-	p := w.wait()
-	in := []string{"nsenter", "-t", strconv.Itoa(p.pid), "-n"}
-	for _, far := range []string{far4, far6} {
-		args := append(slices.Clone(in), append([]string{"env"}, probeArgs(probe{Do: "stream", To: port(far, 7000)})...)...)
-		w.lab.StartCommand(w.command(context.Background(), inside, args[0], args[1:]...))
-	}
-	labtest.Eventually(t, patience(), func() bool { return w.stateOf(p.pid) == attach.StateOffline }, "it is offline")
-	d.kill()
-	w.join(1, p.pid)
-	// Others get out, and so there is a way.
-	args := append(slices.Clone(in), append([]string{"env"}, probeArgs(probe{Do: "dial", Network: "udp", To: port(far4, 7000), Say: "x"})...)...)
-	out, err := w.command(context.Background(), outside, args[0], args[1:]...).CombinedOutput()
-	if err != nil || !strings.Contains(string(out), "x") {
-		t.Fatalf("who is not selected: %v %s", err, out)
-	}
-	w.leaks.Reset()
-	time.Sleep(300 * time.Millisecond) // six hundred datagrams
-	w.noLeak("killed")
-	d = w.start(w.closedConfig())
-	labtest.Eventually(t, patience(), func() bool {
-		all := w.attachments()
-		return len(all) == 1 && all[0].State == attach.StateUp && all[0].UpBytes > 0
-	}, "it is up")
-	w.noLeak("started again")
-	d.kill()
-	if out, errs, code := w.cgtun("cleanup"); code != 0 {
-		t.Errorf("cleanup: %d %s%s", code, out, errs)
-	}
-	labtest.Eventually(t, patience(), func() bool { return w.leaks.Packets() > 0 }, "opened, all goes by the uplink")
-}
-
+// With on_exit = "closed" a namespace without a way out for both families, or for one
+// of them, that gets one while cgtun is not there is shut; the next start attaches it,
 // A privileged step that takes our things away inside of its own namespace gains
 // nothing: they are back at once, and until then nothing gets out.
 func TestStepThatTakesItsNamespaceApart(t *testing.T) {

@@ -12,14 +12,17 @@ import (
 
 // A namespace that is selected by its name: everything in it is captured, in
 // whatever cgroup, from cgtun's start on and when it comes later; what is
-// forwarded in through an interface that is selected, too.
+// forwarded in through an interface that is selected, too. One without an uplink is
+// captured as well, and one with two, whichever of them is there.
 //
 //	lab1 eth0 (10.60.0.2, fd60::2) ──── eth2 (10.60.0.1, fd60::1) machine
+//	     eth1 (10.61.0.2, fd61::2) ──── eth3 (10.61.0.1, fd61::1) router
+//	lab2 (lo alone)
 func TestLabsAreCaptured(t *testing.T) {
 	t.Parallel()
 	for name, choice := range map[string]string{
-		"netns":      "netns = [%q]",
-		"interfaces": "interfaces = [%q]",
+		"netns":      "netns = [\"%s\"]",
+		"interfaces": "interfaces = [\"%s\"]",
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t, "traceroute")
@@ -33,11 +36,34 @@ func TestLabsAreCaptured(t *testing.T) {
 			link := w.lab.Link(w.machine, lab1, "10.60.0.1/24", "10.60.0.2/24", "fd60::1/64", "fd60::2/64")
 			lab1.Run("ip", "route", "add", "default", "via", "10.60.0.1")
 			lab1.Run("ip", "-6", "route", "add", "default", "via", "fd60::1")
-			chosen := fmt.Sprintf(choice, map[string]string{"netns": lab1.Name, "interfaces": link.A}[name])
+			other := w.lab.Link(lab1, w.router, "10.61.0.2/24", "10.61.0.1/24", "fd61::2/64", "fd61::1/64")
+			lab1.Run("ip", "route", "add", "default", "via", "10.61.0.1", "metric", "2000")
+			lab1.Run("ip", "-6", "route", "add", "default", "via", "fd61::1", "metric", "2000")
+			beside := w.router.MeterMatch(fmt.Sprintf(`iifname %q meta l4proto { tcp, udp }`, other.B))
+			lab2 := w.lab.Host("lab2")
+			chosen := fmt.Sprintf(choice, map[string]string{"netns": lab1.Name + `", "` + lab2.Name, "interfaces": link.A}[name])
 			w.start(strings.Replace(w.config(second), "[select]", "[select]\n"+chosen, 1))
 			for _, far := range []string{far4, far6} {
 				for _, network := range []string{"tcp", "udp"} {
 					labtest.Eventually(t, patience(), func() bool { return askEcho(lab1, network, port(far, 7000)) == nil }, "%s to %s", network, far)
+				}
+			}
+			if name == "netns" {
+				asksAll := func(lab *labtest.Host, when string) {
+					t.Helper()
+					for _, to := range []string{port(far4, 7000), port(far6, 7000)} {
+						for _, network := range []string{"tcp", "udp"} {
+							labtest.Eventually(t, patience(), func() bool { return askEcho(lab, network, to) == nil }, "%s: %s to %s", when, network, to)
+						}
+					}
+				}
+				asksAll(lab2, "without an uplink")
+				lab1.Run("ip", "link", "set", link.B, "down")
+				asksAll(lab1, "without the first uplink")
+				lab1.Run("ip", "link", "set", other.A, "down")
+				asksAll(lab1, "without both")
+				if n := beside.Packets(); n != 0 {
+					t.Errorf("%d packets left by the second uplink", n)
 				}
 			}
 			if name == "interfaces" {
@@ -65,7 +91,8 @@ func TestLabsAreCaptured(t *testing.T) {
 			}
 			if name == "netns" {
 				list := w.attachments()
-				if len(list) != 1 || list[0].ID != lab1.Name || string(list[0].Netns) != lab1.Name || list[0].State != attach.StateUp || list[0].Flows < 0 {
+				if len(list) != 2 || list[0].ID != lab1.Name || string(list[0].Netns) != lab1.Name || list[0].State != attach.StateUp ||
+					list[1].ID != lab2.Name || list[1].State != attach.StateUp {
 					t.Errorf("attachments %+v", list)
 				}
 			}
