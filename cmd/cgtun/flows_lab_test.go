@@ -273,6 +273,7 @@ func openSockets(t *testing.T, pid int) (n int) {
 }
 
 func mix(q probe) error {
+	q.Wait = 20 * time.Second // as long as play: it is not about time
 	r := rand.New(rand.NewPCG(uint64(q.Seed), 0))
 	var work sync.WaitGroup
 	errs := make(chan error, q.N)

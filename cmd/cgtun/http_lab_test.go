@@ -72,7 +72,7 @@ server = "10.2.0.1:3130"`},
 //	                              │ counted: forwarded from eth1 │
 func TestProgramsThroughHTTPProxies(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, "curl", "wget", "git", "iperf3", "nginx", "squid", "stunnel", "tinyproxy")
+	w := newWorld(t, "curl", "wget", "git", "dig", "dnsmasq", "iperf3", "nginx", "squid", "stunnel", "tinyproxy")
 	certificate := w.certificate(middle4, middle6, far4, far6)
 	w.serveProxies(certificate)
 	var ports []int
@@ -119,7 +119,8 @@ interface = "eth1"
 }
 
 // trial is what a way is tried with. $H is a server, $S one over TLS with the
-// certificate $CA; at the address $F and port $P is one of iperf3.
+// certificate $CA; at the address $F and port $P is one of iperf3, and dnsmasq
+// behind it.
 type trial struct{ name, script, want string }
 
 // iperf3 asks the server at $F and $P, which clears up after the client before has
@@ -148,6 +149,7 @@ func trialsFor(first bool) []trial {
 	return append(list,
 		trial{"wget", "wget -qO- http://$H/file | sha256sum", "SUM"},
 		trial{"git", "rm -rf clone && git clone -q http://$H/repo.git clone && git -C clone log --format=%s", "first"},
+		trial{"dig over TCP", "dig +tcp +short +tries=1 +time=3 -p $((P+1)) @$F name.example", "192.0.2.77"},
 		trial{"iperf3 up", bulk, "bits_per_second"}, trial{"iperf3 down", bulk + " -R", "bits_per_second"},
 		trial{"apt-get", `rm -rf apt && mkdir -p apt/lists/partial apt/cache/archives/partial apt/etc &&
 echo "deb [trusted=yes] http://$H/apt ./" > apt/list &&
@@ -155,7 +157,8 @@ apt-get -o Dir::Etc::SourceList=$PWD/apt/list -o Dir::Etc::SourceParts=/dev/null
 -o Acquire::http::Proxy=DIRECT -o APT::Sandbox::User=root update`, "Fetched"})
 }
 
-// serveMore serves a Debian repository, and iperf3 behind each of the ports.
+// serveMore serves a Debian repository, and iperf3 and dnsmasq behind each of the
+// ports.
 func (w *world) serveMore(ports []int) {
 	w.t.Helper()
 	apt := filepath.Join(w.dir, "www", "apt")
@@ -168,6 +171,9 @@ func (w *world) serveMore(ports []int) {
 			server := w.server.Start("iperf3", "-s", "-B", far, "-p", fmt.Sprint(p+3), "--forceflush")
 			server.WaitOutput("Server listening", 10*time.Second)
 		}
+		w.server.Start("dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts", "--bind-interfaces", "--user=root", "--pid-file=",
+			"--port="+fmt.Sprint(p+4), "--listen-address="+far4, "--listen-address="+far6, "--address=/name.example/192.0.2.77")
+		w.listening(p + 4)
 	}
 }
 

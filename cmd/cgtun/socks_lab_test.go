@@ -66,7 +66,7 @@ func TestProgramsThroughSOCKS5(t *testing.T) {
 	}
 	text += "[[rule]]\nuse = \"own\"\n"
 	w.serveFilesAt(certificate, ports...)
-	w.serveDatagrams()
+	w.serveEchoes()
 	w.serveMore(ports)
 	forwarded := w.router.MeterMatch(`iifname "eth1" ip daddr 203.0.113.0/24`, `iifname "eth1" ip6 daddr 2001:db8::/32`)
 	d := w.start(text)
@@ -108,8 +108,7 @@ func TestProgramsThroughSOCKS5(t *testing.T) {
 	w.reachesProxiesThemselves()
 }
 
-// datagramTrials are the trials of a way with UDP: at $P is iperf3, and dnsmasq
-// behind it.
+// datagramTrials are the trials of a way with UDP.
 func datagramTrials(first bool) []trial {
 	bulk := iperf3 + " -u -b 20M -l 1200 -n 300K"
 	list := []trial{
@@ -126,16 +125,13 @@ func datagramTrials(first bool) []trial {
 	return append(list[:1], list[2])
 }
 
-// serveDatagrams serves what datagramTrials ask, and echoes.
-func (w *world) serveDatagrams() {
+// serveEchoes echoes datagrams of the ways with UDP.
+func (w *world) serveEchoes() {
 	w.t.Helper()
 	for _, way := range socksWays {
 		if !way.udp {
 			continue
 		}
-		w.server.Start("dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts", "--bind-interfaces", "--user=root", "--pid-file=",
-			"--port="+fmt.Sprint(way.port+4), "--listen-address="+far4, "--listen-address="+far6, "--address=/name.example/192.0.2.77")
-		w.listening(way.port + 4)
 		w.server.ServeUDPEcho(port(far4, way.port+5))
 		w.server.ServeUDPEcho(port(far6, way.port+5))
 	}
