@@ -59,7 +59,13 @@ func (d *spaces) leaveOut(sp *space) {
 		d.s.log.Warn("too many network namespaces with selected processes: on_exit decides about more",
 			"limit", d.s.opts.MaxNamespaces, "limit_per_cgroup", d.s.opts.MaxPerCgroup, "err", sp.Excess)
 	}
-	d.waive(sp, &d.excess)
+	cookie := sp.Ref.Cookie()
+	if err := d.m.known.Put(cookie, known{Flags: knownWaived}); err != nil {
+		d.s.log.Warn("too many namespaces for the gate", "limit", maxKnown, "err", err)
+	}
+	d.excess++
+	sp.fate = waived
+	d.letGoIn(cookie)
 }
 
 // takeIn makes those above the bounds that there is room for now like new ones,

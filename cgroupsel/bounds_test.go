@@ -44,7 +44,7 @@ func TestNamespacesAreBounded(t *testing.T) {
 			}
 			enter("t0", other, attached)
 			enter("t1", other, left) // the fourth in all
-			if n := s.Counters(); n.Excess != 3 || n.Waived != 0 {
+			if n := s.Counters(); n.Excess != 3 || n.Late != 0 {
 				t.Errorf("counters %+v", n)
 			}
 

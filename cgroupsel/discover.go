@@ -44,8 +44,8 @@ type fate uint8
 const (
 	pending  fate = iota // unknown to the gate
 	admitted             // Admit
-	denied               // Deny
-	waived               // nothing came in time
+	denied               // Deny, or nothing came in time
+	waived               // above the bounds
 )
 
 // space is a Namespace with what is done to it.
@@ -76,7 +76,7 @@ type spaces struct {
 	arms   rooted            // the gate
 	excess uint64
 	above  bool // some are above the bounds, and that was said
-	waived uint64
+	late   uint64
 	lost   uint64 // countLost at the last scan
 }
 

@@ -54,7 +54,7 @@ func TestNamespaceIsAttachedBeforeTheFirstPacket(t *testing.T) {
 			}
 			n := s.Counters()
 			t.Logf("counters: %+v", n)
-			if n.GateDrops != 0 || n.Waived != 0 || n.Lost != 0 || n.Held == 0 {
+			if n.GateDrops != 0 || n.Late != 0 || n.Lost != 0 || n.Held == 0 {
 				t.Errorf("counters: %+v, want no drops, and tasks that were stopped", n)
 			}
 		})

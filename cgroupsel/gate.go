@@ -23,8 +23,8 @@ import (
 //
 //	none         unknown: told of, held, shut
 //	knownPass    Admit, home, select.netns: open, and guarded
-//	knownShut    Deny: shut
-//	knownWaived  neither came in time: open or shut by on_exit of the selection
+//	knownShut    Deny, or neither came in time: shut
+//	knownWaived  above the bounds: open or shut by on_exit of the selection
 //
 // and beside knownPass
 //

@@ -207,8 +207,9 @@ func (f Family) doubts() (flags uint32) {
 	return flags
 }
 
-// giveUp leaves a namespace to on_exit of those who are in it, if nothing was
-// decided about it meanwhile.
+// giveUp lets those go who are held in a namespace, if nothing was decided about
+// it meanwhile. The gate stays shut: what is not attached yet is not impossible to
+// attach, and a datagram lost is less than one that leaks.
 func (d *spaces) giveUp(cookie uint64) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -216,19 +217,13 @@ func (d *spaces) giveUp(cookie uint64) {
 	if sp == nil || d.decided(cookie) {
 		return
 	}
-	d.waive(sp, &d.waived)
-	d.s.log.Warn("a namespace was not attached in time: on_exit decides", "netns", sp.Ref.String())
-}
-
-// waive leaves a namespace to on_exit, and counts. It wants d.mu.
-func (d *spaces) waive(sp *space, counter *uint64) {
-	cookie := sp.Ref.Cookie()
-	if err := d.m.known.Put(cookie, known{Flags: knownWaived}); err != nil {
+	if err := d.m.known.Put(cookie, known{Flags: knownShut}); err != nil {
 		d.s.log.Warn("too many namespaces for the gate", "limit", maxKnown, "err", err)
 	}
-	*counter++
-	sp.fate = waived
+	d.late++
+	sp.fate = denied
 	d.letGoIn(cookie)
+	d.s.log.Warn("a namespace was not attached in time: who is in it goes on, and sends nothing before that", "netns", sp.Ref.String())
 }
 
 // watch keeps the deadlines of namespaces until ctx ends, and makes good for

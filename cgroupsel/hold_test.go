@@ -113,28 +113,34 @@ func TestDoubtHolds(t *testing.T) {
 	}
 }
 
-// Nobody decides: on_exit does.
+// Nobody decides in time: the task goes on, nothing leaves before somebody does, and
+// nobody else is held.
 func TestHeldTaskGoesOnInTime(t *testing.T) {
-	for _, tt := range []struct {
-		name   string
-		closed bool
-		want   string
-	}{
-		{"open", false, "sent"},
-		{"closed", true, denied},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
+	for _, closed := range []bool{false, true} {
+		t.Run(fmt.Sprintf("closed %v", closed), func(t *testing.T) {
 			lab, _, _ := newLab(t)
 			sel := lab.Cgroup("sel")
 			sels := one(sel.Path)
-			sels[0].Closed = tt.closed
+			sels[0].Closed = closed
 			t.Cleanup(func() { removePins(t) })
 			s := newSelector(t, cgroupsel.Options{Selections: sels, Instance: pinner})
-			manage(t, s, undecided()).arm()
+			m := manage(t, s, undecided()).arm()
 			space, meter := newSpace(lab, "s")
-			says(t, stopFirst(t, lab, space, sel, false), tt.want)
-			if n, outside := s.Counters(), meter.Packets(); n.Waived != 1 || (outside == 0) != tt.closed || (n.GateDrops > 0) != tt.closed {
+			says(t, stopFirst(t, lab, space, sel, false), denied)
+			p := stay(t, lab, space, sel)
+			if n, outside := s.Counters(), meter.Packets(); n.Late != 1 || outside != 0 || n.GateDrops != 1 || n.Held != 1 {
 				t.Errorf("counters %+v, %d packets outside", n, outside)
+			}
+			ns, ok := m.find(space)
+			if !ok {
+				t.Fatal("the namespace is forgotten")
+			}
+			if err := s.Admit(ns.Ref, cgroupsel.Admission{}); err != nil {
+				t.Fatal(err)
+			}
+			p.tell("go")
+			if got := p.line(); got != "sent" {
+				t.Errorf("after it was admitted: %s", got)
 			}
 		})
 	}

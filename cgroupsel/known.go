@@ -25,8 +25,8 @@ const (
 // What the gate knows of a namespace. One without an entry is unknown.
 const (
 	knownPass   = 1 << iota // attached, offline or never ours: passes
-	knownShut               // denied: nothing of a selected cgroup passes
-	knownWaived             // not attached in time: on_exit of the selection decides
+	knownShut               // denied, or nothing came in time: nothing of a selected cgroup passes
+	knownWaived             // above the bounds: on_exit of the selection decides
 	knownTell               // say once when a selected task does something there
 	knownDoubt4             // undecided again as to IPv4: who begins to send is held
 	knownDoubt6             // the same for IPv6
@@ -193,5 +193,5 @@ func (d *spaces) addTo(c *Counters) {
 	c.Lost, c.Held = d.m.counter(countLost), d.m.counter(countStop)
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	c.Waived, c.Excess = d.waived, d.excess
+	c.Late, c.Excess = d.late, d.excess
 }

@@ -52,7 +52,8 @@ type Options struct {
 	// they have Namespace.Excess, and are in Counters.Excess.
 	MaxNamespaces, MaxPerCgroup int
 	// Patience is how long a namespace may stay undecided once something runs in
-	// it, and a process held (0 is 10 s). Then on_exit decides.
+	// it, and a process held (0 is 10 s). Then the process goes on, and the gate is
+	// as shut as before.
 	Patience time.Duration
 	// Follows: Follow will be called. Followed is with what it begins; what of it
 	// another instance selects is left out, and said.
@@ -116,7 +117,7 @@ type Counters struct {
 	GuardDrops uint64 // packets with our mark that would have left by another interface than their tun
 	Lost       uint64 // records of new tasks for which there was no room; a look at all tasks follows
 	Held       uint64 // tasks that were stopped until their namespace was decided about
-	Waived     uint64 // namespaces that were neither admitted nor denied in time: on_exit decided
+	Late       uint64 // namespaces that were neither admitted nor denied in time
 	Excess     uint64 // namespaces above the bounds: on_exit decided
 }
 

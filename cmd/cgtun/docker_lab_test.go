@@ -3,6 +3,7 @@ package main_test
 import (
 	"context"
 	"fmt"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
@@ -63,38 +64,27 @@ func TestDocker(t *testing.T) {
 	// What is for other containers would go to them, and not by eth1 to nobody.
 	running := d.start(strings.Replace(d.configDocker("true", "[[rule]]\ncidr = \"172.16.0.0/12\"\nuse = \"direct\"\n"+second), "cgroups = [", fmt.Sprintf("cgroups = [%q, ", d.host.Path+"/ci"), 1))
 	d.seed()
-	parts := []struct {
-		name string
-		test func(*dockers)
-	}{
-		{"builds", (*dockers).testBuilds},
-		{"first acts", (*dockers).testFirstActs},
-		{"status", (*dockers).testStatus},
-		{"gains nothing", (*dockers).testGainsNothing},
-		{"offline", (*dockers).testOffline},
-		{"as before", (*dockers).testAsBefore},
-		{"nested", (*dockers).testNested},
-		{"many builds", (*dockers).testManyBuilds},
-		{"parent", (*dockers).testParent},
-		{"health", (*dockers).testHealth},
-		{"compose", (*dockers).testCompose},
-		{"mirrors", (*dockers).testMirrors},
-		{"restart", (*dockers).testRestart},
+	d.docker("network", "create", "own")
+	parts := []part{
+		{"builds", d.testBuilds},
+		{"first acts", d.testFirstActs},
+		{"status", d.testStatus},
+		{"gains nothing", d.testGainsNothing},
+		{"offline", d.testOffline},
+		{"as before", d.testAsBefore},
+		{"nested", d.testNested},
+		{"many builds", d.testManyBuilds},
+		{"parent", d.testParent},
+		{"health", d.testHealth},
+		{"compose", d.testCompose},
+		{"mirrors", d.testMirrors},
+		{"restart", d.testRestart},
 	}
 	if testing.Short() {
 		parts = parts[:3]
 	}
-	for _, tt := range parts {
-		begin, t := time.Now(), d.t
-		ok := t.Run(tt.name, func(t *testing.T) {
-			d.t, d.world.t = t, t
-			tt.test(d)
-		})
-		d.t, d.world.t = t, t
-		t.Logf("%s: %v", tt.name, time.Since(begin).Round(100*time.Millisecond))
-		if !ok {
-			return
-		}
+	if !d.testParts(parts) {
+		return
 	}
 	d.noGateDrop("all of it")
 	for line := range strings.Lines(running.Output()) {
@@ -102,21 +92,49 @@ func TestDocker(t *testing.T) {
 			t.Errorf("cgtun said: %s", line)
 		}
 	}
-	if labtest.Soak() {
+	if testing.Short() {
+		return
+	}
+	d.testParts([]part{{"killed", func() { d.testKilled(running) }}})
+	if !running.Exited() {
 		running.stop()
-		d.testCost()
-		running = d.start(d.configDocker("true", second))
 	}
-	if !testing.Short() {
-		d.testKilled(running)
-		d.testKilledInAStep("open", classic)
-		d.testKilledInAStep("closed", buildKit)
-		d.testBuildsAlone()
-		d.testReaches()
-		d.testLives()
-		d.testChurn()
-		d.testInside()
+	// Each of these starts its own.
+	parts = []part{
+		{"killed in a step", func() { d.testKilledInAStep("open", classic) }},
+		{"closed and killed in a step", func() { d.testKilledInAStep("closed", buildKit) }},
+		{"builds alone", d.testBuildsAlone},
+		{"reaches", d.testReaches},
+		{"lives", d.testLives},
+		{"churn", d.testChurn},
+		{"inside", d.testInside},
 	}
+	if labtest.Soak() {
+		parts = append(parts, part{"cost", d.testCost})
+	}
+	d.testParts(parts)
+}
+
+// part is one of those of TestDocker.
+type part struct {
+	name string
+	test func()
+}
+
+// testParts runs what -run selects of some, until one fails.
+func (d *dockers) testParts(parts []part) bool {
+	for _, tt := range parts {
+		t := d.t
+		ok := t.Run(tt.name, func(t *testing.T) {
+			d.t, d.world.t = t, t
+			tt.test()
+		})
+		d.t, d.world.t = t, t
+		if !ok {
+			return false
+		}
+	}
+	return true
 }
 
 // testBuildsAlone: with "builds" the steps of BuildKit are captured, and what else
@@ -134,7 +152,6 @@ func (d *dockers) testBuildsAlone() {
 }
 
 func (d *dockers) testBuilds() {
-	d.docker("network", "create", "own")
 	d.forget()
 	d.built(classic, steps())
 	d.forget()
@@ -149,10 +166,10 @@ func (d *dockers) testBuilds() {
 // testFirstActs: steps whose first act is to send, of several builds at once, on a
 // machine whose processors are busy.
 func (d *dockers) testFirstActs() {
-	n := 10
+	n, rounds := 10, 1
 	switch {
 	case labtest.Soak():
-		n = 125
+		n, rounds = 63, 2 // an image has at most 125 layers
 	case testing.Short():
 		n = 3
 	}
@@ -161,18 +178,22 @@ func (d *dockers) testFirstActs() {
 		defer func() { loop.Signal(syscall.SIGKILL); _ = loop.Wait() }()
 	}
 	text := "FROM " + registry + "/base\n" + strings.Repeat(fmt.Sprintf("RUN [\"/bin/first\", %q, \"7000\"]\n", far4), n)
-	builds := make(chan error, 4)
-	for i := range cap(builds) {
-		go func() {
-			_, err := d.build([]builder{classic, buildKit}[i%2], text, "-t", fmt.Sprintf("first%d", i))
-			builds <- err
-		}()
-	}
-	for range cap(builds) {
-		if err := <-builds; err != nil {
-			d.t.Error(err)
+	for range rounds {
+		builds := make(chan error, 4)
+		for i := range cap(builds) {
+			go func() {
+				_, err := d.build([]builder{classic, buildKit}[i%2], text, "-t", fmt.Sprintf("first%d", i))
+				builds <- err
+			}()
+		}
+		for range cap(builds) {
+			if err := <-builds; err != nil {
+				d.t.Error(err)
+			}
 		}
 	}
+	load, _ := os.ReadFile("/proc/loadavg")
+	d.t.Logf("%d steps; load average %s", 4*n*rounds, load)
 	d.noLeak("first acts")
 	d.noGateDrop("first acts")
 	labtest.Eventually(d.t, 20*time.Second, func() bool { return len(d.attachments()) == 0 }, "all attachments have ended")

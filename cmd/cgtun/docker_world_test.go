@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -70,7 +71,18 @@ func newBuilders(t *testing.T, tools ...string) *dockers {
 	d.serveRegistry()
 	d.makeImage()
 	d.file(filepath.Join(d.state, "resolv.conf"), "nameserver "+far4+"\n")
+	d.file(filepath.Join(d.state, "near.conf"), "nameserver "+near4+"\n")
 	return d
+}
+
+// start starts cgtun with a resolver of its own that is near, and answers nothing:
+// it asks that, too, where a busy machine keeps it waiting for the other one.
+func (d *dockers) start(text string) *daemon {
+	d.t.Helper()
+	cmd := d.daemonCommand(text)
+	at := slices.Index(cmd.Args, d.program())
+	cmd.Args = slices.Insert(cmd.Args, at, "sh", "-c", `mount --bind "$0" /etc/resolv.conf && exec "$@"`, d.state+"/near.conf")
+	return d.startCommand(cmd)
 }
 
 func (d *dockers) serveRegistry() {
@@ -236,7 +248,7 @@ func (d *dockers) buildCommand(ctx context.Context, by builder, text string, arg
 
 // build runs a buildCommand and returns what was printed.
 func (d *dockers) build(by builder, text string, args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 4*patience())
 	defer cancel()
 	out, err := d.buildCommand(ctx, by, text, args...).CombinedOutput()
 	if err != nil {

@@ -108,7 +108,7 @@ func (in *instance) turnedAway(states []attach.State, flows router.Counters, sel
 	c := control.Counts{
 		"udp_peers": flows.PeersEvicted, "dials": flows.DialsEvicted, "idle": flows.StreamsShed, "events": flows.EventsLost, "closed_flows": flows.ClosedForgotten, "panics": flows.PanicsTotal,
 		"cgroups": selected.Full + selected.Unread, "marks": selected.Refused, "guard": selected.GuardDrops, "frames": selected.Frames,
-		"namespaces": selected.Waived + selected.Excess, "tasks": selected.Lost,
+		"namespaces": selected.Late + selected.Excess, "tasks": selected.Lost,
 	}
 	for kind, n := range in.router.Denials() {
 		if kind != "rule" {
