@@ -195,7 +195,7 @@ func TestDaemonInACgroupNamespaceHasThatAlone(t *testing.T) {
 		t.Fatalf("a scan finds %+v, want root %s", d, root.Path)
 	}
 	got := docker.Follow([]docker.Daemon{*d}, 3, cgroupsel.DockerBuilds)
-	want := []string{root.Path + "/par/buildkit", service.Path}
+	want := []string{root.Path + "/docker/buildx", root.Path + "/par/buildkit", service.Path}
 	if !slices.Equal(got.Cgroups, want) || got.Steps || got.Containers || got.Selection != 3 {
 		t.Errorf("it selects %+v, want %v", got, want)
 	}
@@ -244,19 +244,19 @@ func TestWhatIsSelectedOfADaemon(t *testing.T) {
 		want   string // paths and ways
 	}{
 		{name: "off", mode: cgroupsel.DockerOff, api: v27, want: ""},
-		{name: "builds", mode: cgroupsel.DockerBuilds, api: v20, want: "/docker/buildkit /system.slice/docker.service steps"},
+		{name: "builds", mode: cgroupsel.DockerBuilds, api: v20, want: "/docker/buildkit /docker/buildx /system.slice/docker.service steps"},
 		{name: "all", mode: cgroupsel.DockerAll, api: v27, want: "/docker /system.slice/docker.service steps containers"},
 		{name: "auto with an old one", mode: cgroupsel.DockerAuto, api: v20, want: "/docker /system.slice/docker.service steps containers"},
-		{name: "auto with 23", mode: cgroupsel.DockerAuto, api: [2]int{1, 42}, want: "/docker/buildkit /system.slice/docker.service steps"},
-		{name: "auto before it answers", mode: cgroupsel.DockerAuto, want: "/docker/buildkit /system.slice/docker.service steps"},
+		{name: "auto with 23", mode: cgroupsel.DockerAuto, api: [2]int{1, 42}, want: "/docker/buildkit /docker/buildx /system.slice/docker.service steps"},
+		{name: "auto before it answers", mode: cgroupsel.DockerAuto, want: "/docker/buildkit /docker/buildx /system.slice/docker.service steps"},
 		{name: "auto when it does not answer", mode: cgroupsel.DockerAuto, silent: silent, want: "/docker /system.slice/docker.service steps containers"},
-		{name: "a parent", mode: cgroupsel.DockerBuilds, api: v27, edit: func(d *docker.Daemon) { d.Parent = "/ci/x" }, want: "/ci/x/buildkit /system.slice/docker.service steps"},
-		{name: "a parent without a slash", mode: cgroupsel.DockerAll, edit: func(d *docker.Daemon) { d.Parent = "ci" }, want: "/ci /system.slice/ci /system.slice/docker.service steps containers"},
-		{name: "a parent that leads out", mode: cgroupsel.DockerAll, edit: func(d *docker.Daemon) { d.Parent, d.Root, d.Cgroup = "/../../x", "/c", "/c/d" }, want: "/c/d /c/x"},
-		{name: "the root as a parent", mode: cgroupsel.DockerAll, edit: func(d *docker.Daemon) { d.Parent = "/" }, want: "/system.slice/docker.service steps containers"},
+		{name: "a parent", mode: cgroupsel.DockerBuilds, api: v27, edit: func(d *docker.Daemon) { d.Parent = "/ci/x" }, want: "/ci/x/buildkit /docker/buildx /system.slice/docker.service steps"},
+		{name: "a parent without a slash", mode: cgroupsel.DockerAll, edit: func(d *docker.Daemon) { d.Parent = "ci" }, want: "/ci /docker/buildx /system.slice/ci /system.slice/docker.service steps containers"},
+		{name: "a parent that leads out", mode: cgroupsel.DockerAll, edit: func(d *docker.Daemon) { d.Parent, d.Root, d.Cgroup = "/../../x", "/c", "/c/d" }, want: "/c/d /c/docker/buildx /c/x"},
+		{name: "the root as a parent", mode: cgroupsel.DockerAll, edit: func(d *docker.Daemon) { d.Parent = "/" }, want: "/docker/buildx /system.slice/docker.service steps containers"},
 		{name: "a slice as a parent", mode: cgroupsel.DockerAll, edit: func(d *docker.Daemon) { d.Parent = "ci.slice" }, want: "/system.slice/docker.service steps containers"},
-		{name: "in the root", mode: cgroupsel.DockerBuilds, edit: func(d *docker.Daemon) { d.Cgroup = "/" }, want: "/docker/buildkit steps"},
-		{name: "in the root of its namespace", mode: cgroupsel.DockerBuilds, edit: func(d *docker.Daemon) { d.Cgroup, d.Root = "/c", "/c" }, want: "/c/docker/buildkit"},
+		{name: "in the root", mode: cgroupsel.DockerBuilds, edit: func(d *docker.Daemon) { d.Cgroup = "/" }, want: "/docker/buildkit /docker/buildx steps"},
+		{name: "in the root of its namespace", mode: cgroupsel.DockerBuilds, edit: func(d *docker.Daemon) { d.Cgroup, d.Root = "/c", "/c" }, want: "/c/docker/buildkit /c/docker/buildx"},
 	} {
 		d := service
 		d.API, d.Silent = tt.api, tt.silent

@@ -12,6 +12,10 @@ import (
 // buildKitAPI is that of 23.0, whose default builder is BuildKit.
 var buildKitAPI = [2]int{1, 42}
 
+// buildx is where the docker-container driver of buildx has its builders, whatever
+// the daemon's parent is: BuildKit in a container, with its steps below it.
+const buildx = "/docker/buildx"
+
 // classic says whether the default builder of a daemon looks like any container.
 // One that does not say what it is counts as old: that selects more, not less.
 func (d *Daemon) classic() bool {
@@ -53,6 +57,9 @@ func (d *Daemon) Cgroups(mode cgroupsel.Docker) (paths []string) {
 			parent = path.Join(parent, "buildkit")
 		}
 		paths = append(paths, parent)
+	}
+	if at := path.Join(d.Root, buildx); !strings.HasSuffix(d.Parent, ".slice") && !slices.ContainsFunc(paths, func(p string) bool { return within(at, p) }) {
+		paths = append(paths, at)
 	}
 	return paths
 }
