@@ -71,10 +71,7 @@ func (m *Manager) States() []State {
 func (s *site) states(names map[uint64]string) []State {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	base := State{ID: s.id, NetnsIno: s.ns.Inode(), State: s.state, Err: s.err, Since: s.since}
-	if base.Netns = names[s.ns.Inode()]; base.Netns == "" {
-		base.Container = s.container
-	}
+	base := State{ID: s.id, Netns: names[s.ns.Inode()], Container: s.container, NetnsIno: s.ns.Inode(), State: s.state, Err: s.err, Since: s.since}
 	if len(s.attached) == 0 || s.state != StateUp && !s.home() {
 		return []State{base}
 	}
