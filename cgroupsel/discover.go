@@ -258,7 +258,7 @@ func (d *spaces) see(r record) (news bool) {
 	sp := d.by[r.Cookie]
 	// Where nobody is held nothing tells a task that sets the namespace up from
 	// one that begins to run in it.
-	running := r.Held == 1 || r.Again == 1 || !d.holds || d.armed.IsZero()
+	running := r.Held != 0 || r.Again == 1 || !d.holds || d.armed.IsZero()
 	if sp != nil {
 		news = sp.Idle || (r.Again == 1 && !sp.Again) || (running && !sp.Running)
 		if running && !sp.Running {
@@ -292,6 +292,17 @@ func (d *spaces) see(r record) (news bool) {
 		d.leaveOut(sp)
 	}
 	return true
+}
+
+// visits says whether a record is of who sets a namespace up and is none of those
+// who will run in it: dockerd opens sockets in one before its network is there.
+// Judged by them it would be without a way out, and open. Who has another cgroup and
+// only opens sockets for Patience is one of those after all.
+func (d *spaces) visits(r record) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	sp := d.by[r.Cookie]
+	return r.Held == heldAtSocket && sp != nil && sp.fate == pending && !sp.Running && r.Cgroup != sp.Cgroup && time.Since(sp.since) < d.s.opts.Patience
 }
 
 // enter finds the way into the namespace of a record.

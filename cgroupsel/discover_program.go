@@ -51,10 +51,16 @@ type record struct {
 	Cgroup uint64
 	PID    uint32
 	TID    uint32
-	Held   uint32   // 1: it was stopped
+	Held   uint32   // where it was stopped: heldInExec, heldAtSocket; 0: it was not
 	Again  uint32   // 1: the namespace is known, and this was to be told
 	Comm   [16]byte // not filled in by the iterator
 }
+
+// Where a task is stopped.
+const (
+	heldInExec   = 1
+	heldAtSocket = 2
+)
 
 // Offsets in record, and its size.
 const (
@@ -131,6 +137,7 @@ type what uint8
 const (
 	whatAgain what = 1 << iota // it tells of known ones that are to be told of, too
 	whatHold                   // it stops the task, which is the current one, in unknown ones
+	whatOpens                  // the task opens a socket
 )
 
 // tell writes a record of the selected task in R6 if its namespace is unknown,
@@ -173,7 +180,7 @@ func (p *spaceProgram) tell(w what) asm.Instructions {
 	)
 	ins = append(ins, p.fill()...)
 	if w&whatHold != 0 {
-		ins = append(ins, p.stop("submit")...)
+		ins = append(ins, p.stop(w, "submit")...)
 	}
 	ins = append(ins,
 		asm.Mov.Reg(asm.R1, asm.R9).WithSymbol("submit"),
@@ -222,7 +229,7 @@ func (p *spaceProgram) socketProgram(w what) *ebpf.ProgramSpec {
 		asm.FnGetCurrentTask.Call(),
 		asm.Mov.Reg(asm.R6, asm.R0),
 	}
-	ins = append(ins, p.tell(w)...)
+	ins = append(ins, p.tell(w|whatOpens)...)
 	return program("cgtun_opens", ebpf.CGroupSock, ebpf.AttachCGroupInetSockCreate, append(ins, leave(1)...))
 }
 
@@ -286,7 +293,11 @@ const dropOldest = 2
 
 // stop stops the current task if R8 says so. The entry in held comes first: who
 // is stopped can always be found there.
-func (p *spaceProgram) stop(done string) asm.Instructions {
+func (p *spaceProgram) stop(w what, done string) asm.Instructions {
+	held := int32(heldInExec)
+	if w&whatOpens != 0 {
+		held = heldAtSocket
+	}
 	ins := asm.Instructions{
 		asm.JNE.Imm(asm.R8, tellHold, done),
 		asm.LoadMem(asm.R1, asm.RFP, slotSpace, asm.DWord),
@@ -323,7 +334,7 @@ func (p *spaceProgram) stop(done string) asm.Instructions {
 	ins = append(ins, undo...)
 	ins = append(ins,
 		asm.Ja.Label(done),
-		asm.Mov.Imm(asm.R1, 1).WithSymbol("stopped"),
+		asm.Mov.Imm(asm.R1, held).WithSymbol("stopped"),
 		asm.StoreMem(asm.R9, recordHeld, asm.R1, asm.Word),
 		asm.Mov.Imm(asm.R1, countStop),
 		asm.StoreMem(asm.RFP, slotIndex, asm.R1, asm.Word),

@@ -88,11 +88,12 @@ func (d *spaces) read(ring *ringbuf.Reader) error {
 
 // take acts on one record.
 func (d *spaces) take(r record) {
-	if d.see(r) {
+	visits := d.visits(r)
+	if !visits && d.see(r) {
 		d.tellRun()
 	}
-	if r.Held == 1 {
-		d.noteStop(r)
+	if r.Held != 0 {
+		d.noteStop(r, visits)
 	}
 }
 

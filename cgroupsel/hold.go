@@ -308,14 +308,14 @@ func (d *spaces) letGoIn(cookie uint64) {
 	}
 }
 
-// noteStop lets a process go that was held while its namespace was decided about.
-// A record can be old: by now somebody else can have stopped the process, or it
+// noteStop lets a process go that was held while its namespace was decided about, or
+// that only visits it: the gate stays shut. A record can be old: by now somebody else can have stopped the process, or it
 // can be held in another namespace.
-func (d *spaces) noteStop(r record) {
+func (d *spaces) noteStop(r record, visits bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	var s stopped
-	if d.m.held.Lookup(r.PID, &s) == nil && s.Cookie == r.Cookie && d.decided(r.Cookie) {
+	if d.m.held.Lookup(r.PID, &s) == nil && s.Cookie == r.Cookie && (visits || d.decided(r.Cookie)) {
 		d.letGo(r.PID)
 	}
 }

@@ -146,6 +146,42 @@ func TestHeldTaskGoesOnInTime(t *testing.T) {
 	}
 }
 
+// entersAndForks is in a namespace, and has a child there, without exec: as what makes
+// containers.
+const entersAndForks = `import ctypes, os, sys, time
+ctypes.CDLL(None).setns(os.open(sys.argv[1], os.O_RDONLY), 0)
+os.fork()
+time.sleep(600)`
+
+// Who opens a socket in a namespace that others are about to run in, as dockerd does,
+// goes on at once, sends nothing, and decides nothing about it.
+func TestVisitorDecidesNothing(t *testing.T) {
+	labtest.Need(t, labtest.Tool("python3"))
+	lab, _, _ := newLab(t)
+	sel, daemon, box := lab.Cgroup("sel"), lab.Cgroup("sel/daemon"), lab.Cgroup("sel/box")
+	s := newSelector(t, cgroupsel.Options{Selections: one(sel.Path), Patience: time.Minute})
+	m := manage(t, s, undecided()).arm()
+	space, meter := newSpace(lab, "s")
+	lab.StartCommand(box.Command(exec.Command("python3", "-c", entersAndForks, space.Path)))
+	labtest.Eventually(t, 10*time.Second, func() bool { _, ok := m.find(space); return ok }, "the namespace is seen")
+	cmd := exec.Command(self(t), space.Path)
+	cmd.Env = helperEnviron("first")
+	says(t, lab.StartCommand(daemon.Command(cmd)), denied)
+	ns, _ := m.find(space)
+	if ns.Running {
+		t.Error("the namespace counts as one in which something runs")
+	}
+	if n := s.Counters(); n.Held != 1 || n.Late != 0 || meter.Packets() != 0 {
+		t.Errorf("counters %+v, %d packets outside", n, meter.Packets())
+	}
+	p := stopFirst(t, lab, space, box, false)
+	labtest.Eventually(t, 10*time.Second, func() bool { ns, _ = m.find(space); return ns.Running }, "something runs there")
+	if err := s.Admit(ns.Ref, cgroupsel.Admission{}); err != nil {
+		t.Fatal(err)
+	}
+	says(t, p, "sent")
+}
+
 func TestHeldTaskGoesOnAtTheEnd(t *testing.T) {
 	lab, _, _ := newLab(t)
 	sel := lab.Cgroup("sel")
