@@ -30,7 +30,7 @@ const (
 var engines = map[string]engine{
 	"podman":                  {what: "what it fetches itself", fix: fixBuild},
 	"buildah":                 {what: "what it fetches itself", fix: fixBuild},
-	"buildkitd":               {what: "it and its steps", fix: fixKeeper},
+	"buildkitd":               {what: "it, with its steps,", fix: fixKeeper},
 	"conmon":                  {what: "the container that it keeps", fix: fixKeeper, keeper: true},
 	"containerd-shim-runc-v2": {what: "the container that it keeps", fix: fixKeeper, keeper: true},
 }

@@ -163,8 +163,8 @@ func (d *dockers) testBuilds() {
 	}
 }
 
-// testFirstActs: steps whose first act is to send, of several builds at once, on a
-// machine whose processors are busy.
+// testFirstActs: steps whose first act is to send, of several builds at once, one of
+// them on a network of one's own, on a machine whose processors are busy.
 func (d *dockers) testFirstActs() {
 	n, rounds := 10, 1
 	switch {
@@ -182,7 +182,11 @@ func (d *dockers) testFirstActs() {
 		builds := make(chan error, 4)
 		for i := range cap(builds) {
 			go func() {
-				_, err := d.build([]builder{classic, buildKit}[i%2], text, "-t", fmt.Sprintf("first%d", i))
+				network := "default"
+				if i == 2 { // where dockerd opens sockets, too
+					network = "own"
+				}
+				_, err := d.build([]builder{classic, buildKit}[i%2], text, "-t", fmt.Sprintf("first%d", i), "--network="+network)
 				builds <- err
 			}()
 		}
@@ -252,6 +256,12 @@ func (d *dockers) testCost() {
 			}
 		}
 	}
+}
+
+// shown waits until a container has an attachment with its digits.
+func (d *dockers) shown(id string) {
+	d.t.Helper()
+	labtest.Eventually(d.t, 20*time.Second, func() bool { a := d.container(id); return a != nil && a.State == attach.StateUp }, "container %.12s is attached", id)
 }
 
 // container finds the attachment of a container.
@@ -343,8 +353,9 @@ func (d *dockers) testOffline() {
 // testAsBefore: what goes between containers, and what comes in.
 func (d *dockers) testAsBefore() {
 	web := "printf 'HTTP/1.0 200 OK\r\nContent-Length: 3\r\n\r\nweb' >/tmp/a; while :; do nc -l -p 80 </tmp/a; done"
-	d.docker("run", "-d", "--name", "web", "--network", "own", "-p", "8080:80", registry+"/base", "sh", "-c", web)
+	id := d.docker("run", "-d", "--name", "web", "--network", "own", "-p", "8080:80", registry+"/base", "sh", "-c", web)
 	defer d.docker("rm", "-f", "web")
+	d.shown(id)
 	ask := func(what string, try func() (string, error)) {
 		d.t.Helper()
 		var out string

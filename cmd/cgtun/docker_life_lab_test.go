@@ -101,7 +101,6 @@ func (d *dockers) testLives() {
 	d.server.ServeEcho(far4 + ":7002")
 	d.router.Run("nft", "flush chain inet broken f")
 	id := d.docker("run", "-d", "-i", registry+"/base", "sh", "-c", "(while echo alive; do sleep 0.1; done) | nc "+far4+" 7002")
-	defer d.docker("rm", "-f", id)
 	said := func() int { return strings.Count(d.docker("logs", id), "alive") }
 	lives := func(when string) {
 		d.t.Helper()
@@ -118,6 +117,9 @@ func (d *dockers) testLives() {
 	}
 	c.stop()
 	lives("after cgtun")
+	// While its end still reaches the server: what that goes on to send would be
+	// refused by the next container with this address.
+	d.docker("rm", "-f", id)
 	d.router.Run("nft", `add rule inet broken f iifname "eth0" reject with icmpx admin-prohibited`)
 }
 

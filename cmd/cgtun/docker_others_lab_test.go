@@ -129,7 +129,11 @@ services:
 			d.t.Errorf("docker-compose down: %v: %s", err, out)
 		}
 	}()
-	out, err := compose("up", "--build", "--exit-code-from", "user", "-t", "0")
+	if out, err := compose("up", "--build", "-d", "web"); err != nil {
+		d.t.Fatalf("docker-compose up: %v: %s", err, out)
+	}
+	d.shown(d.docker("ps", "-q", "--no-trunc", "--filter", "label=com.docker.compose.service=web"))
+	out, err := compose("up", "--exit-code-from", "user", "-t", "0")
 	if err != nil || !strings.Contains(out, "all well") {
 		d.t.Errorf("docker-compose up: %v: %s", err, out)
 	}
