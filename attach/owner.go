@@ -87,8 +87,11 @@ type socket struct {
 	cgroupID uint64
 }
 
-// find returns the socket behind a flow that came in by a device. It returns
-// nil where there is none any more, or where the packets were made without one.
+// errClosed says that there is no socket any more.
+var errClosed = errors.New("its socket is closed")
+
+// find returns the socket behind a flow that came in by a device, or errClosed. It
+// returns nil for what the kernel sends itself.
 func (a *asker) find(f *flow.Flow, device int) (*socket, error) {
 	family := uint8(unix.AF_INET)
 	if f.Src.Addr().Is6() {
@@ -102,21 +105,26 @@ func (a *asker) find(f *flow.Flow, device int) (*socket, error) {
 	})
 	answers, err := req.Execute(unix.NETLINK_SOCK_DIAG, 0)
 	if errors.Is(err, unix.ENOENT) {
-		return nil, nil
+		return nil, errClosed
 	}
 	if err != nil {
 		return nil, fmt.Errorf("ask sock_diag for the socket of %s: %w", f.Src, err)
 	}
 	if len(answers) == 0 || len(answers[0]) < inetDiagMsgLen {
-		return nil, nil
+		return nil, errClosed
 	}
 	msg := answers[0]
 	// Where there is no connection the kernel names who listens at its port.
 	if f.Proto == flow.TCP && binary.BigEndian.Uint16(msg[remotePortOffset:]) != f.Dst.Port() {
-		return nil, nil
+		return nil, errClosed
 	}
-	// What nobody has open any more has no inode, and root for its user.
-	if binary.NativeEndian.Uint32(msg[inodeOffset:]) == 0 {
+	// What nobody has open has no inode, and root for its user: of TCP that was
+	// closed and has not ended, of UDP that is the kernel's own.
+	switch {
+	case binary.NativeEndian.Uint32(msg[inodeOffset:]) != 0:
+	case f.Proto == flow.TCP:
+		return nil, errClosed
+	default:
 		return nil, nil
 	}
 	return parseSocket(msg, f)
@@ -136,8 +144,9 @@ func parseSocket(msg []byte, f *flow.Flow) (*socket, error) {
 	return s, nil
 }
 
-// Owner says whose flow it is, by sock_diag in the flow's namespace. Nil
-// without an error: the socket has gone, or there never was one. It takes a
+// Owner says whose flow it is, by sock_diag in the flow's namespace. Nil without an
+// error: it is of no process here, but a ping, the kernel's own or of another
+// machine. An error: its socket is closed, or the kernel did not tell. It takes a
 // second at most, and does not begin after ctx has ended. Safe for concurrent use.
 func (m *Manager) Owner(ctx context.Context, f *flow.Flow) (*flow.Owner, error) {
 	if f.Proto != flow.TCP && f.Proto != flow.UDP {
@@ -151,6 +160,9 @@ func (m *Manager) Owner(ctx context.Context, f *flow.Flow) (*flow.Owner, error) 
 		return nil, nil
 	}
 	s, err := a.ask(f)
+	if _, own := a.around.Load().local[f.Src.Addr()]; errors.Is(err, errClosed) && !own {
+		return nil, nil
+	}
 	if err != nil || s == nil {
 		return nil, err
 	}

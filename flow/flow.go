@@ -71,6 +71,9 @@ type Owner struct {
 	PID      int
 	UID      uint32
 	Process  string
+	// Lost says that there was somebody, and that nobody knows any more who. Then
+	// nothing else is known.
+	Lost bool
 }
 
 // Conn is one end of a TCP flow.

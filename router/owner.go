@@ -61,7 +61,7 @@ func (r *Router) owner(ctx context.Context, f *flow.Flow) *flow.Owner {
 	if err != nil {
 		r.counts.ownersUnknown.Add(1)
 		r.log.Debug("no owner of flow", "flow", f.ID, "attachment", f.Attachment, "err", err)
-		return nil
+		return &flow.Owner{Lost: true}
 	}
 	return owner
 }

@@ -316,6 +316,9 @@ func (s *source) settle(ctx context.Context, p *peer, facts *rules.Facts, from s
 	p.e.decided(verdict, facts, from)
 	if outbound.Outbound == nil {
 		p.refuse(s.r, verdict, now)
+		if facts.Owner != nil && facts.Owner.Lost {
+			p.until = now.Add(ownerFor) // the next one may be known
+		}
 		return
 	}
 	p.judged = s.r.opts.Guard.Version()

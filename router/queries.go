@@ -96,7 +96,7 @@ func (p *policy) asksOwner(f *flow.Flow) bool {
 
 // who tells processes of home apart, which have one address: users, and cgroups.
 func who(f *flow.Flow, owner *flow.Owner) string {
-	if owner == nil || f.Attachment != flow.Home {
+	if owner == nil || owner.Lost || f.Attachment != flow.Home {
 		return ""
 	}
 	return fmt.Sprintf("%d %s", owner.UID, owner.Cgroup)

@@ -28,8 +28,9 @@ import (
 	"cgtun/rules"
 )
 
-// Owners finds the process behind a flow. A nil Owner without an error: nobody
-// knows it. Safe for concurrent use.
+// Owners finds the process behind a flow. A nil Owner without an error: there is
+// none on this machine. An error: there was one, or nobody knows. Safe for
+// concurrent use.
 type Owners interface {
 	Owner(context.Context, *flow.Flow) (*flow.Owner, error)
 }

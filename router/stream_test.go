@@ -276,8 +276,8 @@ func TestOwnerDecides(t *testing.T) {
 		{"known", is(&flow.Owner{Cgroup: "/a/b", UID: 0, PID: 7, Process: "curl"}, nil), "reject", "/a/b"},
 		{"other", is(&flow.Owner{Cgroup: "/c"}, nil), "drop", "/c"},
 		{"nobody", is(nil, nil), "drop", ""},
-		{"an error", is(nil, errors.New("no answer")), "drop", ""},
-		{"too slow", hangs, "drop", ""},
+		{"an error", is(nil, errors.New("no answer")), "reject", ""},
+		{"too slow", hangs, "reject", ""},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {

@@ -91,7 +91,10 @@ func (r *Router) begin(f *flow.Flow) *entry {
 // found, if not in the DNS.
 func (e *entry) decided(v rules.Verdict, facts *rules.Facts, from string) {
 	e.mu.Lock()
-	e.use, e.rule, e.owner, e.name, e.from = v.Use, int32(v.Rule), facts.Owner, facts.Name, from
+	e.use, e.rule, e.name, e.from = v.Use, int32(v.Rule), facts.Name, from
+	if facts.Owner != nil && !facts.Owner.Lost {
+		e.owner = facts.Owner
+	}
 	if from == "" {
 		e.from = fromDNS
 	}

@@ -55,8 +55,12 @@ func (c *ownerCond) ask(f *Facts) (yes bool, missing Fact) {
 	return true, 0
 }
 
-// match says whether an owner is meant. What is not known of one is not.
+// match says whether an owner is meant, or could be if it is lost. What is not
+// known of one is not.
 func (c *ownerCond) match(o *flow.Owner) bool {
+	if o != nil && o.Lost {
+		return len(c.cgroups) > 0 || c.byUser
+	}
 	return o != nil && c.matchCgroup(o.Cgroup) && c.matchProcess(o.Process) &&
 		(!c.byUser || slices.Contains(c.users, o.UID))
 }

@@ -36,7 +36,7 @@ const (
 // Facts is what is known of a flow.
 type Facts struct {
 	Flow  *flow.Flow
-	Owner *flow.Owner // nil with FactOwner in Known: nobody knows the process
+	Owner *flow.Owner // nil with FactOwner in Known: there is none
 	// Name is in lower case, without a dot at the end; "" with FactName in
 	// Known: it has none.
 	Name string
@@ -54,7 +54,9 @@ type Verdict struct {
 
 // Match returns the verdict of the first rule that matches, or UseDirect if none
 // does. If a rule before that one hangs on a fact that is not known yet, that
-// fact is missing and the verdict is void.
+// fact is missing and the verdict is void. A lost owner is meant by the rules that
+// deny a cgroup or a user, and by no other that asks for one: else who closes his
+// socket quickly enough would be denied nothing.
 func (s *Set) Match(f *Facts) (v Verdict, missing Fact) {
 	a, b, c, d, e := s.candidates(f.Flow)
 	named, maybe := s.byName(f)
@@ -71,6 +73,9 @@ func (s *Set) Match(f *Facts) (v Verdict, missing Fact) {
 					return Verdict{}, missing
 				}
 				if !yes {
+					continue
+				}
+				if f.Owner.Lost && !r.denies() {
 					continue
 				}
 			}
@@ -120,3 +125,6 @@ type compiled struct {
 	owner   *ownerCond // nil: any owner, and none
 	verdict Verdict
 }
+
+// denies says whether no outbound is asked.
+func (r *compiled) denies() bool { return r.verdict.Use == UseReject || r.verdict.Use == UseDrop }

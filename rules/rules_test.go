@@ -199,6 +199,32 @@ func TestOwnerIsMatchedByProcessAndUser(t *testing.T) {
 	}
 }
 
+// Who denies a cgroup or a user denies those too of whom it is not known any more:
+// to close a socket at once is no way around.
+func TestLostOwnersAreDenied(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		rule rules.Config
+		want string
+	}{
+		{"a cgroup", rules.Config{Cgroup: []string{"/a"}, Use: "reject"}, "reject"},
+		{"a user in silence", rules.Config{User: []string{"1000"}, Use: "drop"}, "drop"},
+		{"for another port", rules.Config{Cgroup: []string{"/a"}, Port: []rules.PortRange{{From: 2, To: 2}}, Use: "reject"}, "direct"},
+		{"a process, which calls itself what it likes", rules.Config{Process: []string{"apt"}, Use: "reject"}, "direct"},
+		{"an outbound of theirs", rules.Config{Cgroup: []string{"/a"}, Use: "relay"}, "direct"},
+	} {
+		s := compile(t, tt.rule, rules.Config{Use: "direct"})
+		facts := &rules.Facts{Flow: tcp("10.0.0.1:1"), Owner: &flow.Owner{Lost: true}, Known: rules.FactOwner}
+		if v, _ := s.Match(facts); v.Use != tt.want {
+			t.Errorf("%s: %s, want %s", tt.name, v.Use, tt.want)
+		}
+		facts.Owner = nil
+		if v, _ := s.Match(facts); v.Use != "direct" {
+			t.Errorf("%s, of nobody here: %s", tt.name, v.Use)
+		}
+	}
+}
+
 // What is known of the cgroup alone decides as far as it goes.
 func TestCgroupAloneDecidesWhatHangsOnIt(t *testing.T) {
 	s := compile(t,

@@ -21,6 +21,7 @@ func init() {
 	probes["sizes"] = sizes
 	probes["again"] = again
 	probes["inject"] = inject
+	probes["fling"] = fling
 }
 
 // Datagrams of every size, the empty one too, come back as they were sent.
@@ -34,6 +35,42 @@ func TestDatagramsOfEverySize(t *testing.T) {
 		w.probeOutput(inside, probe{Do: "sizes", To: port(far, 7000)})
 	}
 	w.noLeak("datagrams")
+}
+
+// Whose a datagram is nobody can tell when its socket is closed before it comes here:
+// to close it at once is no way around a rule that rejects its cgroup.
+func TestDatagramsOfClosedSocketsAreRejected(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.start(w.config(fmt.Sprintf("[[rule]]\ncgroup = [%q]\nport = 7000\nuse = \"reject\"\n%s", w.sel.Path, second)))
+	const n = 50
+	reached := w.router.MeterMatch(`ip daddr `+far4+` udp dport 7000`, `ip6 daddr `+far6+` udp dport 7000`)
+	others := w.router.MeterMatch(`ip daddr `+far4+` udp dport 7001`, `ip6 daddr `+far6+` udp dport 7001`)
+	for _, far := range []string{far4, far6} { // what is to be there comes last
+		w.probeOutput(inside, probe{Do: "fling", To: port(far, 7000), N: n})
+		w.probeOutput(inside, probe{Do: "fling", To: port(far, 7001), N: n})
+	}
+	// Some of the sockets can have the same port.
+	labtest.Eventually(t, 10*time.Second, func() bool { return w.status().Counters.DeniedTotal > n && others.Packets() > n },
+		"they are decided about, from the first to the last")
+	if got := reached.Packets(); got != 0 {
+		t.Errorf("%d of %d datagrams left", got, 2*n)
+	}
+}
+
+// fling sends each of N datagrams from a socket of its own, which it closes at once.
+func fling(q probe) error {
+	for range q.N {
+		c, err := net.Dial("udp", q.To)
+		if err != nil {
+			return err
+		}
+		_, err = c.Write([]byte("x"))
+		if err = errors.Join(err, c.Close()); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // sizes sends datagrams to an echo, of N bytes at most where that is not 0.

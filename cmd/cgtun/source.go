@@ -106,7 +106,7 @@ func attachmentStatus(a *attach.State, flows router.AttachmentStats) control.Att
 // are in docs/cli.md.
 func (in *instance) turnedAway(states []attach.State, flows router.Counters, selected cgroupsel.Counters) control.Counts {
 	c := control.Counts{
-		"udp_peers": flows.PeersEvicted, "dials": flows.DialsEvicted, "idle": flows.StreamsShed, "events": flows.EventsLost, "closed_flows": flows.ClosedForgotten, "panics": flows.PanicsTotal,
+		"udp_peers": flows.PeersEvicted, "dials": flows.DialsEvicted, "idle": flows.StreamsShed, "owners": flows.OwnersFailed, "events": flows.EventsLost, "closed_flows": flows.ClosedForgotten, "panics": flows.PanicsTotal,
 		"cgroups": selected.Full + selected.Unread, "marks": selected.Refused, "guard": selected.GuardDrops, "frames": selected.Frames,
 		"namespaces": selected.Late + selected.Excess, "tasks": selected.Lost,
 	}
