@@ -25,10 +25,8 @@ type Stats struct {
 	EvictedSource     uint64 // for room of their source
 	EvictedDest       uint64 // for room of their destination
 	GaveUp            uint64 // the client stopped asking
-	HandshakeFailed   uint64 // the outbound was there, the client not any more
 	Cut               uint64 // receive buffers made smaller than was promised, for want of memory
 	Accepted          uint64
-	Rejected          uint64
 	Conns             int // gauge: accepted and not closed by us
 	ICMPErrorsLimited uint64
 
@@ -38,9 +36,9 @@ type Stats struct {
 type counters struct {
 	notLocal, malformed, badSum, multicast, otherProto, icmp, expired, unread, unwritten, fragmented atomic.Uint64
 
-	oddSYN, lateSYN, evicted, evictedSource, evictedDest, gaveUp, handshakeFailed atomic.Uint64
-	cut, accepted, rejected, limited                                              atomic.Uint64
-	conns                                                                         atomic.Int64
+	oddSYN, lateSYN, evicted, evictedSource, evictedDest, gaveUp atomic.Uint64
+	cut, accepted, rejected, limited                             atomic.Uint64
+	conns                                                        atomic.Int64
 }
 
 // Stats returns what has been counted so far.
@@ -64,10 +62,8 @@ func (s *Stack) Stats() Stats {
 		EvictedSource:     c.evictedSource.Load(),
 		EvictedDest:       c.evictedDest.Load(),
 		GaveUp:            c.gaveUp.Load(),
-		HandshakeFailed:   c.handshakeFailed.Load(),
 		Cut:               c.cut.Load(),
 		Accepted:          c.accepted.Load(),
-		Rejected:          c.rejected.Load(),
 		Conns:             int(c.conns.Load()),
 		ICMPErrorsLimited: c.limited.Load(),
 		UDP:               s.udp.counters(),

@@ -294,7 +294,6 @@ func (p *pending) Accept() (flow.Conn, error) {
 	t.table.removeLocked(p) // from now on handshake throws an endpoint away
 	t.table.mu.Unlock()
 	if c == nil {
-		t.s.count.handshakeFailed.Add(1)
 		if err == nil {
 			err = p.goneError("it was ended first")
 		}

@@ -195,8 +195,7 @@ func (in *instance) run(ctx context.Context, server *control.Server, scraped net
 	return errors.Join(err, <-served)
 }
 
-// onHangup answers SIGHUP, which reloads where a version can: flows go on, and
-// so does the process.
+// onHangup reloads at each SIGHUP. What becomes of that is in the log.
 func (in *instance) onHangup(ctx context.Context) error {
 	for {
 		select {

@@ -39,7 +39,6 @@ func (in *instance) measure() (s metrics.Snapshot) {
 		"cached": q.Cached, "stale": q.Stale, "answered": q.Answered, "failed": q.Failed,
 		"refused": q.Refused, "dropped": q.Dropped, "passed": q.Passed,
 	}
-	s.ReloadsTotal = map[string]uint64{"ok": in.reloads.ok.Load(), "bad": in.reloads.bad.Load(), "refused": in.reloads.refused.Load()}
 	return s
 }
 

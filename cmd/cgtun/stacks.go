@@ -67,7 +67,7 @@ func count(c control.Counts, n stack.Stats) {
 		"not_local": n.NotLocal,
 		"malformed": n.Malformed + n.UDP.Malformed + n.Echo.Malformed, "bad_checksum": n.BadChecksum + n.UDP.BadSum,
 		"expired": n.Expired, "multicast": n.Multicast, "other_protocol": n.OtherProtocol, "icmp": n.ICMP,
-		"unwritten": n.Unwritten + n.UDP.Unwritten + n.Echo.Unwritten, "icmp_rate": n.ICMPErrorsLimited + n.UDP.ICMPLimit + n.Echo.ICMPLimit,
+		"unread": n.Unread, "unwritten": n.Unwritten + n.UDP.Unwritten + n.Echo.Unwritten, "icmp_rate": n.ICMPErrorsLimited + n.UDP.ICMPLimit + n.Echo.ICMPLimit,
 		"late_syn": n.LateSYN, "receive_cut": n.Cut, "tcp_fragments": n.Fragmented,
 		"odd_syn": n.OddSYN, "udp_queue": n.UDP.QueueFull, "udp_sessions": n.UDP.Evicted,
 		"echo_queue": n.Echo.QueueFull, "echo_sessions": n.Echo.Evicted,
