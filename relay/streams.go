@@ -56,6 +56,9 @@ type Options struct {
 	// else has done: it takes nothing any more, and when it has said what it has
 	// to say that was a reset.
 	Broken error
+	// Shut says that somebody else has told the server already that nothing more
+	// comes. The client ends in order, too, after it.
+	Shut bool
 }
 
 // Side is an end of a flow.

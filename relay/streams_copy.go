@@ -44,7 +44,7 @@ type copier struct {
 func relayCopy(ctx context.Context, client, server flow.Conn, o Options) Result {
 	up, down := o.Up.Load(), o.Down.Load()
 	c := &copier{client: client, server: server, o: o, over: make(chan struct{})}
-	c.sides[Server].broken = o.Broken
+	c.sides[Server].broken, c.sides[Server].shut = o.Broken, o.Shut
 	ended := make(chan struct{})
 	var watch, halves sync.WaitGroup
 	watch.Go(func() { c.watch(ctx, ended) })

@@ -47,7 +47,7 @@ func (d *direct) downEnded() bool {
 		// not ended, which is to be looked at after it.
 		reset := state(d.server) == unix.BPF_TCP_CLOSE
 		done, failed := d.upState()
-		if failed == nil && reset && !done {
+		if failed == nil && reset && !done && !d.o.Shut {
 			failed = unix.ECONNRESET
 		}
 		if failed != nil {

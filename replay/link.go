@@ -91,6 +91,7 @@ type link struct {
 	began  time.Time
 
 	sent     int                   // bytes; of pump until that has ended
+	shut     bool                  // it was told that nothing more comes; of pump until that has ended
 	writeErr atomic.Pointer[error] // why that has ended; nil: it was told to
 
 	left    bool        // under kept.mu: nothing more is to be written
@@ -154,6 +155,7 @@ func (r *run) pump(l *link) {
 			return
 		case len(part) == 0 && ended:
 			_ = l.CloseWrite() // await sees a failure
+			l.shut = true
 			return
 		}
 		n, err := l.Write(part)
@@ -297,7 +299,7 @@ func (r *run) giveOn(ctx context.Context, l *link) Result {
 			r.o.Hide(f.outbound, f.kind)
 		}
 	}
-	res := Result{Server: l.Conn, Replays: r.replays}
+	res := Result{Server: l.Conn, Replays: r.replays, Shut: l.shut}
 	if w := l.writeErr.Load(); w != nil {
 		res.Broken = *w
 	}

@@ -98,6 +98,8 @@ type Result struct {
 	// Broken is the error of a write to Server, if one has failed: its socket
 	// tells it nobody else.
 	Broken error
+	// Shut says that Server was told that nothing more comes.
+	Shut bool
 }
 
 // Begin moves a flow until a server has answered. It takes over server, and gives

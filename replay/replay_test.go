@@ -159,7 +159,7 @@ func (b *bed) run(client func(*net.TCPConn)) (heard []byte, err error) {
 		})
 		b.result = res
 		if !res.Over {
-			relay.Streams(ctx, flowEnd, res.Server.Conn, relay.Options{First: res.Rest, Gone: res.Gone, Broken: res.Broken})
+			relay.Streams(ctx, flowEnd, res.Server.Conn, relay.Options{First: res.Rest, Gone: res.Gone, Broken: res.Broken, Shut: res.Shut})
 		}
 		_ = res.Server.Close()
 		res.Server.Tell(dialer.Outcome{News: dialer.Ended})

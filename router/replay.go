@@ -42,7 +42,7 @@ func (r *Router) untilAnswer(ctx context.Context, e *entry, ends *streamEnds) bo
 	}
 	was := ends.server
 	res := replay.Begin(ctx, ends.client, was, o)
-	ends.server, ends.first, ends.gone, ends.broken = res.Server, res.Rest, res.Gone, res.Broken
+	ends.server, ends.first, ends.gone, ends.broken, ends.shut = res.Server, res.Rest, res.Gone, res.Broken, res.Shut
 	e.replayed(res.Replays)
 	if res.Server != was {
 		ends.since = time.Now()

@@ -32,7 +32,7 @@ func (r *Router) ServeStream(ctx context.Context, s flow.Stream) {
 	defer cancel(nil)
 	e.stoppedBy(cancel)
 	result := relay.Streams(ctx, ends.client, ends.server.Conn, relay.Options{
-		Up: &e.up, Down: &e.down, Half: e.closing, First: ends.first, Gone: ends.gone, Broken: ends.broken,
+		Up: &e.up, Down: &e.down, Half: e.closing, First: ends.first, Gone: ends.gone, Broken: ends.broken, Shut: ends.shut,
 	})
 	ends.outcome = dialer.Outcome{
 		Reason: result.Reason, ByServer: result.By == relay.Server,
@@ -54,6 +54,7 @@ type streamEnds struct {
 	first    []byte          // of client, and not sent on yet
 	gone     error           // how client has ended after that; nil: it has not
 	broken   error           // a write to server has failed with it
+	shut     bool            // server was told that nothing more comes
 	watched  bool            // for silence
 	since    time.Time       // that server is connected
 	outcome  dialer.Outcome  // what is told of server when it is closed
