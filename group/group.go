@@ -148,14 +148,23 @@ func (g *Group) Usual(outbound string) time.Duration {
 	return 0
 }
 
-// Down is for how long an outbound cannot be used at all; 0: it can, or nobody knows.
+// Down is for how long an outbound cannot be used at all, while another one of the
+// group can; 0: it can be used, none can, or nobody knows.
 func (g *Group) Down(outbound string) time.Duration {
 	g.scores.mu.Lock()
 	defer g.scores.mu.Unlock()
-	if p := g.scores.paths[outbound]; p != nil && p.down != "" {
-		return time.Since(p.downSince)
+	p, elsewhere := g.scores.paths[outbound], false
+	if p == nil || p.down == "" {
+		return 0
 	}
-	return 0
+	g.each(func(name string) {
+		other := g.scores.paths[name]
+		elsewhere = elsewhere || other != nil && other.down == ""
+	})
+	if !elsewhere {
+		return 0
+	}
+	return time.Since(p.downSince)
 }
 
 // Hide counts a failure of an outbound that the client did not see.

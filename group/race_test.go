@@ -108,6 +108,25 @@ func TestDeadPathCostsOneStagger(t *testing.T) {
 	})
 }
 
+// TestNoStaggerAfterAFailure: when the best has failed lately, the next one is asked at
+// once.
+func TestNoStaggerAfterAFailure(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b := &fake{name: "a", connect: says(ms, errUnreachable)}, &fake{name: "b", connect: says(ms, errUnreachable)}
+		g := newGroup(t, settings("race"), board(t), a, b)
+		_, _, _ = dial(t, g, dst(1))
+		first, other := a, b
+		if g.Order()[0] == "b" {
+			first, other = b, a
+		}
+		first.set(in(never))
+		other.set(in(20 * ms))
+		if by, took, err := dial(t, g, dst(1)); by != other.name || took != 20*ms || err != nil {
+			t.Errorf("%q after %v, %v; want %q after 20 ms", by, took, err, other.name)
+		}
+	})
+}
+
 // TestManySilent: no more than three attempts at a time.
 func TestManySilent(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -150,6 +169,33 @@ func TestLostPathEndsAttempts(t *testing.T) {
 		s.Recheck()
 		if got := g.Order(); len(got) != 2 {
 			t.Errorf("order %q", got)
+		}
+	})
+}
+
+// TestDownIsTold: what is told of a path that is down is of use where there is another
+// one; where all are, to try again would be in vain.
+func TestDownIsTold(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b := &fake{name: "a", connect: in(ms)}, &fake{name: "b", connect: in(ms)}
+		s := board(t)
+		both := newGroup(t, settings("race"), s, a, b)
+		alone, outer := newGroup(t, settings("fallback"), s, a), newGroup(t, settings("balance"), s, both)
+		why := "interface has no carrier"
+		told := func(f *fake, state *string) (of []time.Duration) {
+			f.state.Store(state)
+			s.Recheck()
+			time.Sleep(time.Second)
+			for _, g := range []*group.Group{both, alone, outer} {
+				of = append(of, g.Down("a"))
+			}
+			return of
+		}
+		for i, got := range [][]time.Duration{told(a, nil), told(a, &why), told(b, &why), told(b, nil), told(a, nil)} {
+			want := [][]time.Duration{{0, 0, 0}, {time.Second, 0, time.Second}, {0, 0, 0}, {3 * time.Second, 0, 3 * time.Second}, {0, 0, 0}}[i]
+			if !slices.Equal(got, want) {
+				t.Errorf("step %d: by both, a alone and a group of both: %v, want %v", i, got, want)
+			}
 		}
 	})
 }

@@ -16,8 +16,9 @@ import (
 // of life (dialer.Pulse). One that gives none is told to its group, while it
 // lasts: new flows take another path seconds before the kernel gives this one
 // up. Nothing is done to the flow itself, but where the kernel says that there is no
-// way out by its path for a while: then it is over, and its client is told, so that it
-// can try again.
+// way out by its path for a while, and there is by another one: then it is over, and
+// its client is told, so that it can try again. Where there is no other path it would
+// try in vain, and the kernel's own time-outs are waited for.
 
 const (
 	quietEvery = time.Second

@@ -18,7 +18,8 @@ type rescuer interface {
 	// Usual is how long a first byte takes by one of its outbounds; 0: nobody
 	// knows.
 	Usual(outbound string) time.Duration
-	// Down is for how long one of its outbounds cannot be used at all; 0: it can.
+	// Down is for how long one of its outbounds cannot be used at all, while another
+	// one can; 0: it can, or there is none.
 	Down(outbound string) time.Duration
 	// Hide counts a failure of one of its outbounds that the client did not see.
 	Hide(outbound string, kind dialer.Hidden)
