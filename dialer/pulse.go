@@ -15,17 +15,23 @@ import (
 // timeout.
 //
 // The zero value is for a socket fresh from Direct. Not safe for concurrent use.
-type Pulse struct{ asking bool }
+type Pulse struct{ asked time.Time }
 
-// What is no answer: a probe may be under way.
-const unanswered = 2
+const (
+	pulseEvery = time.Second
+	// What is no answer: none to a probe for answerTime, and for some times what the
+	// path takes; or to data that was sent again twice.
+	answerTime  = 400 * time.Millisecond
+	answerTrips = 4
+	sentAgain   = 2
+)
 
 // Ask begins to ask.
 func (p *Pulse) Ask(c *net.TCPConn) error {
-	p.asking = true
+	p.asked = time.Now()
 	// As many probes as seconds: where the user timeout is lifted (Patience) their
 	// number would end the socket.
-	return setKeepAlive(c, net.KeepAliveConfig{Idle: time.Second, Interval: time.Second, Count: int(userTimeout.Seconds())})
+	return setKeepAlive(c, net.KeepAliveConfig{Idle: pulseEvery, Interval: pulseEvery, Count: int(userTimeout.Seconds())})
 }
 
 // Dead says whether nothing comes back: of probes, or of data that was sent again
@@ -41,16 +47,23 @@ func (p *Pulse) Dead(c *net.TCPConn) bool {
 		if err != nil || info.State != unix.BPF_TCP_ESTABLISHED && info.State != unix.BPF_TCP_FIN_WAIT2 {
 			return
 		}
-		closed := info.Notsent_bytes > 0 && info.Unacked == 0 // a window: see Patience
-		dead = !closed && (info.Probes >= unanswered || info.Unacked > 0 && info.Backoff >= unanswered)
+		if info.Unacked > 0 {
+			dead = info.Backoff >= sentAgain
+			return
+		}
+		// The first probe was sent a second after the last that came, or when we asked.
+		heard := time.Duration(min(info.Last_ack_recv, info.Last_data_recv)) * time.Millisecond
+		since := min(heard-pulseEvery, time.Since(p.asked))
+		closed := info.Notsent_bytes > 0 // a window: see Patience
+		dead = !closed && info.Probes > 0 && since >= max(answerTime, answerTrips*time.Duration(info.Rtt)*time.Microsecond)
 	})
 	return dead
 }
 
 // Rest goes back to keepalive as it was, if somebody asked.
 func (p *Pulse) Rest(c *net.TCPConn) {
-	if p.asking {
-		p.asking = false
+	if !p.asked.IsZero() {
+		p.asked = time.Time{}
 		_ = setKeepAlive(c, keepAlive)
 	}
 }

@@ -36,7 +36,7 @@ const (
 )
 
 func newUplinks(t *testing.T) *uplinks {
-	labtest.Need(t, labtest.Root, labtest.Tool("ip"))
+	labtest.Need(t, labtest.Root, labtest.Tool("ip"), labtest.Tool("nft"))
 	lab := labtest.New(t)
 	u := &uplinks{client: lab.Host("client"), router: lab.Host("router"), server: lab.Host("server")}
 	u.router.Forward()
@@ -364,5 +364,47 @@ func TestOutboundSocketsNoticeADeadPath(t *testing.T) {
 	})
 	if want := "keepalive 1: 5 s, 3 s, 3; user timeout 14000 ms; nodelay 1; mark 9"; err != nil || got != want {
 		t.Errorf("got %q, %v; want %q", got, err, want)
+	}
+}
+
+// Of a peer that has nothing to say the kernel knows that it is there; of one that
+// nothing comes back from it says so, seconds before the connection ends.
+func TestPulse(t *testing.T) {
+	t.Parallel()
+	u := newUplinks(t)
+	d := u.direct(t, dialer.Config{})
+	var c *dialer.Conn
+	err := u.client.Do(func() (err error) {
+		c, err = d.DialStream(t.Context(), dialer.Target{Addr: netip.MustParseAddrPort(far4)})
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	socket := flow.Socket(c.Conn)
+	time.Sleep(time.Second)
+	var p dialer.Pulse
+	if err := p.Ask(socket); err != nil {
+		t.Fatal(err)
+	}
+	const looks, every = 25, 100 * time.Millisecond
+	for i := range looks {
+		time.Sleep(every)
+		if p.Dead(socket) {
+			t.Errorf("after %v a peer that is there is taken for dead", time.Duration(i+1)*every)
+		}
+	}
+	u.router.Run("nft", "add table inet hole; add chain inet hole f { type filter hook forward priority 0; }; add rule inet hole f drop")
+	began := time.Now()
+	labtest.Eventually(t, 10*time.Second, func() bool { return p.Dead(socket) }, "the path is dead")
+	if took := time.Since(began); took < 300*time.Millisecond {
+		t.Errorf("after %v the path is taken for dead", took)
+	}
+	u.router.Run("nft", "delete table inet hole")
+	labtest.Eventually(t, 10*time.Second, func() bool { return !p.Dead(socket) }, "it is back")
+	p.Rest(socket)
+	if got, _ := options(socket); !strings.HasPrefix(got, "keepalive 1: 5 s, 3 s, 3;") {
+		t.Errorf("at rest: %q", got)
 	}
 }

@@ -21,8 +21,9 @@ import (
 // try in vain, and the kernel's own time-outs are waited for.
 
 const (
-	quietEvery = time.Second
-	// quietAfter is how many looks without a byte are silence.
+	quietEvery = 500 * time.Millisecond
+	// quietAfter is how many looks without a byte are silence: with the time before the
+	// first of them more than the second after which a kernel asks at once.
 	quietAfter = 1
 	// lookTimes is how many looks are taken before a peer is believed to live.
 	lookTimes = 4
