@@ -55,6 +55,9 @@ const (
 	// speedBytes is the size of what is fetched in the cost of a slow path.
 	speedBytes = 64 << 10
 	speedFor   = 5 * time.Minute
+	// newCost is what a path is expected to cost that nobody has used yet: only what
+	// costs more is left to try it.
+	newCost = 0.1
 	// stayShare is the share of its cost that another path must be below.
 	stayShare = 0.8
 	// doubtful is the share below which a member is no longer in its turn.
@@ -168,6 +171,9 @@ func (g *Group) cost(m *member, d *dest, dst netip.Addr, now time.Time) float64 
 // seconds is what a flow by this path is expected to lose.
 func (p *path) seconds(d *dest, dst netip.Addr, now time.Time) float64 {
 	c := p.connect.value
+	if c == 0 {
+		c = newCost
+	}
 	for k := range p.level {
 		c += pathCost[k] * (1 - p.level[k].ok.value(now))
 	}

@@ -187,62 +187,6 @@ func TestDeadDestination(t *testing.T) {
 	})
 }
 
-// TestEjection: three failures that are the path's put it last, longer each time
-// though never for more than a minute and a fifth; probes bring it back.
-func TestEjection(t *testing.T) {
-	withPair(t, "fallback", func(p *pair) {
-		p.flow(dst(1), whole)
-		p.a.set(says(ms, errUnreachable))
-		for i := range 3 {
-			// Once it has failed it is not the first any more: it is asked
-			// where the other one is avoided.
-			p.flow(dst(i), whole)
-			target := dst(i)
-			target.Avoid = []string{"b"}
-			_, _, _ = dial(t, p.g, target)
-		}
-		if !p.score("a").Ejected {
-			t.Fatalf("not ejected: %+v", p.score("a"))
-		}
-		if got := p.g.Order(); got[0] != "b" || len(got) != 2 {
-			t.Errorf("order %q", got)
-		}
-		p.a.asked()
-		time.Sleep(time.Minute)
-		if n := p.a.asked(); n < 3 || n > 8 {
-			t.Errorf("%d probes in a minute; want them after 2 s, 4 s, 8 s, …", n)
-		}
-		p.a.set(in(10 * ms))
-		time.Sleep(35 * time.Second)
-		if by := p.flow(dst(1), whole); by != "a" || p.score("a").Ejected {
-			t.Errorf("after good probes: %q, %+v", by, p.score("a"))
-		}
-	})
-}
-
-// TestBothEjected: ejected members are asked all the same where there is none
-// better.
-func TestBothEjected(t *testing.T) {
-	withPair(t, "race", func(p *pair) {
-		for i := range 6 {
-			p.flow(dst(i), whole)
-		}
-		for i := range 10 {
-			p.a.set(says(ms, errUnreachable))
-			p.b.set(in(20 * ms))
-			p.flow(dst(i), whole)
-			p.a.set(in(10 * ms))
-			p.b.set(says(ms, errUnreachable))
-			p.flow(dst(i), whole)
-		}
-		p.a.set(in(10 * ms))
-		p.b.set(in(20 * ms))
-		if _, took, err := dial(t, p.g, dst(1)); err != nil || took > time.Second {
-			t.Errorf("%v, %v", took, err)
-		}
-	})
-}
-
 // TestBrokenFlows: a path that resets flows in their midst is left, though its
 // connects succeed, and though it is the quicker one.
 func TestBrokenFlows(t *testing.T) {
@@ -388,8 +332,8 @@ func TestChoose(t *testing.T) {
 	withPair(t, "race", func(p *pair) {
 		p.flow(dst(1), whole)
 		o, why := p.g.Choose(dst(1))
-		const want = `group "race" (race) would ask "b" (score 1.00, not connected yet), then "a" (score 1.00, connects in 10.0 ms)`
-		if o.Name() != "b" || why != want {
+		const want = `group "race" (race) would ask "a" (score 1.00, connects in 10.0 ms), then "b" (score 1.00, not connected yet)`
+		if o.Name() != "a" || why != want {
 			t.Errorf("%s\n got %s\nwant %s", o.Name(), why, want)
 		}
 	})
@@ -446,6 +390,26 @@ func TestFlowsStay(t *testing.T) {
 			t.Errorf("%d changes", changes)
 		}
 	})
+}
+
+// TestPathThatNobodyHasUsed is tried where the one that serves is slow, and else left
+// for when it fails.
+func TestPathThatNobodyHasUsed(t *testing.T) {
+	for _, tt := range []struct {
+		connect time.Duration
+		want    int
+	}{{10 * ms, 0}, {240 * ms, 19}} {
+		synctest.Test(t, func(t *testing.T) {
+			b := &fake{name: "b", connect: in(20 * ms)}
+			g := newGroup(t, settings("race"), board(t), &fake{name: "a", connect: in(tt.connect)}, b)
+			for range 20 {
+				_, _, _ = dial(t, g, dst(1))
+			}
+			if n := b.asked(); n != tt.want {
+				t.Errorf("beside one that connects in %v it was asked %d times, want %d", tt.connect, n, tt.want)
+			}
+		})
+	}
 }
 
 // TestBrokenFlowIsAHint: before it is known whose failure it was, flows to other ports
