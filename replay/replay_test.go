@@ -209,6 +209,7 @@ func TestCutPoints(t *testing.T) {
 		{"hello", []string{tlsHello}, len(tlsHello), true, false},
 		{"early data", []string{early}, 0, false, false},
 		{"POST", []string{post}, 0, false, false},
+		{"part of a GET", []string{get[:20]}, 0, false, false},
 		{"GET and POST", []string{get + post}, len(get), false, false},
 		{"GET, then POST", []string{get, post}, len(get), false, true},
 	} {
@@ -359,6 +360,29 @@ func TestSilence(t *testing.T) {
 	}
 }
 
+// TestSilenceOfBoth: nobody else is asked where the client has said nothing that could
+// be answered.
+func TestSilenceOfBoth(t *testing.T) {
+	for _, first := range []string{"", get[:20]} {
+		t.Run(fmt.Sprintf("%d bytes", len(first)), func(t *testing.T) {
+			t.Parallel()
+			b := &bed{T: t, reads: true}
+			b.script = []func(*net.TCPConn){
+				func(c *net.TCPConn) { b.read(0, len(get), c); _, _ = io.WriteString(c, "first") },
+				func(c *net.TCPConn) { _, _ = io.WriteString(c, "second") },
+			}
+			heard, err := b.run(func(c *net.TCPConn) {
+				_, _ = io.WriteString(c, first)
+				time.Sleep(2500 * time.Millisecond)
+				_, _ = io.WriteString(c, get[len(first):])
+			})
+			if string(heard) != "first" || err != nil || len(b.got) != 1 {
+				t.Errorf("heard %q, %v; got %q", heard, err, b.got)
+			}
+		})
+	}
+}
+
 // TestUnsafeWhileTwoAreAsked: what makes it unsafe goes to one server only.
 func TestUnsafeWhileTwoAreAsked(t *testing.T) {
 	b := &bed{T: t}
@@ -388,19 +412,21 @@ func TestUnsafeWhileTwoAreAsked(t *testing.T) {
 // TestUnsafeWhileAnotherIsAsked: a server that has ended without a word, and reads
 // on, gets nothing of what comes while another one is asked.
 func TestUnsafeWhileAnotherIsAsked(t *testing.T) {
-	b := &bed{T: t}
-	asked := make(chan struct{})
-	b.script = []func(*net.TCPConn){
-		func(c *net.TCPConn) { _ = c.CloseWrite(); b.read(0, -1, c) },
-		func(c *net.TCPConn) { b.read(1, len(post), c); _, _ = io.WriteString(c, "second") },
-	}
-	b.redial = func() { close(asked); time.Sleep(100 * time.Millisecond) }
-	heard, err := b.run(func(c *net.TCPConn) {
-		<-asked
-		_, _ = io.WriteString(c, post)
-	})
-	if string(heard) != "second" || err != nil || len(b.got[0]) > 0 || string(b.got[1]) != post {
-		t.Errorf("heard %q, %v; got %q", heard, err, b.got)
+	for _, reads := range []bool{false, true} {
+		b := &bed{T: t, reads: reads}
+		asked := make(chan struct{})
+		b.script = []func(*net.TCPConn){
+			func(c *net.TCPConn) { _ = c.CloseWrite(); b.read(0, -1, c) },
+			func(c *net.TCPConn) { b.read(1, len(post), c); _, _ = io.WriteString(c, "second") },
+		}
+		b.redial = func() { close(asked); time.Sleep(100 * time.Millisecond) }
+		heard, err := b.run(func(c *net.TCPConn) {
+			<-asked
+			_, _ = io.WriteString(c, post)
+		})
+		if string(heard) != "second" || err != nil || len(b.got[0]) > 0 || string(b.got[1]) != post {
+			t.Errorf("heard %q, %v; got %q", heard, err, b.got)
+		}
 	}
 }
 
