@@ -314,6 +314,7 @@ func FuzzSOCKS5Reply(f *testing.F) {
 	f.Add([]byte(success + "tunnel"))
 	f.Add([]byte("\x05\x00\x00\x03\x04host\x00\x50tunnel"))
 	f.Add([]byte("\x05\x00\x00\x04" + strings.Repeat("\x11", 18)))
+	f.Add([]byte("\x05\x00\x00\x03\xff" + strings.Repeat("a", 255) + "\x00\x50tunnel"))
 	f.Add([]byte("\x05\x05\x00\x01"))
 	f.Add([]byte("\x05\x00\x00\x03\x00\x00\x50"))
 	f.Add([]byte("HTTP/1.1 400 Bad Request\r\n\r\n"))
