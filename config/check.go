@@ -3,12 +3,14 @@ package config
 import (
 	"fmt"
 	"maps"
+	"math"
 	"net/netip"
 	"slices"
 	"strings"
 
 	"cgtun/dns"
 	"cgtun/rules"
+	"cgtun/steer"
 )
 
 // check looks at ranges, references and clashes, and masks the prefixes.
@@ -47,7 +49,7 @@ func (d *decoder) loops(l *layout) {
 	for i := range l.routes {
 		route := &l.routes[i]
 		for j, o := range l.Outbounds {
-			if o.Mark != 0 && (o.Mark^route.Mark)&route.Mask == 0 {
+			if o.Mark != 0 && route.Overlaps(&steer.Config{Mark: o.Mark, Mask: math.MaxUint32}) {
 				d.bad(at("outbound", j)+".mark", fmt.Sprintf("%#x is one that route %q captures by; allowed: a mark that differs in the bits of its mask %#x", o.Mark, route.Name, route.Mask))
 			}
 		}
