@@ -1,5 +1,3 @@
-// Package dns holds the settings of name resolution. config decodes and checks
-// them.
 package dns
 
 import (
