@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"slices"
+	"sync"
 
 	"github.com/google/nftables"
 	mdl "github.com/mdlayher/netlink"
@@ -33,6 +34,8 @@ type table struct {
 	gen   uint32   // the generation of the namespace's ruleset when that was seen whole
 	hold  *nftables.Conn
 	sock  *mdl.Conn // of hold; it goes with it
+	// closing are the sockets that are not held and not closed yet.
+	closing sync.WaitGroup
 }
 
 // openTable opens the socket in home. It makes no table. The caller closes it.
@@ -65,7 +68,9 @@ func dialTables() (conn *nftables.Conn, sock *mdl.Conn, err error) {
 	return conn, sock, err
 }
 
-// with calls f with a socket of the table's namespace.
+// with calls f with a socket of the table's namespace. One that is not held is
+// closed behind its back: the kernel lets that wait until what a transaction took
+// away is freed, for a grace period of RCU, 10 ms and more.
 func (t *table) with(f func(*nftables.Conn, *mdl.Conn) error) error {
 	if t.hold != nil {
 		return f(t.hold, t.sock)
@@ -75,7 +80,8 @@ func (t *table) with(f func(*nftables.Conn, *mdl.Conn) error) error {
 		if err != nil {
 			return fmt.Errorf("open nftables in %s: %w", t.ns, err)
 		}
-		return errors.Join(f(conn, sock), conn.CloseLasting())
+		defer t.closing.Go(func() { _ = conn.CloseLasting() })
+		return f(conn, sock)
 	})
 }
 
@@ -165,7 +171,9 @@ func (t *table) apply(r *ruleset) error {
 		switch {
 		case old != nil:
 		case t.at.away:
-			t.anew(conn)
+			if err := t.anew(conn); err != nil {
+				return err
+			}
 		default:
 			if old, err = t.earlier(conn); err != nil {
 				return err
@@ -183,10 +191,24 @@ func (t *table) apply(r *ruleset) error {
 }
 
 // anew queues an empty table in place of whatever is there.
-func (t *table) anew(conn *nftables.Conn) {
+func (t *table) anew(conn *nftables.Conn) error {
+	there, err := t.there(conn)
+	if err != nil {
+		return err
+	}
+	if there {
+		conn.DelTable(t.ref)
+	}
 	conn.AddTable(t.ref)
-	conn.DelTable(t.ref)
-	conn.AddTable(t.ref)
+	return nil
+}
+
+func (t *table) there(conn *nftables.Conn) (bool, error) {
+	tables, err := conn.ListTablesOfFamily(t.ref.Family)
+	if err != nil {
+		return false, fmt.Errorf("list nft tables: %w", err)
+	}
+	return slices.ContainsFunc(tables, func(o *nftables.Table) bool { return o.Name == t.ref.Name }), nil
 }
 
 // earlier lists what a table holds that was taken over.
@@ -222,7 +244,9 @@ func (t *table) restore() (changed bool, err error) {
 			t.gen = gen
 			return nil
 		}
-		t.anew(conn)
+		if err := t.anew(conn); err != nil {
+			return err
+		}
 		if err := t.now.send(conn, nil); err != nil {
 			return err
 		}
@@ -260,12 +284,8 @@ func generation(sock *mdl.Conn) uint32 {
 // whole says whether the table is there and each chain still has all of its
 // rules.
 func (t *table) whole(conn *nftables.Conn) (bool, error) {
-	tables, err := conn.ListTablesOfFamily(t.ref.Family)
-	if err != nil {
-		return false, fmt.Errorf("list nft tables: %w", err)
-	}
-	if !slices.ContainsFunc(tables, func(o *nftables.Table) bool { return o.Name == t.ref.Name }) {
-		return false, nil
+	if there, err := t.there(conn); !there || err != nil {
+		return false, err
 	}
 	want := map[string]int{}
 	for _, rule := range t.now.rules {
@@ -318,6 +338,7 @@ func (t *table) counters() (map[string]uint64, error) {
 }
 
 func (t *table) close() error {
+	t.closing.Wait()
 	if t.hold == nil {
 		return nil
 	}
