@@ -110,6 +110,7 @@ func (s *site) keep(ctx context.Context, begin func(*Attachment), served <-chan 
 				continue
 			}
 		case <-later:
+		case <-s.begun: // whatever was looked at just before: somebody is held
 		}
 		later = nil
 		err := s.refresh()

@@ -62,6 +62,7 @@ type site struct {
 	container string
 
 	again chan struct{} // holds one token: look again
+	begun chan struct{} // holds one token: somebody runs now, and waits; not for home
 	end   func()        // lets run return; not for home
 	// stopping is closed when all of the Manager ends.
 	stopping <-chan struct{}
@@ -94,7 +95,7 @@ type site struct {
 
 func (m *Manager) newSite(ns netns.Ref, id string) *site {
 	s := &site{
-		m: m, ns: ns, id: id, again: make(chan struct{}, 1), decided: make(chan struct{}),
+		m: m, ns: ns, id: id, again: make(chan struct{}, 1), begun: make(chan struct{}, 1), decided: make(chan struct{}),
 		state: StateGated, since: time.Now(), fences: map[*Route]fence{},
 	}
 	s.decide = sync.OnceFunc(func() { close(s.decided) })
@@ -109,6 +110,7 @@ func (s *site) seen(news []cgroupsel.Namespace) {
 		a.Ref, b.Ref = netns.Ref{}, netns.Ref{}
 		return a == b
 	}
+	ran := s.running()
 	s.mu.Lock()
 	changed := !slices.EqualFunc(news, s.news, same)
 	s.news = news
@@ -116,7 +118,10 @@ func (s *site) seen(news []cgroupsel.Namespace) {
 		s.ns = news[0].Ref
 	}
 	s.mu.Unlock()
-	if changed {
+	switch {
+	case changed && !s.home() && !ran && s.running():
+		signal(s.begun)
+	case changed:
 		signal(s.again)
 	}
 }
@@ -215,6 +220,7 @@ func (s *site) run(ctx context.Context) {
 		case <-ctx.Done():
 		case <-s.again:
 			s.doubt()
+		case <-s.begun:
 		case <-time.After(min(tick<<min(failures, 4), 10*tick)):
 		}
 	}
