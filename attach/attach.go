@@ -238,6 +238,13 @@ func (m *Manager) device(route int) tun.Options {
 	return o
 }
 
+// elsewhere is what they are made as in other namespaces than home.
+func (m *Manager) elsewhere(route int) tun.Options {
+	o := m.device(route)
+	o.From, o.Yield = m.from, true
+	return o
+}
+
 // Reconcile takes the newest picture of what is selected. It returns at once;
 // Run applies it.
 func (m *Manager) Reconcile(s cgroupsel.Snapshot) {

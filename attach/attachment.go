@@ -76,7 +76,8 @@ func (s *site) attach(r *Route, selection int) (_ *Attachment, err error) {
 	if !r.Kernel {
 		o := s.m.device(selection)
 		if !s.home() {
-			o.From, o.Yield = s.m.from, true
+			o = s.m.elsewhere(selection)
+			o.Brought = s.take(selection)
 			a.missing = func() { signal(s.again) }
 		}
 		// The device before the steering: in another namespace than home it

@@ -28,6 +28,8 @@ import (
 
 // gate notes what a Manager says to it.
 type gate struct {
+	onOffline func() // called when a namespace is to be admitted as offline
+
 	mu     sync.Mutex
 	said   map[uint64]string // the last word on each namespace
 	order  []string
@@ -79,6 +81,9 @@ func (g *gate) Doubt(netns.Ref, cgroupsel.Family) error { return nil }
 func (g *gate) Admit(ns netns.Ref, a cgroupsel.Admission) error {
 	switch {
 	case a.Offline:
+		if g.onOffline != nil {
+			g.onOffline()
+		}
 		return g.note(ns, "offline")
 	case len(a.Devices) == 0 || a.Devices[0] == 0:
 		return g.note(ns, "waived")
@@ -305,6 +310,90 @@ func TestOfflineStaysOffline(t *testing.T) {
 		}
 		if got := i.steered(); got != "" {
 			t.Errorf("left: %s", got)
+		}
+	})
+}
+
+// While a namespace is set up its device waits inside, down. It is the one that is
+// used when there is a way out, and is away before anybody runs where there is none.
+func TestDeviceIsBroughtWhileANamespaceIsSetUp(t *testing.T) {
+	atHome(t, func(t *testing.T) {
+		devices := make(chan string, 1)
+		var i *inner
+		r, g := others(t, nil)
+		g.onOffline = func() { devices <- i.ip("link") }
+		for n, online := range []bool{true, false} {
+			i = newInner(t, n+1)
+			forked := i.namespace()
+			forked.Running = false
+			r.shows(forked)
+			var index string
+			labtest.Eventually(t, soon, func() bool {
+				out := i.ip("-o link show")
+				for line := range strings.Lines(out) {
+					if strings.Contains(line, "cgt101_") && strings.Contains(line, "alias cgtun_101") && !strings.Contains(line, "UP") {
+						index, _, _ = strings.Cut(line, ":")
+						return true
+					}
+				}
+				return false
+			}, "a device waits: %s", i.ip("-o link show"))
+			if online {
+				i.connect(n + 1)
+				labtest.Eventually(t, soon, func() bool { return i.steered() == allInside }, "steered: %s", i.steered())
+				if out := i.ip("-o link show dev tun0"); !strings.HasPrefix(out, index+":") {
+					t.Errorf("another device than %s: %s", index, out)
+				}
+			}
+			r.shows(i.namespace())
+			if online {
+				r.becomes(i, attach.StateUp, allInside, "admitted", g)
+				continue
+			}
+			r.becomes(i, attach.StateOffline, "", "offline", g)
+			if out := <-devices; strings.Contains(out, "cgt") {
+				t.Errorf("when it was admitted there was still\n%s", out)
+			}
+		}
+		if err := r.stop(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// Who is held at his first instruction goes on at once, whatever has changed just
+// before.
+func TestWhoIsHeldDoesNotWaitForCalm(t *testing.T) {
+	atHome(t, func(t *testing.T) {
+		r, g := others(t, nil)
+		var took []time.Duration
+		for n := range 5 {
+			i := newInner(t, n+1)
+			i.connect(n + 1)
+			forked := i.namespace()
+			forked.Running = false
+			r.shows(forked)
+			labtest.Eventually(t, soon, func() bool { return i.steered() == allInside }, "steered: %s", i.steered())
+			i.ip("addr add 10.55.0.1/32 dev lo") // something changes
+			time.Sleep(5 * time.Millisecond)
+			begin := time.Now()
+			r.shows(i.namespace())
+			for g.last(i.ref) != "admitted" {
+				if time.Since(begin) > soon {
+					t.Fatalf("gate: %s", g.last(i.ref))
+				}
+				time.Sleep(100 * time.Microsecond)
+			}
+			took = append(took, time.Since(begin))
+			r.shows()
+			i.end()
+		}
+		if err := r.stop(); err != nil {
+			t.Error(err)
+		}
+		// The best of some, as the machine may be busy.
+		if best := slices.Min(took); best > 25*time.Millisecond {
+			t.Errorf("it took %v", took)
 		}
 	})
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"time"
 
 	"github.com/songgao/water"
 	"github.com/vishvananda/netlink"
@@ -32,6 +33,10 @@ func temporaryName(table uint32) string {
 
 const temporaryPrefix = "cgt"
 
+// busyTime is how long the descriptor that made a device may live on: in a process
+// that is being started and has not reached its exec.
+const busyTime = 100 * time.Millisecond
+
 // openQueues makes a device under a temporary name, in which %d stands for the
 // next free number, and returns its name and queues. It is down and goes with
 // the queues.
@@ -59,8 +64,12 @@ func openQueues(h *netlink.Handle, name string, n int) (_ string, queues []*Queu
 		// Still persistent: closing was not enough.
 		err = errors.Join(err, removeLeftover(h, name))
 	}()
-	for len(queues) < n {
+	for end := time.Now().Add(busyTime); len(queues) < n; {
 		q, err := attachQueue(name, n > 1)
+		if errors.Is(err, unix.EBUSY) && time.Now().Before(end) {
+			time.Sleep(time.Millisecond)
+			continue
+		}
 		if err != nil {
 			return "", queues, err
 		}
