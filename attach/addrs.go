@@ -101,6 +101,7 @@ func lookOnce(device string, interfaces []string) (*surroundings, error) {
 			s.add(prefix.Masked())
 		}
 	}
+	s.connected = slices.DeleteFunc(s.connected, alwaysAlone)
 	slices.SortFunc(s.connected, comparePrefix)
 	s.connected = slices.Compact(s.connected)
 	return s, nil
@@ -192,6 +193,12 @@ func (s *surroundings) add(p netip.Prefix) {
 	if p.Bits() > 0 {
 		s.connected = append(s.connected, p)
 	}
+}
+
+// alwaysAlone says whether a prefix is left alone in any case. Each link has a
+// link-local address, and they come and go with containers: that changes no plan.
+func alwaysAlone(p netip.Prefix) bool {
+	return slices.ContainsFunc(steer.Builtin(), func(b netip.Prefix) bool { return b.Bits() <= p.Bits() && b.Contains(p.Addr()) })
 }
 
 func host(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }

@@ -336,6 +336,15 @@ func TestAddressesAreFollowed(t *testing.T) {
 		labtest.Eventually(t, within, func() bool { return known("192.0.2.1", "192.0.2.0/24") }, "the last of many")
 		ip(t, "addr del 192.0.2.1/24 dev eth0")
 
+		// A link-local one is left alone as all of them are, and changes no plan.
+		ip(t, "addr add fe80::77/64 dev eth0 nodad")
+		labtest.Eventually(t, within, func() bool {
+			return a.Local(netip.MustParseAddr("fe80::77")) && unknown("192.0.2.1", "192.0.2.0/24")
+		}, "a link-local address")
+		if slices.Contains(r.home().Bypass, netip.MustParsePrefix("fe80::77/128")) {
+			t.Errorf("bypassed: %v", r.home().Bypass)
+		}
+
 		// A link that goes down loses its v6 addresses, and routes.
 		ip(t, "link set eth0 down")
 		labtest.Eventually(t, within, func() bool { return unknown("fd09::1", "fd09::/64") }, "link down")
