@@ -114,9 +114,14 @@ func (s *site) keep(ctx context.Context, begin func(*Attachment), served <-chan 
 		}
 		later = nil
 		err := s.refresh()
+		if errors.Is(err, errOffline) && s.ending() {
+			later = time.After(retry)
+			continue
+		}
 		if errors.Is(err, errOffline) || errors.Is(err, netns.ErrGone) && !s.home() {
 			return err
 		}
+		s.ended = time.Time{}
 		// Also where the newest plan cannot be: the one before is in force.
 		if err = errors.Join(err, s.repair()); err != nil {
 			later = time.After(retry)
@@ -126,6 +131,23 @@ func (s *site) keep(ctx context.Context, begin func(*Attachment), served <-chan 
 			return err
 		}
 	}
+}
+
+// ending says whether the way out is taken away because the processes have ended:
+// then the namespace goes with all that is in it, and to undo that first would hold
+// up who takes it down, and makes the next one. Meanwhile nobody begins to send. What
+// does not go is undone a little later.
+func (s *site) ending() bool {
+	if !errors.Is(s.ref().Do(func() error { return nil }), netns.ErrGone) {
+		return false
+	}
+	if s.ended.IsZero() {
+		if s.m.opts.Gate.Doubt(s.ref(), cgroupsel.V4|cgroupsel.V6) != nil {
+			return false
+		}
+		s.ended, s.doubted = time.Now(), true
+	}
+	return time.Since(s.ended) < retry
 }
 
 // over says why serving an attachment has ended by itself, unless it goes on.

@@ -361,6 +361,45 @@ func TestDeviceIsBroughtWhileANamespaceIsSetUp(t *testing.T) {
 	})
 }
 
+// A way out that is taken away when the process has ended is the end of the
+// namespace, which takes all with it: nothing is undone before, but a little later
+// where it does not end.
+func TestNothingIsUndoneInANamespaceThatEnds(t *testing.T) {
+	atHome(t, func(t *testing.T) {
+		r, g := others(t, nil)
+		i := newInner(t, 1)
+		i.connect(1)
+		r.shows(i.namespace())
+		r.becomes(i, attach.StateUp, allInside, "admitted", g)
+		stays := exec.Command("nsenter", "-t", strconv.Itoa(i.pid), "-n", "sleep", "300")
+		if err := stays.Start(); err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = stays.Process.Kill(); _ = stays.Wait() }()
+		labtest.Eventually(t, soon, func() bool {
+			n, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", stays.Process.Pid))
+			return err == nil && n == fmt.Sprintf("net:[%d]", i.ref.Inode())
+		}, "another process is inside")
+		first, err := os.FindProcess(i.pid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		i.pid = stays.Process.Pid
+		_ = first.Kill()
+		_, _ = first.Wait()
+		begin := time.Now()
+		i.ip("-6 route del default")
+		i.ip("route del default")
+		labtest.Eventually(t, soon, func() bool { return i.steered() == "" }, "it is undone")
+		if took := time.Since(begin); took < 500*time.Millisecond {
+			t.Errorf("it was undone after %v", took)
+		}
+		if err := r.stop(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // Who is held at his first instruction goes on at once, whatever has changed just
 // before.
 func TestWhoIsHeldDoesNotWaitForCalm(t *testing.T) {

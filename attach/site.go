@@ -80,6 +80,7 @@ type site struct {
 	// run's own:
 	brought  []*tun.Device // what waits for a way out, by index of the routes
 	idle     time.Time     // since when nobody is in it; zero: somebody is
+	ended    time.Time     // since when it is ending; zero: it is not
 	doubted  bool          // the gate has to be told again
 	admitted []int         // the devices that it was told last
 	lasted   time.Duration // for how long the last capture was in force
@@ -366,7 +367,7 @@ var (
 
 // capture attaches until ctx ends, the namespace does, or goes offline.
 func (s *site) capture(ctx context.Context) error {
-	s.doubted = true
+	s.doubted, s.ended = true, time.Time{}
 	if err := s.open(); err != nil {
 		return err
 	}
