@@ -1,0 +1,140 @@
+package attach_test
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"cgtun/attach"
+	"cgtun/internal/labtest"
+)
+
+// What the steps of a build wait for.
+
+// While a namespace is set up its device waits inside, down. It is the one that is
+// used when there is a way out, and is away before anybody runs where there is none.
+func TestDeviceIsBroughtWhileANamespaceIsSetUp(t *testing.T) {
+	atHome(t, func(t *testing.T) {
+		devices := make(chan string, 1)
+		var i *inner
+		r, g := others(t, nil)
+		g.onOffline = func() { devices <- i.ip("link") }
+		for n, online := range []bool{true, false} {
+			i = newInner(t, n+1)
+			forked := i.namespace()
+			forked.Running = false
+			r.shows(forked)
+			var index string
+			labtest.Eventually(t, soon, func() bool {
+				out := i.ip("-o link show")
+				for line := range strings.Lines(out) {
+					if strings.Contains(line, "cgt101_") && strings.Contains(line, "alias cgtun_101") && !strings.Contains(line, "UP") {
+						index, _, _ = strings.Cut(line, ":")
+						return true
+					}
+				}
+				return false
+			}, "a device waits: %s", i.ip("-o link show"))
+			if online {
+				i.connect(n + 1)
+				labtest.Eventually(t, soon, func() bool { return i.steered() == allInside }, "steered: %s", i.steered())
+				if out := i.ip("-o link show dev tun0"); !strings.HasPrefix(out, index+":") {
+					t.Errorf("another device than %s: %s", index, out)
+				}
+			}
+			r.shows(i.namespace())
+			if online {
+				r.becomes(i, attach.StateUp, allInside, "admitted", g)
+				continue
+			}
+			r.becomes(i, attach.StateOffline, "", "offline", g)
+			if out := <-devices; strings.Contains(out, "cgt") {
+				t.Errorf("when it was admitted there was still\n%s", out)
+			}
+		}
+		if err := r.stop(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// A way out that is taken away when the process has ended is the end of the
+// namespace, which takes all with it: nothing is undone before, but a little later
+// where it does not end.
+func TestNothingIsUndoneInANamespaceThatEnds(t *testing.T) {
+	atHome(t, func(t *testing.T) {
+		r, g := others(t, nil)
+		i := newInner(t, 1)
+		i.connect(1)
+		r.shows(i.namespace())
+		r.becomes(i, attach.StateUp, allInside, "admitted", g)
+		stays := exec.Command("nsenter", "-t", strconv.Itoa(i.pid), "-n", "sleep", "300")
+		if err := stays.Start(); err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = stays.Process.Kill(); _ = stays.Wait() }()
+		labtest.Eventually(t, soon, func() bool {
+			n, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", stays.Process.Pid))
+			return err == nil && n == fmt.Sprintf("net:[%d]", i.ref.Inode())
+		}, "another process is inside")
+		first, err := os.FindProcess(i.pid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		i.pid = stays.Process.Pid
+		_ = first.Kill()
+		_, _ = first.Wait()
+		begin := time.Now()
+		i.ip("-6 route del default")
+		i.ip("route del default")
+		labtest.Eventually(t, soon, func() bool { return i.steered() == "" }, "it is undone")
+		if took := time.Since(begin); took < 500*time.Millisecond {
+			t.Errorf("it was undone after %v", took)
+		}
+		if err := r.stop(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// Who is held at his first instruction goes on at once, whatever has changed just
+// before.
+func TestWhoIsHeldDoesNotWaitForCalm(t *testing.T) {
+	atHome(t, func(t *testing.T) {
+		r, g := others(t, nil)
+		var took []time.Duration
+		for n := range 5 {
+			i := newInner(t, n+1)
+			i.connect(n + 1)
+			forked := i.namespace()
+			forked.Running = false
+			r.shows(forked)
+			labtest.Eventually(t, soon, func() bool { return i.steered() == allInside }, "steered: %s", i.steered())
+			i.ip("addr add 10.55.0.1/32 dev lo") // something changes
+			time.Sleep(5 * time.Millisecond)
+			begin := time.Now()
+			r.shows(i.namespace())
+			for g.last(i.ref) != "admitted" {
+				if time.Since(begin) > soon {
+					t.Fatalf("gate: %s", g.last(i.ref))
+				}
+				time.Sleep(100 * time.Microsecond)
+			}
+			took = append(took, time.Since(begin))
+			r.shows()
+			i.end()
+		}
+		if err := r.stop(); err != nil {
+			t.Error(err)
+		}
+		// The best of some, as the machine may be busy.
+		if best := slices.Min(took); best > 25*time.Millisecond {
+			t.Errorf("it took %v", took)
+		}
+	})
+}
