@@ -296,7 +296,7 @@ func cell(v float64, ok bool) string {
 // (bulk,rate,latency,udp,memory), CGTUN_BENCH_CELL ("tcp up 4") and
 // CGTUN_BENCH_WAYS ("splice,cgtun") shorter. CGTUN_BENCH_HANDLER=plain leaves the
 // router out, CGTUN_BENCH_QUEUES has more queues, CGTUN_BENCH_PROFILE=FILE
-// takes a CPU profile of cgtun.
+// takes a CPU profile of cgtun, and FILE.allocs one of what it allocates.
 func BenchmarkEndToEnd(b *testing.B) {
 	only := os.Getenv("CGTUN_BENCH_ONLY")
 	wanted := func(part string) bool { return only == "" || strings.Contains(only, part) }
@@ -350,9 +350,18 @@ func (l *lab) bulk(c *cells) {
 	}
 }
 
+// rates are of connections with a byte each way, and with a request.
 func (l *lab) rates(c *cells) {
-	for _, w := range l.ways() {
-		c.add("connections/s", w.name, l.ask(w.from, "rate", w.addr+":"+w.echo)["rate"])
+	for _, role := range []string{"rate", "requests"} {
+		row := map[string]string{"rate": "", "requests": ", request"}[role]
+		for _, w := range l.ways() {
+			before := w.by.cpu()
+			f := l.ask(w.from, role, w.addr+":"+w.echo)
+			c.add("connections/s"+row, w.name, f["rate"])
+			if w.by != nil {
+				c.add("cpu of the relay each"+row+", µs", w.name, (w.by.cpu()-before)/f["done"]*1e6)
+			}
+		}
 	}
 }
 

@@ -66,14 +66,15 @@ func TestMain(m *testing.M) {
 }
 
 var roles = map[string]func(arg string) error{
-	"cgtun":   func(path string) error { return cgtun(path, nil) },
-	"race":    func(path string) error { return cgtun(path, []string{"a", "b"}) },
-	"splice":  splice,
-	"copy":    copying,
-	"server":  echoServer,
-	"rate":    rate,
-	"latency": latency,
-	"idle":    idle,
+	"cgtun":    func(path string) error { return cgtun(path, nil) },
+	"race":     func(path string) error { return cgtun(path, []string{"a", "b"}) },
+	"splice":   splice,
+	"copy":     copying,
+	"server":   echoServer,
+	"rate":     rate,
+	"requests": requests,
+	"latency":  latency,
+	"idle":     idle,
 }
 
 // raiseFiles lets a process have as many descriptors as the system allows.
@@ -127,6 +128,12 @@ func cgtun(path string, members []string) error {
 			return err
 		}
 		defer pprof.StopCPUProfile()
+		defer func() {
+			if f, err := os.Create(f.Name() + ".allocs"); err == nil {
+				_ = pprof.Lookup("allocs").WriteTo(f, 0)
+				_ = f.Close()
+			}
+		}()
 	}
 	fmt.Println("ready")
 	err = s.Run(ctx)
@@ -281,12 +288,13 @@ func echoServer(string) error {
 			}
 			go func() {
 				defer c.Close()
-				var b [1]byte
+				var b [64]byte
 				for {
-					if _, err := c.Read(b[:]); err != nil {
+					n, err := c.Read(b[:])
+					if err != nil {
 						return
 					}
-					if _, err := c.Write(b[:]); err != nil {
+					if _, err := c.Write(b[:n]); err != nil {
 						return
 					}
 				}
@@ -298,8 +306,9 @@ func echoServer(string) error {
 	return nil
 }
 
-func oneByte(c net.Conn) error {
-	b := []byte{1}
+func oneByte(c net.Conn) error { return echoed(c, []byte{1}) }
+
+func echoed(c net.Conn, b []byte) error {
 	if _, err := c.Write(b); err != nil {
 		return err
 	}
@@ -307,18 +316,27 @@ func oneByte(c net.Conn) error {
 	return err
 }
 
-// rate opens connections as fast as it can for a second, eight at a time, each
-// with one byte both ways, and prints how many a second were right.
-func rate(addr string) error {
+// request is what a group may send twice.
+const request = "GET / HTTP/1.1\r\n\r\n"
+
+// rate opens connections as fast as it can for CGTUN_BENCH_SECONDS, eight at a time,
+// each with one byte both ways, and prints how many were right, and how many a second.
+func rate(addr string) error { return rateOf(addr, "\x01") }
+
+// requests is rate with a request both ways.
+func requests(addr string) error { return rateOf(addr, request) }
+
+func rateOf(addr, what string) error {
 	var done, failed atomic.Int64
 	var all sync.WaitGroup
-	end := time.Now().Add(time.Second)
+	began := time.Now()
+	end := began.Add(time.Duration(setting("CGTUN_BENCH_SECONDS", 1)) * time.Second)
 	for range 8 {
 		all.Go(func() {
 			for time.Now().Before(end) {
 				c, err := net.DialTimeout("tcp", addr, 5*time.Second)
 				if err == nil {
-					err = oneByte(c)
+					err = echoed(c, []byte(what))
 					c.Close()
 				}
 				if err != nil {
@@ -333,7 +351,9 @@ func rate(addr string) error {
 	if n := failed.Load(); n > 0 {
 		return fmt.Errorf("%d of %d connections failed", n, n+done.Load())
 	}
-	return json.NewEncoder(os.Stdout).Encode(map[string]float64{"rate": float64(done.Load())})
+	return json.NewEncoder(os.Stdout).Encode(map[string]float64{
+		"done": float64(done.Load()), "rate": float64(done.Load()) / time.Since(began).Seconds(),
+	})
 }
 
 // latency measures connect + first byte, and the round trip on an open
