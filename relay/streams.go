@@ -59,6 +59,8 @@ type Options struct {
 	// Shut says that somebody else has told the server already that nothing more
 	// comes. The client ends in order, too, after it.
 	Shut bool
+	// Workers run what moves bytes for a moment. Nil: goroutines that begin then.
+	Workers *flow.Workers
 }
 
 // Side is an end of a flow.

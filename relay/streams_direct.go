@@ -5,7 +5,6 @@ import (
 	"io"
 	"net"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 	"unsafe"
@@ -25,10 +24,9 @@ import (
 // client reads exactly those from the socket into memory of its own. No room:
 // it sleeps until the client says so.
 //
-// Up (client to server): an event of the client starts the pump, a goroutine
+// Up (client to server): an event of the client starts the pump, a flow.Burst
 // that writes what Peek shows with one writev and discards it, until nothing is
-// left; then it ends. `wanted` counts events so that none is lost between its
-// last look and its end. The bytes wait in the client's receive buffer until
+// left; then it ends. The bytes wait in the client's receive buffer until
 // the socket has taken them, so the client's window is the back-pressure.
 //
 // Ends. Each direction ends by itself: end of stream is passed on with
@@ -62,9 +60,8 @@ type direct struct {
 	up0, down0 int64       // what the counts began with
 	unwatch    func() bool // ends the watch on the context
 
-	wanted atomic.Int64 // events since the pump last found nothing; 0: no pump
-	pumps  sync.WaitGroup
-	room   chan struct{} // the client may be writable
+	pump flow.Burst
+	room chan struct{} // the client may be writable
 
 	// State of one raw.Read, kept here so that it allocates nothing.
 	downFn func(fd uintptr) bool
@@ -99,6 +96,7 @@ func newDirect(client Direct, server *net.TCPConn, o Options) *direct {
 		room: make(chan struct{}, 1), over: make(chan struct{}),
 		upError: o.Broken,
 	}
+	d.pump.Init(o.Workers, d.up)
 	d.downFn, d.readFn = d.fillClient, d.readServer
 	d.raw, d.err = server.SyscallConn()
 	return d
@@ -122,7 +120,7 @@ func (d *direct) begin(ctx context.Context) {
 	d.takeUrgent()
 	d.unwatch = context.AfterFunc(ctx, func() { d.end(Neither, context.Cause(ctx)) })
 	d.client.Notify(d.event)
-	d.wakePump() // what came before Notify
+	d.pump.Look(d.nothingUp) // what came before Notify
 }
 
 // takeUrgent leaves the server's urgent byte where it was sent, as RFC 6093 §6
@@ -137,7 +135,7 @@ func (d *direct) takeUrgent() {
 func (d *direct) finish() {
 	// No event starts a pump after this, so none is missed by the wait.
 	d.client.Notify(nil)
-	d.pumps.Wait()
+	d.pump.Wait()
 	d.unwatch()
 	if d.broken != nil {
 		d.broken.Stop()
@@ -194,14 +192,7 @@ func (d *direct) event(readable, writable, ended bool) {
 		}
 	}
 	if readable {
-		d.wakePump()
-	}
-}
-
-func (d *direct) wakePump() {
-	if d.wanted.Add(1) == 1 {
-		d.pumps.Add(1)
-		go d.pump()
+		d.pump.Event()
 	}
 }
 
@@ -220,21 +211,22 @@ var vectorPool = sync.Pool{New: func() any {
 	return v
 }}
 
-func (d *direct) pump() {
-	defer d.pumps.Done()
+// nothingUp says that the pump would find nothing.
+func (d *direct) nothingUp() bool {
+	if len(d.o.First) > 0 || d.o.Gone != nil || d.upError != nil {
+		return false
+	}
 	v := vectorPool.Get().(*vectors)
 	defer vectorPool.Put(v)
-	for {
-		seen := d.wanted.Load()
-		d.up(v)
-		if d.wanted.CompareAndSwap(seen, 0) {
-			return
-		}
-	}
+	slices, n, err := d.client.Peek(v.slices[:0])
+	clear(slices)
+	return n == 0 && err == nil
 }
 
 // up moves what the client has sent until there is nothing more now.
-func (d *direct) up(v *vectors) {
+func (d *direct) up() {
+	v := vectorPool.Get().(*vectors)
+	defer vectorPool.Put(v)
 	if !d.first(v) {
 		return
 	}

@@ -59,7 +59,7 @@ func (d *direct) downEnded() bool {
 		return true
 	case d.gone:
 		// The pump says how, after it has passed on what came before.
-		d.wakePump()
+		d.pump.Event()
 		<-d.over
 		return true
 	case d.full:
@@ -99,8 +99,7 @@ func (d *direct) fillClient(fd uintptr) bool {
 
 // nothingQueued tells an end from a pause. SIOCINQ is 0 for both.
 func (d *direct) nothingQueued() bool {
-	var b [1]byte
-	n, _, err := unix.Recvfrom(d.fd, b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
+	n, err := flow.Waiting(uintptr(d.fd))
 	switch {
 	case err == unix.EAGAIN || err == unix.EINTR:
 		return false

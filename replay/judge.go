@@ -75,7 +75,11 @@ func judgeTLS(b []byte) Verdict {
 		}
 		b = b[recordHeader:]
 		part := b[:min(n, len(b))]
-		message = append(message, part...)
+		if message == nil {
+			message = part[:len(part):len(part)] // is looked at where it lies
+		} else {
+			message = append(message, part...)
+		}
 		if v := judgeHello(message); v == Unsafe {
 			return Unsafe
 		}

@@ -200,8 +200,7 @@ func peek(c *net.TCPConn) error {
 	var failed error
 	n := 0
 	err = raw.Read(func(fd uintptr) bool {
-		var b [1]byte
-		n, _, failed = unix.Recvfrom(int(fd), b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
+		n, failed = flow.Waiting(fd)
 		return failed != unix.EAGAIN && failed != unix.EINTR
 	})
 	switch {

@@ -78,6 +78,8 @@ type Options struct {
 	First []byte
 	// Up and Down count the bytes that were handed on. Both may be nil.
 	Up, Down *atomic.Int64
+	// Workers run what moves bytes for a moment. Nil: goroutines that begin then.
+	Workers *flow.Workers
 }
 
 // Result is how a flow comes out of it.
@@ -121,6 +123,7 @@ func Begin(ctx context.Context, client flow.Conn, server *dialer.Conn, o Options
 		o.Hide = func(string, dialer.Hidden) {}
 	}
 	r := &run{o: o, client: client, began: time.Now()}
+	r.links, r.avoid = r.firstLink[:0], r.firstAvoid[:0]
 	l := r.link(server)
 	if d, ok := client.(direct); ok && l.socket != nil && len(o.First) == 0 {
 		res, done, err := r.watched(ctx, d, l)
@@ -139,13 +142,16 @@ type run struct {
 	client flow.Conn
 	began  time.Time
 
-	links   []*link // that live, the oldest first
-	last    *link   // that ended last: open until somebody takes its place
-	avoid   []string
-	replays int
-	hidden  []failure // hidden as soon as somebody takes their place
-	spent   bool      // a place of the budget is held
-	dialing context.CancelFunc
+	links []*link // that live, the oldest first
+	last  *link   // that ended last: open until somebody takes its place
+	avoid []string
+	// Room for those of the first server: nearly always it is the only one.
+	firstLink  [1]*link
+	firstAvoid [1]string
+	replays    int
+	hidden     []failure // hidden as soon as somebody takes their place
+	spent      bool      // a place of the budget is held
+	dialing    context.CancelFunc
 
 	kept      kept
 	verdict   Verdict // on all of kept

@@ -4,7 +4,6 @@ import (
 	"context"
 	"io"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"cgtun/dialer"
@@ -12,10 +11,10 @@ import (
 )
 
 // As long as nothing goes wrong a flow is only watched: the caller's goroutine waits
-// for the server's first byte, and what the client sends is handed on by a pump that
-// lives for a burst, as in relay. A copy is kept. What is not safe stays in the client
-// for relay. All else, an end or a silence of the server, is run's work, which takes
-// over what has been kept and sent.
+// for the server's first byte, and what the client sends is handed on by a flow.Burst,
+// as in relay. A copy is kept. What is not safe stays in the client for relay. All
+// else, an end or a silence of the server, is run's work, which takes over what has
+// been kept and sent.
 
 // direct is a client's end that shows what it has got; relay.Direct is more.
 type direct interface {
@@ -31,8 +30,7 @@ type watch struct {
 	l      *link
 	client direct
 
-	wanted atomic.Int64 // events since the pump last found nothing; 0: no pump
-	pumps  sync.WaitGroup
+	pump flow.Burst
 
 	mu    sync.Mutex
 	ended bool // nothing is handed on any more
@@ -42,25 +40,31 @@ type watch struct {
 // maxShown bounds the slices of one look at a client.
 const maxShown = 16
 
+var shownPool = sync.Pool{New: func() any { return new([maxShown][]byte) }}
+
 // watched sees the flow to the server's first byte, or to the first thing that goes
 // wrong: then it returns false, and the error of a server that has ended.
 func (r *run) watched(ctx context.Context, client direct, l *link) (res Result, done bool, err error) {
 	w := &watch{r: r, l: l, client: client}
+	w.pump.Init(r.o.Workers, w.up)
 	w.arm(r.began.Add(maxTime))
 	unwatch := context.AfterFunc(ctx, func() { w.end(false) })
 	client.Notify(func(readable, _, ended bool) {
 		if readable || ended {
-			w.wake()
+			w.pump.Event()
 		}
 	})
-	w.wake() // what came before Notify
+	w.pump.Look(w.nothing) // what came before Notify
 	err = peek(l.socket)
-	w.end(false)
+	w.stop()
 	client.Notify(nil)
-	_ = l.SetWriteDeadline(flow.Past) // of a pump
-	w.pumps.Wait()
+	if w.pump.Running() {
+		_ = l.SetWriteDeadline(flow.Past)
+		w.pump.Wait()
+		_ = l.SetWriteDeadline(time.Time{})
+	}
 	unwatch()
-	_ = l.SetDeadline(time.Time{})
+	_ = l.SetReadDeadline(time.Time{})
 	switch {
 	case ctx.Err() != nil:
 		_ = l.Reset()
@@ -90,6 +94,13 @@ func (w *watch) end(give bool) {
 	}
 }
 
+// stop is end by the caller itself.
+func (w *watch) stop() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.ended = true
+}
+
 // arm says until when the server may be silent.
 func (w *watch) arm(until time.Time) {
 	w.mu.Lock()
@@ -105,26 +116,20 @@ func (w *watch) over() bool {
 	return w.ended
 }
 
-// wake is called with locks of the client held.
-func (w *watch) wake() {
-	if w.wanted.Add(1) == 1 {
-		w.pumps.Go(w.pump)
-	}
-}
-
-func (w *watch) pump() {
-	for {
-		seen := w.wanted.Load()
-		w.up()
-		if w.wanted.CompareAndSwap(seen, 0) {
-			return
-		}
-	}
+// nothing says that the client has not said anything.
+func (w *watch) nothing() bool {
+	shown := shownPool.Get().(*[maxShown][]byte)
+	defer shownPool.Put(shown)
+	_, n, err := w.client.Peek(shown[:0])
+	clear(shown[:])
+	return n == 0 && err == nil
 }
 
 // up hands on what the client has sent, as long as that is safe.
 func (w *watch) up() {
-	var shown [maxShown][]byte
+	shown := shownPool.Get().(*[maxShown][]byte)
+	defer shownPool.Put(shown)
+	defer clear(shown[:])
 	r := w.r
 	for !w.over() {
 		slices, n, err := w.client.Peek(shown[:0])
@@ -138,7 +143,12 @@ func (w *watch) up() {
 		case n == 0:
 			return
 		}
-		if len(r.kept.b) == 0 && Judge(slices[0], r.o.Port) == Unsafe || n > maxKept {
+		verdict := Undecided
+		fresh := len(r.kept.b) == 0
+		if fresh {
+			verdict = Judge(slices[0], r.o.Port) // before it is copied
+		}
+		if verdict == Unsafe || n > maxKept {
 			w.end(true)
 			return
 		}
@@ -146,7 +156,9 @@ func (w *watch) up() {
 		for _, s := range slices {
 			all = append(all, s...)
 		}
-		verdict := Judge(all, r.o.Port)
+		if !fresh || len(slices) > 1 {
+			verdict = Judge(all, r.o.Port)
+		}
 		if r.chunks++; verdict == Unsafe || len(all) > maxKept || r.chunks > maxChunks {
 			w.end(true)
 			return

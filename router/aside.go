@@ -14,7 +14,7 @@ var errPanicked = errors.New("ended by a panic")
 // is collected: it is not to be that of a goroutine that lives with its flow.
 func (r *Router) aside(do func() error) error {
 	done := make(chan error, 1)
-	go func() {
+	r.asides.Go(func() {
 		err := errPanicked
 		defer func() {
 			if p := recover(); p != nil {
@@ -23,7 +23,7 @@ func (r *Router) aside(do func() error) error {
 			done <- err
 		}()
 		err = do()
-	}()
+	})
 	return <-done
 }
 

@@ -3,9 +3,9 @@ package router
 import (
 	"container/list"
 	"context"
-	"errors"
 	"net/netip"
 	"sync"
+	"time"
 
 	"cgtun/flow"
 )
@@ -45,7 +45,7 @@ type dials struct {
 
 	mu      sync.Mutex
 	total   int
-	sources map[dialSource]*list.List   // of context.CancelCauseFunc, the oldest first
+	sources map[dialSource]*list.List   // of context.CancelFunc, the oldest first
 	having  map[int]map[dialSource]bool // the sources that have so many
 	highest int                         // of having
 	evicted uint64
@@ -59,7 +59,7 @@ type dialing struct {
 
 // begin counts a dial, and ends another one that is too many. Who calls it calls
 // end.
-func (d *dials) begin(f *flow.Flow, cancel context.CancelCauseFunc) dialing {
+func (d *dials) begin(f *flow.Flow, cancel context.CancelFunc) dialing {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.sources == nil {
@@ -90,15 +90,18 @@ func (d *dials) begin(f *flow.Flow, cancel context.CancelCauseFunc) dialing {
 // it taken.
 func (d *dials) evict(of dialSource) {
 	oldest := d.sources[of].Front()
-	oldest.Value.(context.CancelCauseFunc)(errCrowded)
+	oldest.Value.(context.CancelFunc)()
 	d.remove(of, oldest)
 	d.evicted++
 }
 
-func (d *dials) end(one dialing) {
+// end says whether the dial was evicted before.
+func (d *dials) end(one dialing) (evicted bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	evicted = one.place.Value == nil
 	d.remove(one.of, one.place)
+	return evicted
 }
 
 // remove takes a dial out, if it is in.
@@ -133,15 +136,14 @@ func (d *dials) move(of dialSource, from, to int) {
 	}
 }
 
-// inFlight runs a dial that counts, with a context that ends where it has to make
-// room.
-func (r *Router) inFlight(ctx context.Context, f *flow.Flow, do func(context.Context) error) error {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
+// inFlight runs a dial that counts, with a context that ends at a time, or where it
+// has to make room.
+func (r *Router) inFlight(ctx context.Context, until time.Time, f *flow.Flow, do func(context.Context) error) error {
+	ctx, cancel := context.WithDeadline(ctx, until)
+	defer cancel()
 	one := r.dials.begin(f, cancel)
-	defer r.dials.end(one)
 	err := r.aside(func() error { return do(ctx) })
-	if err != nil && errors.Is(context.Cause(ctx), errCrowded) {
+	if r.dials.end(one) && err != nil {
 		return errCrowded
 	}
 	return err

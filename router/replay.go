@@ -35,6 +35,7 @@ func (r *Router) untilAnswer(ctx context.Context, e *entry, ends *streamEnds) bo
 	o := replay.Options{
 		Budget: r.budget, Port: e.flow.Dst.Port(), First: ends.first, Up: &e.up, Down: &e.down,
 		Closed: func() { r.giveSockets(1) }, Usual: g.Usual, Hide: g.Hide,
+		Workers: &r.pumps,
 	}
 	if g.Replay() && movable(ends.by) {
 		o.Redial = func(ctx context.Context, avoid []string) (*dialer.Conn, error) {
@@ -66,9 +67,7 @@ func (r *Router) redial(ctx context.Context, e *entry, o dialer.Outbound, avoid 
 	if err := r.takeSocket(); err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, r.opts.Deadline)
-	defer cancel()
-	err = r.inFlight(ctx, e.flow, func(ctx context.Context) (err error) {
+	err = r.inFlight(ctx, time.Now().Add(r.opts.Deadline), e.flow, func(ctx context.Context) (err error) {
 		t := e.target()
 		t.Avoid = avoid
 		c, err = o.DialStream(ctx, t)

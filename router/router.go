@@ -165,6 +165,8 @@ type Router struct {
 	dials  dials
 	budget *replay.Budget
 	quiets watched
+	asides flow.Workers // of aside
+	pumps  flow.Workers // of relays and replays
 
 	lookups lookups
 
@@ -235,10 +237,12 @@ func New(o Options) *Router {
 // flows are forgotten also when no new ones push them out. Without it MaxMemory
 // is no bound.
 func (r *Router) Run(ctx context.Context) error {
-	var memory sync.WaitGroup
-	defer memory.Wait()
-	memory.Go(func() { r.watchMemory(ctx) })
-	memory.Go(func() { r.quiets.run(ctx) })
+	var others sync.WaitGroup
+	defer others.Wait()
+	others.Go(func() { r.watchMemory(ctx) })
+	others.Go(func() { r.quiets.run(ctx) })
+	others.Go(func() { r.asides.Run(ctx) })
+	others.Go(func() { r.pumps.Run(ctx) })
 	tick := time.NewTicker(dialer.PatienceEvery)
 	defer tick.Stop()
 	for {

@@ -45,8 +45,6 @@ func (s *source) open(ctx context.Context, outbound dialer.Outbound, e *entry) (
 	if time.Since(fell) < failedFor {
 		return nil, &dialer.Error{Hop: outbound.Name(), Op: "open", Reason: flow.HostUnreachable, Err: errFell}
 	}
-	ctx, cancel := context.WithTimeout(ctx, s.r.opts.Deadline)
-	defer cancel()
 	if err := s.r.takeSocket(); err != nil {
 		return nil, err
 	}
@@ -57,7 +55,7 @@ func (s *source) open(ctx context.Context, outbound dialer.Outbound, e *entry) (
 			return dialer.OpenEcho(ctx, outbound, t)
 		}
 	}
-	err := s.r.inFlight(ctx, e.flow, func(ctx context.Context) (err error) {
+	err := s.r.inFlight(ctx, time.Now().Add(s.r.opts.Deadline), e.flow, func(ctx context.Context) (err error) {
 		conn, err = s.openAway(ctx, key, e.target(), dial)
 		return err
 	})

@@ -33,6 +33,7 @@ func (r *Router) ServeStream(ctx context.Context, s flow.Stream) {
 	e.stoppedBy(cancel)
 	result := relay.Streams(ctx, ends.client, ends.server.Conn, relay.Options{
 		Up: &e.up, Down: &e.down, Half: e.closing, First: ends.first, Gone: ends.gone, Broken: ends.broken, Shut: ends.shut,
+		Workers: &r.pumps,
 	})
 	ends.outcome = dialer.Outcome{
 		Reason: result.Reason, ByServer: result.By == relay.Server,
@@ -156,9 +157,7 @@ func (r *Router) dial(ctx context.Context, e *entry, o out, ends *streamEnds) (c
 		return nil, err
 	}
 	ends.place = true
-	ctx, cancel := context.WithDeadline(ctx, e.flow.Start.Add(r.opts.Deadline))
-	defer cancel()
-	err = r.inFlight(ctx, e.flow, func(ctx context.Context) (err error) {
+	err = r.inFlight(ctx, e.flow.Start.Add(r.opts.Deadline), e.flow, func(ctx context.Context) (err error) {
 		c, err = o.DialStream(ctx, e.target())
 		return err
 	})

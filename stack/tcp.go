@@ -81,10 +81,12 @@ type streams struct {
 	errors *rate.Limiter
 
 	serving sync.WaitGroup // goroutines in ServeStream
+	servers flow.Workers   // whose they are
+	shakers flow.Workers   // of handshake
 
 	mu         sync.Mutex
 	ctx        context.Context // of all flows; nil before begin
-	handshakes sync.WaitGroup  // goroutines of the forwarder's
+	handshakes sync.WaitGroup  // goroutines in handshake
 	ended      bool
 }
 
@@ -96,7 +98,9 @@ func newStreams(s *Stack, h flow.Handler) *streams {
 	}
 	t.reuse = newReuse(t)
 	// Handshakes that were evicted stay in the forwarder until they end.
-	t.fwd = tcp.NewForwarder(s.gv, min(firstBuffer, s.o.TCP.Buffer), 2*s.o.TCP.Pending, t.handshake)
+	t.fwd = tcp.NewForwarder(s.gv, min(firstBuffer, s.o.TCP.Buffer), 2*s.o.TCP.Pending, func(r *tcp.ForwarderRequest) {
+		t.shakers.Go(func() { t.handshake(r) })
+	})
 	return t
 }
 
@@ -131,6 +135,8 @@ func (t *streams) begin(ctx context.Context) {
 func (t *streams) run(ctx context.Context) {
 	var kept sync.WaitGroup
 	kept.Go(func() { t.reuse.run(ctx) })
+	kept.Go(func() { t.servers.Run(ctx) })
+	kept.Go(func() { t.shakers.Run(ctx) })
 	t.table.run(ctx)
 	kept.Wait()
 	t.mu.Lock()
@@ -140,8 +146,8 @@ func (t *streams) run(ctx context.Context) {
 	t.serving.Wait()
 }
 
-// endHandshakes ends those that are left after run, and returns when the
-// forwarder's goroutines are gone.
+// endHandshakes ends those that are left after run, and returns when their
+// goroutines are gone.
 func (t *streams) endHandshakes() {
 	gone := make(chan struct{})
 	go func() {
@@ -218,7 +224,7 @@ func (t *streams) syn(id gvstack.TransportEndpointID, seq uint32, pkt *gvstack.P
 	for _, g := range gone {
 		g.evict()
 	}
-	go t.serve(p)
+	t.servers.Go(func() { t.serve(p) })
 }
 
 // serve runs the handler of one flow to its end.
@@ -307,8 +313,8 @@ func (p *pending) goneError(why string) error {
 	return fmt.Errorf("answer %s: %s: %w", p.flow.Src, why, context.Canceled)
 }
 
-// handshake runs in a goroutine of the forwarder's, for the SYN that Accept gave
-// it.
+// handshake runs in a goroutine of its own, for the SYN that Accept gave to the
+// forwarder.
 func (t *streams) handshake(r *tcp.ForwarderRequest) {
 	t.table.mu.Lock()
 	p := t.table.byID[r.ID()]
