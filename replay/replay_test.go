@@ -430,6 +430,43 @@ func TestUnsafeWhileAnotherIsAsked(t *testing.T) {
 	}
 }
 
+// TestUnsafeIsLeftToRelay: a client that has said something unsafe is no longer watched,
+// however silent its server is, and what it has said is not taken from it.
+func TestUnsafeIsLeftToRelay(t *testing.T) {
+	early := string(withExtension([]byte(hello(t, &tls.Config{ServerName: "a.example"})), 42))
+	for _, tt := range []struct{ name, safe, unsafe string }{
+		{"POST", "", post}, {"early data", "", early}, {"GET, then POST", get, post},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			app, end := pair(t)
+			near, far := pair(t)
+			var done sync.WaitGroup
+			defer done.Wait()
+			defer func() { app.Close(); end.Close(); near.Close(); far.Close() }()
+			client := show(end, &done)
+			done.Go(func() {
+				_, _ = io.WriteString(app, tt.safe)
+				_, _ = io.ReadFull(far, make([]byte, len(tt.safe)))
+				_, _ = io.WriteString(app, tt.unsafe)
+			})
+			ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+			defer cancel()
+			server := &dialer.Conn{Conn: flow.NewTCPConn(near), Path: []string{"a"}}
+			res := replay.Begin(ctx, client, server, replay.Options{Port: 80})
+			var left string
+			until(t, "all that is unsafe is with the client", func() bool {
+				parts, _, _ := client.Peek(nil)
+				left = string(bytes.Join(parts, nil))
+				return len(left) >= len(tt.unsafe)
+			})
+			if res.Over || left != tt.unsafe || len(res.Rest) > 0 {
+				t.Errorf("%+v; left to the client: %q", res, left)
+			}
+		})
+	}
+}
+
 // TestNothingIsLost: a flow that is given on at any moment is whole: large
 // requests, late answers, ends.
 func TestNothingIsLost(t *testing.T) {
