@@ -29,24 +29,33 @@ func scale(d time.Duration, f float64) time.Duration { return time.Duration(floa
 
 // times are the last connect times.
 type times struct {
-	last [32]time.Duration
-	n    int // added ever
+	last   [32]time.Duration
+	sorted [32]time.Duration // the same
+	n      int               // added ever
 }
 
 func (t *times) add(d time.Duration) {
-	t.last[t.n%len(t.last)] = d
+	n, at := t.len(), t.n%len(t.last)
+	if t.n >= len(t.last) {
+		i, _ := slices.BinarySearch(t.sorted[:n], t.last[at])
+		copy(t.sorted[i:], t.sorted[i+1:])
+		n--
+	}
+	i, _ := slices.BinarySearch(t.sorted[:n], d)
+	copy(t.sorted[i+1:], t.sorted[i:n])
+	t.last[at], t.sorted[i] = d, d
 	t.n++
 }
 
+func (t *times) len() int { return min(t.n, len(t.last)) }
+
 // p95 is 0 if there is nothing yet.
 func (t *times) p95() time.Duration {
-	n := min(t.n, len(t.last))
+	n := t.len()
 	if n == 0 {
 		return 0
 	}
-	sorted := t.last
-	slices.Sort(sorted[:n])
-	return sorted[(n-1)*95/100]
+	return t.sorted[(n-1)*95/100]
 }
 
 // recent are the destinations that were reached last, each once, the newest at

@@ -52,7 +52,9 @@ func (g *Group) Config() Config { return g.c }
 func (g *Group) DialStream(ctx context.Context, t dialer.Target) (*dialer.Conn, error) {
 	r := race[*dialer.Conn]{
 		g: g, target: t, scored: true,
-		dial: func(ctx context.Context, o dialer.Outbound) (*dialer.Conn, error) { return o.DialStream(ctx, t) },
+		dial: func(ctx context.Context, o dialer.Outbound, t *dialer.Target) (*dialer.Conn, error) {
+			return o.DialStream(ctx, *t)
+		},
 	}
 	c, m, err := r.run(ctx)
 	if err != nil {
@@ -70,15 +72,15 @@ func (g *Group) DialStream(ctx context.Context, t dialer.Target) (*dialer.Conn, 
 
 // OpenPackets implements dialer.Outbound: the first member that can.
 func (g *Group) OpenPackets(ctx context.Context, t dialer.Target) (*dialer.PacketConn, error) {
-	return g.openPackets(ctx, t, func(ctx context.Context, o dialer.Outbound) (*dialer.PacketConn, error) {
-		return o.OpenPackets(ctx, t)
+	return g.openPackets(ctx, t, func(ctx context.Context, o dialer.Outbound, t *dialer.Target) (*dialer.PacketConn, error) {
+		return o.OpenPackets(ctx, *t)
 	})
 }
 
 // OpenEcho implements dialer.Echoer.
 func (g *Group) OpenEcho(ctx context.Context, t dialer.Target) (*dialer.PacketConn, error) {
-	return g.openPackets(ctx, t, func(ctx context.Context, o dialer.Outbound) (*dialer.PacketConn, error) {
-		return dialer.OpenEcho(ctx, o, t)
+	return g.openPackets(ctx, t, func(ctx context.Context, o dialer.Outbound, t *dialer.Target) (*dialer.PacketConn, error) {
+		return dialer.OpenEcho(ctx, o, *t)
 	})
 }
 
@@ -94,7 +96,7 @@ func (g *Group) some(can func(dialer.Outbound) error) bool {
 }
 
 // openPackets says nothing to the scores: most outbounds ask nobody.
-func (g *Group) openPackets(ctx context.Context, t dialer.Target, open func(context.Context, dialer.Outbound) (*dialer.PacketConn, error)) (*dialer.PacketConn, error) {
+func (g *Group) openPackets(ctx context.Context, t dialer.Target, open func(context.Context, dialer.Outbound, *dialer.Target) (*dialer.PacketConn, error)) (*dialer.PacketConn, error) {
 	r := race[*dialer.PacketConn]{g: g, target: t, dial: open}
 	c, _, err := r.run(ctx)
 	return c, err

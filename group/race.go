@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"runtime/debug"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -47,18 +48,24 @@ const (
 type race[T io.Closer] struct {
 	g      *Group
 	target dialer.Target
-	dial   func(context.Context, dialer.Outbound) (T, error)
+	dial   func(context.Context, dialer.Outbound, *dialer.Target) (T, error)
 	scored bool // what it tells is for the scores
 
+	until    time.Time // the deadline of it all
 	stagger  time.Duration
 	queue    []ranked
 	tries    []*try // of this round
 	inFlight int
-	extra    int // places that the attempts beside the first have taken
-	results  chan result[T]
+	extra    int       // places that the attempts beside the first have taken
 	nextAt   time.Time // when the next of the queue may start
 	began    time.Time // of the round
 	answered time.Time // when the refused give up waiting for the others; zero: no refusal
+
+	first   [1]*try // room for tries: nearly always it is enough
+	making  sync.Once
+	results chan result[T] // by ended
+	joined  sync.WaitGroup // the goroutine in which the others have joined
+	outcome outcome[T]     // of that
 }
 
 // try is one member's attempt.
@@ -69,11 +76,19 @@ type try struct {
 	lost   atomic.Pointer[errPathLost] // the kernel's word was the cause
 	done   bool
 	err    error
+	at     int // its place in path.inFlight
 }
 
 type result[T any] struct {
 	*try
 	conn T
+	err  error
+}
+
+// outcome is how a race ends.
+type outcome[T any] struct {
+	conn T
+	m    *member
 	err  error
 }
 
@@ -86,59 +101,62 @@ func (e *errPathLost) FlowReason() flow.Reason { return flow.NetUnreachable }
 // run returns the conn of the first member to connect, and that member. Nothing
 // of the race is left when it returns.
 func (r *race[T]) run(ctx context.Context) (conn T, m *member, err error) {
-	ctx, cancel := context.WithTimeout(ctx, r.g.c.Deadline)
-	defer cancel()
-	// Room for all that can be in flight: an attempt never waits for us.
-	r.results = make(chan result[T], maxInFlight)
-	r.round(time.Now())
+	now := time.Now()
+	r.until = now.Add(r.g.c.Deadline)
+	r.round(now)
 	if len(r.queue) == 0 {
 		return conn, nil, r.fail(flow.HostUnreachable, errNobody)
 	}
-	r.stagger = r.g.scores.stagger(r.queue[0].path, r.g.c.Stagger)
+	r.stagger = r.g.scores.stagger(r.queue[0].path, r.g.c.Stagger, now)
 	if r.stagger > 0 {
-		return r.alone(ctx, cancel)
+		return r.alone(ctx, now)
 	}
-	return r.loop(ctx, cancel)
+	return r.loop(ctx)
 }
 
-// outcome is how a race ends.
-type outcome[T any] struct {
-	conn T
-	m    *member
-	err  error
+// ended is where attempts that have ended are told of. Room for all that can be in
+// flight: an attempt never waits for us.
+func (r *race[T]) ended() chan result[T] {
+	r.making.Do(func() { r.results = make(chan result[T], maxInFlight) })
+	return r.results
 }
 
 // alone asks the first member in the caller's goroutine: nearly always that is all
 // there is to do. The others join when the stagger is over, or when it has failed.
-func (r *race[T]) alone(ctx context.Context, cancel func()) (conn T, m *member, err error) {
-	var joined outcome[T]
-	over := make(chan struct{})
-	t, attempt := r.next(ctx, time.Now())
-	rest := time.AfterFunc(r.stagger, func() {
-		defer close(over)
-		defer func() {
-			if p := recover(); p != nil {
-				joined.err = r.panicked(p, r.g.c.Name)
-			}
-		}()
-		joined.conn, joined.m, joined.err = r.loop(ctx, cancel)
-	})
+func (r *race[T]) alone(ctx context.Context, now time.Time) (conn T, m *member, err error) {
+	r.joined.Add(1)
+	t, attempt := r.next(ctx, now)
+	rest := time.AfterFunc(r.stagger, func() { r.join(ctx) })
 	res := r.try(attempt, t)
 	if !rest.Stop() {
-		r.results <- res
-		<-over
-		return joined.conn, joined.m, joined.err
+		r.ended() <- res
+		r.joined.Wait()
+		return r.outcome.conn, r.outcome.m, r.outcome.err
 	}
-	r.took(&res)
+	now = r.took(&res)
 	if res.err == nil {
-		r.settle(t, nil)
+		r.settle(t, now)
 		return res.conn, t.member, nil
 	}
-	return r.loop(ctx, cancel)
+	return r.loop(ctx)
+}
+
+// join is loop beside an attempt of alone.
+func (r *race[T]) join(ctx context.Context) {
+	defer r.joined.Done()
+	defer func() {
+		if p := recover(); p != nil {
+			r.outcome.err = r.panicked(p, r.g.c.Name)
+		}
+	}()
+	r.outcome.conn, r.outcome.m, r.outcome.err = r.loop(ctx)
 }
 
 // loop sees the race to its end.
-func (r *race[T]) loop(ctx context.Context, cancel func()) (conn T, m *member, err error) {
+func (r *race[T]) loop(ctx context.Context) (conn T, m *member, err error) {
+	ctx, cancel := context.WithDeadline(ctx, r.until)
+	defer cancel()
+	results := r.ended()
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
@@ -146,30 +164,29 @@ func (r *race[T]) loop(ctx context.Context, cancel func()) (conn T, m *member, e
 		r.start(ctx, now)
 		if r.inFlight == 0 && len(r.queue) == 0 {
 			again, err := r.verdict()
+			r.settle(nil, now)
 			if !again {
-				r.settle(nil, nil)
 				return conn, nil, err
 			}
-			r.settle(nil, nil)
 			r.round(later(now, r.began.Add(roundTime)))
 		}
 		timer.Reset(time.Until(r.wake(now)))
 		select {
-		case res := <-r.results:
-			r.took(&res)
+		case res := <-results:
+			now := r.took(&res)
 			if res.err == nil {
-				r.settle(res.try, cancel)
+				r.settle(res.try, now)
 				return res.conn, res.member, nil
 			}
 		case now := <-timer.C:
 			if !r.answered.IsZero() && !now.Before(r.answered) {
 				_, err := r.verdict()
-				r.settle(nil, cancel)
+				r.settle(nil, time.Now())
 				return conn, nil, err
 			}
 		case <-ctx.Done():
 			err := r.over(ctx)
-			r.settle(nil, cancel)
+			r.settle(nil, time.Now())
 			return conn, nil, err
 		}
 	}
@@ -184,7 +201,7 @@ func later(a, b time.Time) time.Time {
 
 // round asks all members again, from then on.
 func (r *race[T]) round(then time.Time) {
-	r.queue, r.tries = r.g.rank(&r.target, time.Now()), nil
+	r.queue, r.tries = r.g.rank(&r.target, time.Now()), r.first[:0]
 	r.began, r.nextAt = then, then
 }
 
@@ -205,7 +222,11 @@ func (r *race[T]) start(ctx context.Context, now time.Time) {
 
 // next begins the attempt of the next member.
 func (r *race[T]) next(ctx context.Context, now time.Time) (*try, context.Context) {
-	attempt, cancel := context.WithTimeout(ctx, r.g.c.Attempt)
+	until := now.Add(r.g.c.Attempt)
+	if r.until.Before(until) {
+		until = r.until
+	}
+	attempt, cancel := context.WithDeadline(ctx, until)
 	t := &try{member: r.queue[0].member, began: now, cancel: cancel}
 	r.queue = r.queue[1:]
 	r.tries = append(r.tries, t)
@@ -232,7 +253,7 @@ func (r *race[T]) safely(ctx context.Context, o dialer.Outbound) (conn T, err er
 			err = r.panicked(p, o.Name())
 		}
 	}()
-	return r.dial(ctx, o)
+	return r.dial(ctx, o, &r.target)
 }
 
 // panicked tells of a panic. It is to be called where that was recovered.
@@ -254,27 +275,30 @@ func (r *race[T]) wake(now time.Time) time.Time {
 	return at
 }
 
-// took notes the end of an attempt.
-func (r *race[T]) took(res *result[T]) {
-	now := time.Now()
+// took notes the end of an attempt, which is now.
+func (r *race[T]) took(res *result[T]) (now time.Time) {
+	now = time.Now()
 	t := res.try
 	t.done, t.err = true, res.err
 	t.cancel()
 	r.inFlight--
-	r.g.scores.end(t)
+	took := now.Sub(t.began)
+	if res.err == nil && r.scored {
+		r.g.scores.connected(t, r.target.Addr, took, now)
+	} else {
+		r.g.scores.end(t)
+	}
 	if r.scored && r.g.scores.meter != nil {
-		r.g.scores.meter.Dialled(t.path.name, now.Sub(t.began), flow.ReasonOf(res.err))
+		r.g.scores.meter.Dialled(t.path.name, took, flow.ReasonOf(res.err))
 	}
 	if res.err == nil {
-		if r.scored {
-			r.g.scores.connected(t.path, r.target.Addr, now.Sub(t.began), now)
-		}
-		return
+		return now
 	}
 	r.nextAt = now
 	if isAnswer(res.err) && r.answered.IsZero() {
 		r.answered = now.Add(r.g.scores.answerWait(r.g.members))
 	}
+	return now
 }
 
 // isAnswer tells what a destination, or who guards it, says from what becomes of
@@ -339,16 +363,16 @@ func (r *race[T]) fail(why flow.Reason, err error) error {
 }
 
 // settle ends what is in flight and tells the scores what the others than the
-// winner did. cancel is nil if nothing is in flight.
-func (r *race[T]) settle(winner *try, cancel func()) {
-	now := time.Now()
-	if cancel != nil {
-		cancel()
+// winner did.
+func (r *race[T]) settle(winner *try, now time.Time) {
+	if r.inFlight > 0 {
+		for _, t := range r.tries {
+			t.cancel()
+		}
 	}
 	for r.inFlight > 0 {
 		res := <-r.results
 		r.inFlight--
-		res.cancel()
 		r.g.scores.end(res.try)
 		if res.err == nil {
 			_ = res.conn.Close()
@@ -383,8 +407,7 @@ func exhausted(err error) bool {
 }
 
 // stagger is how long the first member of a race is alone, most at most.
-func (s *Scores) stagger(p *path, most time.Duration) time.Duration {
-	now := time.Now()
+func (s *Scores) stagger(p *path, most time.Duration, now time.Time) time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if l := &p.level[connects]; !l.failedAt.IsZero() && now.Sub(l.failedAt) < freshFailure || p.down != "" {
@@ -425,11 +448,21 @@ func (s *Scores) begin(t *try) {
 	defer s.mu.Unlock()
 	t.path.dials++
 	t.path.used = t.began
-	t.path.inFlight[t] = true
+	t.at = len(t.path.inFlight)
+	t.path.inFlight = append(t.path.inFlight, t)
 }
 
 func (s *Scores) end(t *try) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	delete(t.path.inFlight, t)
+	t.path.end(t)
+}
+
+// end takes an attempt out of those in flight. Under Scores.mu.
+func (p *path) end(t *try) {
+	last := len(p.inFlight) - 1
+	p.inFlight[t.at] = p.inFlight[last]
+	p.inFlight[t.at].at = t.at
+	p.inFlight[last] = nil
+	p.inFlight = p.inFlight[:last]
 }

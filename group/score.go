@@ -169,7 +169,7 @@ type path struct {
 	down      string    // why it cannot be used at all; empty: it can
 	downSince time.Time
 
-	inFlight map[*try]bool
+	inFlight []*try
 
 	dials, failures uint64
 	hidden          [dialer.HiddenKinds]uint64
@@ -215,6 +215,9 @@ func (s *share) failure(now time.Time) {
 
 // value is from 0 to 1; 1 is nothing wrong.
 func (s *share) value(now time.Time) float64 {
+	if s.bad == 0 {
+		return 1
+	}
 	s.age(now)
 	return (1 + s.good) / (1 + s.good + s.bad)
 }
@@ -243,7 +246,7 @@ func (s *Scores) of(o dialer.Outbound) *path {
 	defer s.mu.Unlock()
 	p := s.paths[o.Name()]
 	if p == nil {
-		p = &path{name: o.Name(), out: o, inFlight: make(map[*try]bool)}
+		p = &path{name: o.Name(), out: o}
 		s.paths[p.name] = p
 		s.order = append(s.order, p)
 	}
@@ -377,10 +380,12 @@ func (s *Scores) back(p *path, now time.Time, why string) {
 	p.ejected = time.Time{}
 }
 
-// connected notes a flow's connect, and how long it took.
-func (s *Scores) connected(p *path, dst netip.AddrPort, took time.Duration, now time.Time) {
+// connected is the end of an attempt that has connected a flow, and took so long.
+func (s *Scores) connected(t *try, dst netip.AddrPort, took time.Duration, now time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	p := t.path
+	p.end(t)
 	p.times.add(took)
 	p.connect.add(took.Seconds())
 	p.live++

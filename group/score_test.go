@@ -3,7 +3,9 @@ package group_test
 import (
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -464,4 +466,17 @@ func TestNext(t *testing.T) {
 			t.Errorf("a flow of before tells nothing: %+v, was %+v", a, after["a"])
 		}
 	})
+}
+
+// TestUsualConnectTime: of the last 32.
+func TestUsualConnectTime(t *testing.T) {
+	var all []time.Duration
+	for n := range 200 {
+		all = append(all, time.Duration(rand.IntN(20)))
+		last := slices.Clone(all[max(0, len(all)-32):])
+		slices.Sort(last)
+		if got, want := group.P95(all...), last[(len(last)-1)*95/100]; got != want {
+			t.Fatalf("after %d: %d, want %d of %v", n+1, got, want, last)
+		}
+	}
 }
