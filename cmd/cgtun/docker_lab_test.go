@@ -428,6 +428,17 @@ func (d *dockers) testRegistryNearby() {
 	}
 }
 
+// flowsOf counts the flows of a container.
+func (d *dockers) flowsOf(id string) (n int) {
+	d.t.Helper()
+	for _, f := range d.flows() {
+		if string(f.Attachment) == id[:12] {
+			n++
+		}
+	}
+	return n
+}
+
 // flowsTo counts cgtun's flows to a port.
 func (d *dockers) flowsTo(port uint16) (n int) {
 	d.t.Helper()
@@ -443,10 +454,15 @@ func (d *dockers) flowsTo(port uint16) (n int) {
 // captured from its first packet on.
 func (d *dockers) testRestart() {
 	for _, end := range []string{"stopped", "killed"} {
+		var sends string // a container that lives on
 		if end == "stopped" {
 			d.stopDaemon()
 		} else {
+			sends = d.docker("run", "-d", registry+"/base", "sh", "-c", "while first "+far4+" 7000; do sleep 0.1; done; sleep 600")
 			d.kill9()
+			n := d.flowsOf(sends)
+			labtest.Eventually(d.t, 20*time.Second, func() bool { return d.flowsOf(sends) > n+2 }, "a step of it goes on, captured")
+			d.noLeak("a step without its daemon")
 		}
 		labtest.Eventually(d.t, 10*time.Second, func() bool {
 			s := d.status().Docker
@@ -462,6 +478,9 @@ func (d *dockers) testRestart() {
 			s := d.status().Docker
 			return len(s) == 1 && s[0].Running && s[0].Version != ""
 		}, "the next one is captured")
+		if sends != "" {
+			d.docker("rm", "-f", sends)
+		}
 		d.t.Logf("%s: shown with its version %v after its first answer", end, time.Since(begin))
 		d.forget()
 		for _, by := range []builder{classic, buildKit} {
