@@ -111,8 +111,10 @@ func (s *source) drop(out *packetOut, err error) {
 	if s.outs[out.key] == out {
 		delete(s.outs, out.key)
 	}
-	// Where there are other paths the next one is tried, and so is another address.
-	if !out.movable && err != nil && !errors.Is(err, errAddressGone) && time.Since(out.opened) < failedFor {
+	// Where there are other paths the next one is tried, and so is another address;
+	// one for pings can end to make room for others.
+	udp := s.client.Flow().Proto == flow.UDP
+	if udp && !out.movable && err != nil && !errors.Is(err, errAddressGone) && time.Since(out.opened) < failedFor {
 		s.fell[out.key] = time.Now()
 	}
 	s.mu.Unlock()
