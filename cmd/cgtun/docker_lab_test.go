@@ -141,6 +141,7 @@ func (d *dockers) testParts(parts []part) bool {
 // runs is not.
 func (d *dockers) testBuildsAlone() {
 	c := d.start(d.configDocker(`"builds"`, second))
+	d.doctorSays(`"builds"`, "the steps of BuildKit are captured", "cannot be told from any container")
 	d.built(buildKit, fmt.Sprintf("FROM %s/base\nRUN [\"/bin/first\", %q, \"7000\"]\n", registry, far4))
 	if out, err := d.try("run", "--rm", registry+"/base", "ping", "-c1", "-W1", far4); err == nil {
 		d.t.Errorf("a container is captured: %s", out)
@@ -258,6 +259,17 @@ func (d *dockers) testCost() {
 	}
 }
 
+// doctorSays: doctor tells what of the daemon is captured, and what is not.
+func (d *dockers) doctorSays(mode string, want ...string) {
+	d.t.Helper()
+	out, errs, _ := d.cgtun("doctor", "-c", d.write(d.configDocker(mode, second)))
+	for _, w := range want {
+		if !strings.Contains(out, w) {
+			d.t.Errorf("doctor, docker = %s, does not say %q:\n%s%s", mode, w, out, errs)
+		}
+	}
+}
+
 // shown waits until a container has an attachment with its digits.
 func (d *dockers) shown(id string) {
 	d.t.Helper()
@@ -300,6 +312,7 @@ func (d *dockers) testStatus() {
 	if s.State != control.Ready {
 		d.t.Errorf("it is %s", s.State)
 	}
+	d.doctorSays("true", "its pulls and all its containers are captured", "cgtun run -- docker build")
 	d.docker("rm", "-f", id)
 	labtest.Eventually(d.t, 20*time.Second, func() bool { return d.container(id) == nil }, "it has gone")
 	// A step of BuildKit is no container, and is known by the id in its cgroup's name.
