@@ -78,33 +78,40 @@ func lookOnce(device string, interfaces []string) (*surroundings, error) {
 			s.add(peer.Masked())
 		}
 	}
-	routes, err := netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+	// One by one: who may change the routes of a namespace can make millions.
+	err = netlink.RouteListFilteredIter(netlink.FAMILY_ALL, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE, func(r netlink.Route) bool {
+		s.addRoute(&r, selected[r.LinkIndex])
+		return true
+	})
 	if err != nil {
 		return nil, fmt.Errorf("list routes: %w", err)
-	}
-	for _, r := range routes {
-		if isDefault(&r) && r.LinkIndex != s.device {
-			s.default4 = s.default4 || r.Family == unix.AF_INET
-			s.default6 = s.default6 || r.Family == unix.AF_INET6
-			if gw, ok := netip.AddrFromSlice(r.Gw); ok {
-				s.gateways = append(s.gateways, gw.Unmap())
-			}
-		}
-		if prefix, ok := tun.PrefixOf(r.Dst); ok && selected[r.LinkIndex] && prefix.Bits() > 0 {
-			s.behind = append(s.behind, prefix.Masked())
-		}
-		// The kernel's own routes are those that came with an address.
-		if r.Protocol != unix.RTPROT_KERNEL || r.Gw != nil || r.LinkIndex == s.device || r.Dst == nil {
-			continue
-		}
-		if prefix, ok := tun.PrefixOf(r.Dst); ok {
-			s.add(prefix.Masked())
-		}
 	}
 	s.connected = slices.DeleteFunc(s.connected, alwaysAlone)
 	slices.SortFunc(s.connected, comparePrefix)
 	s.connected = slices.Compact(s.connected)
 	return s, nil
+}
+
+// addRoute takes what a route of the main table tells; selected says whether it
+// leads to one of the selected interfaces.
+func (s *surroundings) addRoute(r *netlink.Route, selected bool) {
+	if isDefault(r) && r.LinkIndex != s.device {
+		s.default4 = s.default4 || r.Family == unix.AF_INET
+		s.default6 = s.default6 || r.Family == unix.AF_INET6
+		if gw, ok := netip.AddrFromSlice(r.Gw); ok {
+			s.gateways = append(s.gateways, gw.Unmap())
+		}
+	}
+	if prefix, ok := tun.PrefixOf(r.Dst); ok && selected && prefix.Bits() > 0 {
+		s.behind = append(s.behind, prefix.Masked())
+	}
+	// The kernel's own routes are those that came with an address.
+	if r.Protocol != unix.RTPROT_KERNEL || r.Gw != nil || r.LinkIndex == s.device || r.Dst == nil {
+		return
+	}
+	if prefix, ok := tun.PrefixOf(r.Dst); ok {
+		s.add(prefix.Masked())
+	}
 }
 
 // devicesIn are those of links that packets can leave a namespace by: all but

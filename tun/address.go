@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -20,17 +21,26 @@ const maxDefaults = 256
 // program's name.
 var default6 = netip.MustParseAddr("fd00:101:6367:7475:6e00::")
 
+// What the defaults are taken from.
+var (
+	defaults4 = netip.MustParsePrefix("198.18.0.0/16")
+	defaults6 = netip.PrefixFrom(default6, 112)
+)
+
 // holding is a prefix in use, and by whom.
 type holding struct {
 	prefix netip.Prefix
 	holder string
 }
 
-// inUse is every address and route of a namespace but the default routes.
+// inUse is every address and route of a namespace but the default routes, as far
+// as it can be in the way.
 type inUse []holding
 
-// prefixesInUse reads them from all tables.
-func prefixesInUse(h *netlink.Handle) (inUse, error) {
+// prefixesInUse reads them from all tables; want is what is asked for beside the
+// defaults. Routes are read one by one: who may change those of a namespace can make
+// millions.
+func prefixesInUse(h *netlink.Handle, want []netip.Prefix) (inUse, error) {
 	links, err := h.LinkList()
 	if err != nil {
 		return nil, fmt.Errorf("list devices: %w", err)
@@ -49,17 +59,18 @@ func prefixesInUse(h *netlink.Handle) (inUse, error) {
 			used = append(used, holding{p, fmt.Sprintf("address %s on %s", p, names[a.LinkIndex])})
 		}
 	}
+	wanted := append([]netip.Prefix{defaults4, defaults6}, want...)
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
 		// Table 0 as a filter means every table.
-		routes, err := h.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
-		if err != nil && !errors.Is(err, unix.EAFNOSUPPORT) {
-			return nil, fmt.Errorf("list routes: %w", err)
-		}
-		for _, r := range routes {
+		err := h.RouteListFilteredIter(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE, func(r netlink.Route) bool {
 			p, ok := PrefixOf(r.Dst)
-			if ok && p.Bits() > 0 && !p.Addr().IsMulticast() {
+			if ok && p.Bits() > 0 && slices.ContainsFunc(wanted, p.Overlaps) {
 				used = append(used, holding{p, fmt.Sprintf("route %s dev %s", p, names[r.LinkIndex])})
 			}
+			return true
+		})
+		if err != nil && !errors.Is(err, unix.EAFNOSUPPORT) {
+			return nil, fmt.Errorf("list routes: %w", err)
 		}
 	}
 	return used, nil

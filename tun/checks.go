@@ -91,7 +91,7 @@ func checkFree(name string, ns netns.Ref, o Options) []doctor.Result {
 			results = found(name, doctor.OK, "it is this instance's own", "")
 			return nil
 		}
-		used, err := prefixesInUse(h)
+		used, err := prefixesInUse(h, o.Addresses)
 		if err != nil {
 			return err
 		}

@@ -203,7 +203,7 @@ func (d *Device) free(h *netlink.Handle, o Options) (inUse, error) {
 	if d.name, err = freeName(h, o); err != nil {
 		return nil, err
 	}
-	used, err := prefixesInUse(h)
+	used, err := prefixesInUse(h, o.Addresses)
 	if err != nil {
 		return nil, err
 	}
