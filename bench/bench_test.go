@@ -292,7 +292,7 @@ func cell(v float64, ok bool) string {
 }
 
 // BenchmarkEndToEnd prints one table. CGTUN_BENCH_ROUNDS (3) and
-// CGTUN_BENCH_SECONDS (1, of each bulk cell) make it longer, CGTUN_BENCH_ONLY
+// CGTUN_BENCH_SECONDS (1, of each bulk cell and rate) make it longer, CGTUN_BENCH_ONLY
 // (bulk,rate,latency,udp,memory), CGTUN_BENCH_CELL ("tcp up 4") and
 // CGTUN_BENCH_WAYS ("splice,cgtun") shorter. CGTUN_BENCH_HANDLER=plain leaves the
 // router out, CGTUN_BENCH_QUEUES has more queues, CGTUN_BENCH_PROFILE=FILE
