@@ -190,6 +190,7 @@ func newRace(ctx context.Context, members []string) (dialer.Outbound, error) {
 type plain struct{}
 
 func (plain) ServeStream(ctx context.Context, s flow.Stream) {
+	s.Begun()
 	var d net.Dialer
 	c, err := d.DialContext(ctx, "tcp", s.Flow().Dst.String())
 	if err != nil {

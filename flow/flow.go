@@ -90,6 +90,9 @@ type Conn interface {
 // and Reject is called, once.
 type Stream interface {
 	Flow() *Flow
+	// Begun is called before the flow waits for anybody else: of those that wait for
+	// their turn the next one may begin. Accept, Reject and the end say it, too.
+	Begun()
 	// Accept answers the SYN. Who called it closes the Conn.
 	Accept() (Conn, error)
 	// Reject tells the client why: RST, an ICMP error or silence. said is as
@@ -123,6 +126,8 @@ type Datagram struct {
 // Unreachable, but not beside itself.
 type PacketConn interface {
 	Flow() *Flow
+	// Begun is as in Stream; the second ReadBatch says it, too.
+	Begun()
 	// ReadBatch waits for at least one datagram. io.EOF: the source was
 	// idle for too long, or its attachment has gone.
 	ReadBatch([]Datagram) (int, error)

@@ -62,8 +62,7 @@ func (e *entry) dialled(began time.Time, err error) flow.Reason {
 	way := e.way
 	e.mu.Unlock()
 	why := flow.ReasonOf(err)
-	var full noRoom
-	if errors.As(err, &full) || errors.Is(err, errCrowded) {
+	if noPlace(err) {
 		e.r.counts.refused.Add(1)
 		return why // no failure of the outbound
 	}

@@ -75,6 +75,8 @@ func newClient(dst string) *client {
 
 func (c *client) Flow() *flow.Flow { return c.flow }
 
+func (c *client) Begun() {}
+
 func (c *client) Accept() (flow.Conn, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

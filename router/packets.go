@@ -111,6 +111,8 @@ type source struct {
 	answers []flow.Datagram // to queries of the batch
 	swept   time.Time
 
+	turnedAway bool // a flow, for want of room
+
 	mu    sync.Mutex
 	peers map[netip.AddrPort]*peer
 	idle  *list.List // of *peer, the longest silent first
@@ -159,7 +161,17 @@ func (s *source) serve(ctx context.Context) {
 			return
 		}
 		s.forward(ctx, dgs)
+		if s.turnedAway && !s.served() {
+			return // it takes none meanwhile; the next datagram asks again
+		}
 	}
+}
+
+// served says whether there is a socket for any peer.
+func (s *source) served() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.outs) > 0
 }
 
 // forward sends the datagrams to the outbounds of their peers, in runs as long
@@ -335,6 +347,7 @@ func (s *source) settle(ctx context.Context, p *peer, facts *rules.Facts, from s
 	}
 	if err != nil {
 		why := p.e.dialled(began, err)
+		s.turnedAway = s.turnedAway || noPlace(err)
 		p.tell, p.until = why, now.Add(failedFor)
 		if f.Proto == flow.UDP && why != flow.Prohibited && why != flow.Canceled {
 			// Without cgtun sendto(2) would fail. Of the ICMP errors every

@@ -48,6 +48,8 @@ func newPacketClient() *packetClient {
 
 func (c *packetClient) Flow() *flow.Flow { return c.f }
 
+func (c *packetClient) Begun() {}
+
 func (c *packetClient) ReadBatch(dgs []flow.Datagram) (int, error) {
 	select {
 	case d := <-c.sent:
@@ -529,4 +531,30 @@ func TestNameInTwoDatagrams(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A source that finds no room takes none: it ends, and asks again with its next
+// datagram.
+func TestSourceWithoutRoomEnds(t *testing.T) {
+	out := newPacketOutbound("up")
+	servePackets(t, router.Options{MaxSockets: 1}, []rules.Config{{Use: "up"}}, map[string]dialer.Outbound{"up": out},
+		func(r *router.Router, c *packetClient, cancel context.CancelFunc) {
+			c.sent <- flow.Datagram{Peer: peerN(1), Data: []byte("first")}
+			<-(<-out.open).out
+			other := newPacketClient()
+			go func() { other.sent <- flow.Datagram{Peer: peerN(2), Data: []byte("second")} }()
+			began := time.Now()
+			ctx, cancelOther := context.WithTimeout(context.Background(), time.Minute)
+			defer cancelOther()
+			r.ServePackets(ctx, other)
+			if took := time.Since(began); took > 0 {
+				t.Errorf("it stayed for %v", took)
+			}
+			if got := <-other.told; got.peer != peerN(2) || got.why != flow.Refused {
+				t.Errorf("told %+v", got)
+			}
+			if n := r.Counters().FlowsLive; n != 1 {
+				t.Errorf("%d flows live, want the first one's", n)
+			}
+		})
 }

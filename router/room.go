@@ -2,6 +2,7 @@ package router
 
 import (
 	"context"
+	"errors"
 	"runtime"
 	"runtime/debug"
 	"runtime/metrics"
@@ -24,6 +25,12 @@ const (
 	errNoSocket noRoom = "as many outbound sockets as the limit of open files allows"
 	errNoMemory noRoom = "as much memory in use as [limits] memory allows"
 )
+
+// noPlace says whether a flow was not served for want of room, or to make some.
+func noPlace(err error) bool {
+	var full noRoom
+	return errors.As(err, &full) || errors.Is(err, errCrowded)
+}
 
 // takeSocket takes a place for an outbound socket, or none and says why.
 // giveSockets gives some back.
@@ -81,7 +88,7 @@ const (
 	collectHurried = 5
 	// And that often where more than an eighth of the memory is held, so that what
 	// a flood leaves goes back to the system.
-	collectAtLeast = 30 * time.Second
+	collectAtLeast = 20 * time.Second
 	// stallRoom is kept free for each open flow, for the time that its ends do
 	// not read: its buffers are as small as they get by then.
 	stallRoom = 8 << 10

@@ -55,6 +55,7 @@ func (s *source) open(ctx context.Context, outbound dialer.Outbound, e *entry) (
 			return dialer.OpenEcho(ctx, outbound, t)
 		}
 	}
+	s.client.Begun()
 	err := s.r.inFlight(ctx, time.Now().Add(s.r.opts.Deadline), e.flow, func(ctx context.Context) (err error) {
 		conn, err = s.openAway(ctx, key, e.target(), dial)
 		return err

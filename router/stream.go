@@ -127,6 +127,7 @@ func (r *Router) connectServer(ctx context.Context, e *entry, s flow.Stream, end
 		e.end(flow.ReasonOf(err))
 		return false
 	}
+	s.Begun()
 	began := time.Now()
 	server, err := r.dial(ctx, e, outbound, ends)
 	if why := e.dialled(began, err); err != nil {

@@ -49,6 +49,7 @@ type pending struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	place  *list.Element
+	turn   turn
 
 	// Under table.mu.
 	phase    phase
@@ -126,6 +127,7 @@ func (t *table) classifyLocked(id gvstack.TransportEndpointID, seq uint32, now t
 	if p := t.byID[id]; p != nil {
 		if p.seq == seq || p.phase != dialing {
 			p.gap, p.last = now.Sub(p.last), now
+			p.turn.again()
 			return synRepeat, 0
 		}
 		// The client forgot the first attempt and makes another one.
@@ -187,6 +189,7 @@ func (t *table) removeLocked(p *pending) {
 		return
 	}
 	p.phase = over
+	p.turn.leave()
 	if p.syn != nil {
 		p.syn.DecRef()
 		p.syn = nil
@@ -276,13 +279,9 @@ func (t *table) sweep(now time.Time) bool {
 	}
 	busy := t.age.Len() > 0 || len(t.verdicts) > 0 || len(t.shaking) > 0
 	t.mu.Unlock()
-	for _, p := range late {
-		p.abortHandshake()
-	}
+	endAll(late, (*pending).abortHandshake)
 	t.count.gaveUp.Add(uint64(len(gone)))
-	for _, p := range gone {
-		p.cancel()
-	}
+	endAll(gone, func(p *pending) { p.cancel() })
 	return busy
 }
 

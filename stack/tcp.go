@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"net/netip"
 	"slices"
 	"sync"
 	"time"
@@ -22,7 +23,7 @@ import (
 // Truth. A client learns by the answer to its SYN whether the far end is there,
 // so the SYN is held until the outbound has connected.
 //
-//	SYN ──► handle ──► pending (dialing), handler runs ServeStream
+//	SYN ──► handle ──► pending (dialing), handler runs ServeStream (turns.go)
 //	                     │ Accept ──► the held SYN goes to netstack's forwarder:
 //	                     │            SYN-ACK, ACK (handshaking) ──► conn
 //	                     │ Reject ──► RST, an ICMP error, or silence
@@ -76,6 +77,7 @@ type streams struct {
 	s      *Stack
 	h      flow.Handler
 	table  *table
+	turns  *turns
 	reuse  *reuse
 	fwd    *tcp.Forwarder
 	errors *rate.Limiter
@@ -94,6 +96,7 @@ func newStreams(s *Stack, h flow.Handler) *streams {
 	t := &streams{
 		s: s, h: h,
 		table:  newTable(&s.o.TCP, &s.count),
+		turns:  newTurns(),
 		errors: rate.NewLimiter(icmpErrors, icmpErrors/5),
 	}
 	t.reuse = newReuse(t)
@@ -208,28 +211,44 @@ func (t *streams) syn(id gvstack.TransportEndpointID, seq uint32, pkt *gvstack.P
 	}
 	t.mu.Lock()
 	parent := t.ctx
-	if t.ended || parent == nil {
-		t.mu.Unlock()
+	if t.ended {
+		parent = nil
+	}
+	t.mu.Unlock()
+	if parent == nil {
 		t.table.mu.Unlock()
 		return
 	}
-	t.serving.Add(1)
-	t.mu.Unlock()
 	p := &pending{t: t, id: id, seq: seq, last: now, syn: pkt.Clone()}
 	p.flow = flow.New(flow.TCP, addrPort(id.RemoteAddress, id.RemotePort), addrPort(id.LocalAddress, id.LocalPort), t.s.o.Attachment)
 	p.flow.TTL = ttlOf(pkt) - 1
 	p.ctx, p.cancel = context.WithCancel(parent)
-	gone := t.table.addLocked(p)
+	var gone []*pending
+	if b := t.turns.ask(&p.turn, p); b != nil {
+		gone = append(gone, b.(*pending))
+		t.table.removeLocked(gone[0])
+		t.s.count.evicted.Add(1)
+	}
+	gone = append(gone, t.table.addLocked(p)...)
 	t.table.mu.Unlock()
 	for _, g := range gone {
 		g.evict()
 	}
-	t.servers.Go(func() { t.serve(p) })
+}
+
+func (p *pending) source() netip.Addr { return p.flow.Src.Addr() }
+
+// begin is called with the table locked, or by the goroutine of another pending: run
+// waits for those after it has closed the table.
+func (p *pending) begin() {
+	p.t.serving.Add(1)
+	p.t.servers.Go(func() { p.t.serve(p) })
 }
 
 // serve runs the handler of one flow to its end.
 func (t *streams) serve(p *pending) {
 	defer t.serving.Done()
+	defer p.turn.end()
 	defer p.cancel()
 	t.h.ServeStream(p.ctx, p)
 	if !p.answered {
@@ -270,10 +289,14 @@ func (p *pending) abortHandshake() {
 // Flow implements flow.Stream.
 func (p *pending) Flow() *flow.Flow { return p.flow }
 
+// Begun implements flow.Stream.
+func (p *pending) Begun() { p.turn.end() }
+
 // Accept implements flow.Stream: it answers the SYN and waits for the client's
 // ACK. The error wraps context.Canceled if there is nobody any more who asked.
 func (p *pending) Accept() (flow.Conn, error) {
 	t := p.t
+	p.turn.end()
 	t.table.mu.Lock()
 	if p.answered || p.phase != dialing {
 		p.answered = true
@@ -361,6 +384,7 @@ func (t *streams) handshake(r *tcp.ForwarderRequest) {
 // Reject implements flow.Stream.
 func (p *pending) Reject(why flow.Reason, said *flow.ICMPError) {
 	t := p.t
+	p.turn.end()
 	t.table.mu.Lock()
 	p.answered = true
 	syn := p.syn

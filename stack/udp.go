@@ -54,8 +54,9 @@ type UDPOptions struct {
 	// IdleDNS ends a session that has only ever asked port 53. Default 30 s,
 	// beyond the retries of resolvers.
 	IdleDNS time.Duration
-	// IdleMany ends the longest idle ones where there are more than an eighth
-	// of Sessions, so that what a flood leaves goes soon. Default 30 s.
+	// IdleMany ends those that nobody has answered where there are more than a
+	// 64th of Sessions, and the longest idle ones where there are more than an
+	// eighth, so that what a flood leaves goes soon. Default 30 s.
 	IdleMany time.Duration
 	// ICMPRate is how many ICMP errors a second are sent. Default 1,000.
 	ICMPRate int
@@ -138,8 +139,9 @@ type udp struct {
 	sessions map[netip.AddrPort]*session
 	idle     *list.List                // of *session, by stamp, the oldest first
 	sources  map[netip.Addr]*list.List // the same for each source address
-	start    func(*session)            // nil before run
+	serve    func(*session)            // nil before run
 	waiting  []*session                // opened before run
+	turns    *turns
 	ended    bool
 
 	serving sync.WaitGroup // goroutines in ServePackets
@@ -154,6 +156,7 @@ func newUDP(cfg udpConfig) *udp {
 		sessions: make(map[netip.AddrPort]*session),
 		idle:     list.New(),
 		sources:  make(map[netip.Addr]*list.List),
+		turns:    newTurns(),
 	}
 }
 
@@ -161,17 +164,15 @@ func newUDP(cfg udpConfig) *udp {
 // has.
 func (u *udp) run(ctx context.Context) error {
 	u.mu.Lock()
-	u.start = func(s *session) {
-		u.handlers.Add(1)
-		u.serving.Go(func() {
-			u.cfg.Handler.ServePackets(ctx, s)
-			s.Close()
-			u.forget(s)
-			u.handlers.Add(-1)
-		})
+	u.serve = func(s *session) {
+		defer s.turn.end()
+		u.cfg.Handler.ServePackets(ctx, s)
+		s.Close()
+		u.forget(s)
+		u.handlers.Add(-1)
 	}
 	for _, s := range u.waiting {
-		u.start(s)
+		u.askLocked(s)
 	}
 	u.waiting = nil
 	u.mu.Unlock()
@@ -190,6 +191,7 @@ func (u *udp) run(ctx context.Context) error {
 	u.mu.Lock()
 	u.ended = true
 	for _, s := range u.sessions {
+		s.turn.leave()
 		s.Close()
 	}
 	u.mu.Unlock()
@@ -297,12 +299,22 @@ func (u *udp) session(src netip.AddrPort, now int64) *session {
 	s.inAll, s.inSource = u.idle.PushBack(s), own.PushBack(s)
 	u.sessions[src] = s
 	u.opened.Add(1)
-	if u.start == nil {
+	if u.serve == nil {
 		u.waiting = append(u.waiting, s)
 		return s
 	}
-	u.start(s)
+	u.askLocked(s)
 	return s
+}
+
+// askLocked has a session begin when it is its turn.
+func (u *udp) askLocked(s *session) {
+	if b := u.turns.ask(&s.turn, s); b != nil {
+		gone := b.(*session)
+		u.evicted.Add(1)
+		gone.Close()
+		u.forgetLocked(gone)
+	}
 }
 
 // mostLocked is how many sessions there may be: as many as there are, if they are
@@ -360,6 +372,7 @@ func (u *udp) forgetLocked(s *session) {
 		return
 	}
 	delete(u.sessions, s.src)
+	s.turn.leave()
 	u.idle.Remove(s.inAll)
 	own := u.sources[s.src.Addr()]
 	own.Remove(s.inSource)
@@ -370,16 +383,24 @@ func (u *udp) forgetLocked(s *session) {
 
 // sweep ends the sessions that have been idle for too long.
 func (u *udp) sweep() {
-	now := u.now()
+	gone := u.overdue(u.now())
+	endAll(gone, func(s *session) { s.Close() })
+}
+
+// overdue takes out those sessions.
+func (u *udp) overdue(now int64) (gone []*session) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	for _, s := range u.sessions {
 		limit := u.cfg.Idle
-		if !s.general.Load() {
+		switch {
+		case !s.general.Load():
 			limit = u.cfg.IdleDNS
+		case !s.answered.Load() && len(u.sessions) > u.cfg.Sessions/64:
+			limit = min(limit, u.cfg.IdleMany)
 		}
 		if now-s.lastUsed.Load() >= int64(limit) {
-			s.Close()
+			gone = append(gone, s)
 			u.forgetLocked(s)
 		}
 	}
@@ -389,11 +410,12 @@ func (u *udp) sweep() {
 			continue
 		}
 		if now-s.stamp < int64(u.cfg.IdleMany) {
-			return
+			break
 		}
-		s.Close()
+		gone = append(gone, s)
 		u.forgetLocked(s)
 	}
+	return gone
 }
 
 // counters returns what has been counted so far.

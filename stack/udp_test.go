@@ -70,6 +70,7 @@ func startUDP(t testing.TB, o UDPOptions) (*udp, *fakeTun, chan flow.PacketConn)
 	device := new(fakeTun)
 	sources := make(chan flow.PacketConn, 64)
 	u := newUDP(udpConfig{Proto: flow.UDP, UDPOptions: o, Attachment: "home", Write: device.write, Handler: packetsHandler{func(ctx context.Context, c flow.PacketConn) {
+		c.Begun()
 		sources <- c
 		<-ctx.Done()
 	}}})

@@ -69,7 +69,8 @@ func TestSessionsAreNoMoreWhereMemoryIsShort(t *testing.T) {
 // there may be: more are not opened meanwhile.
 func TestEndedSessionsThatAreNotGoneAreBounded(t *testing.T) {
 	release := make(chan struct{})
-	u := newUDP(udpConfig{Proto: flow.UDP, UDPOptions: UDPOptions{Sessions: 32}, Write: new(fakeTun).write, Handler: packetsHandler{func(context.Context, flow.PacketConn) {
+	u := newUDP(udpConfig{Proto: flow.UDP, UDPOptions: UDPOptions{Sessions: 32}, Write: new(fakeTun).write, Handler: packetsHandler{func(_ context.Context, c flow.PacketConn) {
+		c.Begun()
 		<-release
 	}}})
 	ctx, cancel := context.WithCancel(t.Context())
@@ -77,7 +78,7 @@ func TestEndedSessionsThatAreNotGoneAreBounded(t *testing.T) {
 	go func() { defer close(done); _ = u.run(ctx) }()
 	for n := range 100 {
 		u.packet(local, udpPacket(sourceN(n), server4, nil))
-		for u.handlers.Load() == 0 { // it has not begun
+		for n < 48 && u.handlers.Load() <= int64(n) { // it has not begun
 			time.Sleep(time.Millisecond)
 		}
 	}
@@ -151,10 +152,11 @@ func TestIdleSessionsEnd(t *testing.T) {
 func TestManyIdleSessionsEndSoon(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const sessions, few = 64, 8
-		u, _, _ := startUDP(t, UDPOptions{Sessions: sessions})
+		u, _, sources := startUDP(t, UDPOptions{Sessions: sessions})
 		web := netip.MustParseAddrPort("192.0.2.7:443")
 		for n := range sessions {
 			u.packet(local, udpPacket(sourceN(n), web, nil))
+			_, _ = (<-sources).WriteBatch([]flow.Datagram{{Peer: web}})
 		}
 		for range 6 {
 			time.Sleep(10 * time.Second)
@@ -168,6 +170,30 @@ func TestManyIdleSessionsEndSoon(t *testing.T) {
 		time.Sleep(time.Minute)
 		if n := u.counters().Sessions; n != few {
 			t.Errorf("%d sessions after another minute, want %d", n, few)
+		}
+	})
+}
+
+// Where there are many, those that nobody has answered go soon, the others stay.
+func TestUnansweredSessionsEndSoon(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const answered, few, many = 5, 10, 20
+		u, _, sources := startUDP(t, UDPOptions{Sessions: few * 64})
+		web := netip.MustParseAddrPort("192.0.2.7:443")
+		for n := range many {
+			u.packet(local, udpPacket(sourceN(n), web, nil))
+			if c := <-sources; n < answered {
+				_, _ = c.WriteBatch([]flow.Datagram{{Peer: web}})
+			}
+		}
+		time.Sleep(45 * time.Second)
+		if n := u.counters().Sessions; n != few {
+			t.Errorf("%d sessions, want %d", n, few)
+		}
+		for n := range answered {
+			if u.sessions[sourceN(n)] == nil {
+				t.Errorf("session %d was answered, and is gone", n)
+			}
 		}
 	})
 }

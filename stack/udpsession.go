@@ -39,8 +39,10 @@ type session struct {
 	src      netip.AddrPort
 	lastUsed atomic.Int64  // udp.now of the last datagram in either direction
 	general  atomic.Bool   // something went to another port than DNS's
+	answered atomic.Bool   // something came back
 	echoSeq  atomic.Uint32 // of the last echo request
 	probes   probes
+	turn     turn
 
 	// Guarded by u.mu.
 	stamp           int64 // lastUsed as it was when the lists were ordered
@@ -54,6 +56,7 @@ type session struct {
 	ended  bool
 
 	lent []*slab // by ReadLent, until the next call
+	read bool    // something, once
 }
 
 func newSession(u *udp, src netip.AddrPort) *session {
@@ -101,6 +104,10 @@ func (s *session) put(it item, head []byte) putResult {
 // take waits for the queue to have something and calls use with up to n items,
 // oldest first.
 func (s *session) take(n int, use func(i int, it item)) (int, error) {
+	if s.read {
+		s.turn.end()
+	}
+	s.read = true
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for s.head == len(s.queue) && !s.ended {
@@ -128,6 +135,17 @@ func (s *session) take(n int, use func(i int, it item)) (int, error) {
 	}
 	return n, nil
 }
+
+func (s *session) source() netip.Addr { return s.src.Addr() }
+
+// begin is called with the table locked, or by the goroutine of another session.
+func (s *session) begin() {
+	s.u.handlers.Add(1)
+	s.u.serving.Go(func() { s.u.serve(s) })
+}
+
+// Begun implements flow.PacketConn.
+func (s *session) Begun() { s.turn.end() }
 
 // Flow returns the source's flow. Its Dst is zero.
 func (s *session) Flow() *flow.Flow { return s.flow }

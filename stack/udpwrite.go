@@ -40,6 +40,7 @@ func (s *session) WriteBatch(dgs []flow.Datagram) (int, error) {
 	defer udpWriters.Put(w)
 	defer clear(w.pieces[:])
 	s.lastUsed.Store(s.u.now())
+	s.answered.Store(true)
 	limit := maxPayload4
 	if s.src.Addr().Is6() {
 		limit = maxPayload6

@@ -103,6 +103,7 @@ func (r *relaying) ServeStream(ctx context.Context, s flow.Stream) {
 	r.w.mu.Lock()
 	r.w.streams++
 	r.w.mu.Unlock()
+	s.Begun()
 	out, err := r.dial(ctx, s.Flow())
 	if err != nil {
 		s.Reject(flow.ReasonOf(err), flow.Said(err))
@@ -131,6 +132,7 @@ func (r *relaying) note(res relay.Result) {
 
 func (r *relaying) ServePackets(ctx context.Context, c flow.PacketConn) {
 	defer c.Close()
+	c.Begun()
 	<-ctx.Done()
 }
 
