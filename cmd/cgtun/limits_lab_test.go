@@ -103,20 +103,25 @@ func TestOutOfDescriptors(t *testing.T) {
 	w.unchanged(before, "stopped")
 }
 
-// A crowd on whose connections nothing moves takes all the room there is; the idlest
-// of them give way to others, and that is counted.
+// A crowd on whose connections nothing moves takes all the room there is, of
+// descriptors or, where there are enough, of memory; the idlest of them give way to
+// others, and that is counted.
 func TestIdleCrowdGivesWay(t *testing.T) {
 	if !labtest.Soak() {
 		return // half a minute of silence: TestIdleConnectionsMakeRoom has a clock of its own
 	}
-	const limit = 3000
+	t.Run("descriptors", func(t *testing.T) { idleCrowd(t, 3000, 3000, "") })
+	t.Run("memory", func(t *testing.T) { idleCrowd(t, 10_000, 7000, "[limits]\nmemory = \"128MiB\"\n") })
+}
+
+func idleCrowd(t *testing.T, descriptors, crowd int, limits string) {
 	w := newWorld(t)
 	w.server.ServeEcho(":7000")
-	daemon := w.daemonCommand(strings.Replace(w.config(second), `"debug"`, `"info"`, 1))
-	shell := exec.Command("sh", append([]string{"-c", fmt.Sprintf(`ulimit -n %d; exec "$@"`, limit), "sh"}, daemon.Args...)...)
+	daemon := w.daemonCommand(strings.Replace(w.config(second)+limits, `"debug"`, `"info"`, 1))
+	shell := exec.Command("sh", append([]string{"-c", fmt.Sprintf(`ulimit -n %d; exec "$@"`, descriptors), "sh"}, daemon.Args...)...)
 	w.startCommand(w.self.Command(shell))
 	old := w.startProbe(inside, probe{Do: "chat", To: port(far4, 7000)})
-	p := w.startProbe(inside, probe{Do: "crowd", To: port(far4, 7000), N: limit, Wait: 20 * time.Second})
+	p := w.startProbe(inside, probe{Do: "crowd", To: port(far4, 7000), N: crowd, Wait: 20 * time.Second})
 	t.Log(strings.TrimSpace(p.Output()))
 	began := time.Now()
 	labtest.Eventually(t, time.Minute, func() bool {
