@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -14,6 +15,7 @@ import (
 	"time"
 
 	"cgtun/control"
+	"cgtun/internal/labtest"
 )
 
 // beforeTheFirstByte are the ways in which a server, or what is in its place, fails a
@@ -47,11 +49,24 @@ apt-get -qq -o Dir::Etc::SourceList=$PWD/apt/list -o Dir::Etc::SourceParts=/dev/
 	{"go", "GOTOOLCHAIN=local GOPROXY=http://$H/go GOSUMDB=off GOENV=off GOMODCACHE=$PWD/mod GOCACHE=$PWD/cache GOFLAGS=-modcacherw go mod download example.com/lab@v1.0.0"},
 }
 
+// soakInstallers are tried in the soak, where they are: Debian's packages of them are
+// hundreds.
+var soakInstallers = []struct{ name, script string }{
+	{"pip", "pip download -q --retries 0 --no-cache-dir --no-deps --disable-pip-version-check http://$H/ours-1.0-py3-none-any.whl && ls ours-1.0-py3-none-any.whl"},
+	{"npm", "npm view --registry=http://$H/npm/ --fetch-retries=0 --no-update-notifier --cache=$PWD/npm ours version | grep -q 1.0.0"},
+}
+
 // Programs that give up when their server fails before its first byte do not notice
 // that the first path does so (W7).
 func TestProgramsByAFailingPath(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, "curl", "wget", "git", "nginx")
+	installers := installers
+	for _, program := range soakInstallers {
+		if _, err := exec.LookPath(program.name); err == nil && labtest.Soak() {
+			installers = append(installers, program)
+		}
+	}
 	certificate := w.certificate(far4)
 	nat := "add table ip bad; add chain ip bad p { type nat hook prerouting priority -100; };"
 	config := ""
@@ -71,6 +86,7 @@ func TestProgramsByAFailingPath(t *testing.T) {
 	w.serveFilesAt(certificate, ports...)
 	w.serveMore(nil)
 	w.serveModule()
+	w.servePackages()
 	w.router.Run("nft", nat)
 	w.start(w.config(fmt.Sprintf(liar, lied) + config + twoPaths))
 	sum := w.sum()
@@ -158,6 +174,35 @@ func (w *world) serveModule() {
 	one, err := z.Create("example.com/lab@v1.0.0/go.mod")
 	if err == nil {
 		_, err = one.Write([]byte("module example.com/lab\n"))
+	}
+	if err := errors.Join(err, z.Close()); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// servePackages serves a wheel of Python's, and what a registry of npm says of a
+// package.
+func (w *world) servePackages() {
+	w.t.Helper()
+	www := filepath.Join(w.dir, "www")
+	err := errors.Join(os.MkdirAll(filepath.Join(www, "npm"), 0o755),
+		os.WriteFile(filepath.Join(www, "npm", "ours"), []byte(`{"name":"ours","dist-tags":{"latest":"1.0.0"},"versions":{"1.0.0":{"name":"ours","version":"1.0.0","dist":{"tarball":"http://a.example/"}}}}`), 0o644))
+	f, ferr := os.Create(filepath.Join(www, "ours-1.0-py3-none-any.whl"))
+	if err := errors.Join(err, ferr); err != nil {
+		w.t.Fatal(err)
+	}
+	defer f.Close()
+	z := zip.NewWriter(f)
+	for name, text := range map[string]string{
+		"METADATA": "Metadata-Version: 2.1\nName: ours\nVersion: 1.0\n",
+		"WHEEL":    "Wheel-Version: 1.0\nGenerator: lab\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+		"RECORD":   "",
+	} {
+		one, oerr := z.Create("ours-1.0.dist-info/" + name)
+		if oerr == nil {
+			_, oerr = io.WriteString(one, text)
+		}
+		err = errors.Join(err, oerr)
 	}
 	if err := errors.Join(err, z.Close()); err != nil {
 		w.t.Fatal(err)
