@@ -38,6 +38,9 @@ const (
 	uncharged = 0.25
 	// brokeFor is how long a member is out of its turn for it.
 	brokeFor = 30 * time.Second
+	// breaksFor is how long it is asked beside another one after the whole stagger only:
+	// that it connects sooner does not make it the better one.
+	breaksFor = 5 * time.Second
 )
 
 // broke is what is left of such a cost.
@@ -67,8 +70,9 @@ const (
 // ranked is a member in its place.
 type ranked struct {
 	*member
-	class int
-	cost  float64
+	class  int
+	cost   float64
+	breaks bool // flows, just now
 }
 
 // rank returns the members in the order in which to ask them for t, without
@@ -83,7 +87,7 @@ func (g *Group) rank(t *dialer.Target, now time.Time) []ranked {
 		if slices.Contains(t.Avoid, m.path.name) {
 			continue
 		}
-		r := ranked{m, m.path.class(d, now), g.cost(m, d, t.Addr.Addr(), now)}
+		r := ranked{m, m.path.class(d, now), g.cost(m, d, t.Addr.Addr(), now), m.path.breaks(d, now)}
 		if r.class == suspect {
 			r.cost = m.path.seconds(d, t.Addr.Addr(), now) // out of turn: the least suspect one first
 		}
@@ -150,6 +154,16 @@ func (p *path) doubtful(d *dest, now time.Time) bool {
 		}
 	}
 	return !own[carries].failedAt.IsZero() && now.Sub(own[carries].failedAt) < brokeFor
+}
+
+// breaks says whether a flow by the path has just broken: one to that destination, or
+// one that was charged to the path.
+func (p *path) breaks(d *dest, now time.Time) bool {
+	fresh := func(l *level) bool { return !l.failedAt.IsZero() && now.Sub(l.failedAt) < breaksFor }
+	if l := &p.level[carries]; l.row > 0 && fresh(l) {
+		return true
+	}
+	return d != nil && d.paths[p] != nil && fresh(&d.paths[p][carries])
 }
 
 func (p *path) quietNow(now time.Time) bool { return !p.quiet.IsZero() && now.Sub(p.quiet) < quietFor }

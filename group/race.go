@@ -20,8 +20,8 @@ import (
 //
 // The members are asked one after the other: the next one when one has failed,
 // or after the stagger, which is twice what 95 % of the connects of the first
-// took, and nothing if that one failed lately. The first connection wins, the
-// others are closed at once.
+// took, and nothing if that one failed lately; the whole stagger if the next one has
+// just broken a flow. The first connection wins, the others are closed at once.
 //
 // What a member says is either an answer or a failure. A refusal and a denial
 // are answers: the others are asked too, for a path can lie, but a client is
@@ -126,7 +126,7 @@ func (r *race[T]) ended() chan result[T] {
 func (r *race[T]) alone(ctx context.Context, now time.Time) (conn T, m *member, err error) {
 	r.joined.Add(1)
 	t, attempt := r.next(ctx, now)
-	rest := time.AfterFunc(r.stagger, func() { r.join(ctx) })
+	rest := time.AfterFunc(time.Until(r.nextAt), func() { r.join(ctx) })
 	res := r.try(attempt, t)
 	if !rest.Stop() {
 		r.ended() <- res
@@ -232,6 +232,9 @@ func (r *race[T]) next(ctx context.Context, now time.Time) (*try, context.Contex
 	r.tries = append(r.tries, t)
 	r.inFlight++
 	r.nextAt = now.Add(r.stagger)
+	if len(r.queue) > 0 && r.queue[0].breaks {
+		r.nextAt = now.Add(r.g.c.Stagger)
+	}
 	r.g.scores.begin(t)
 	return t, attempt
 }

@@ -127,6 +127,28 @@ func TestNoStaggerAfterAFailure(t *testing.T) {
 	})
 }
 
+// TestBreakingPathIsNoShortcut: beside a path that is a little late, one that has just
+// broken a flow is asked after the whole stagger, and for a while only.
+func TestBreakingPathIsNoShortcut(t *testing.T) {
+	withPair(t, "race", func(p *pair) {
+		for range 5 {
+			p.flow(dst(1), whole)
+		}
+		if by := p.flow(dst(1), broken); by != "a" {
+			t.Fatal(by)
+		}
+		p.flow(dst(1), whole)
+		p.b.set(in(200 * ms))
+		if by, took, _ := dial(t, p.g, dst(1)); by != "b" || took != 200*ms {
+			t.Errorf("%q after %v; want b after 200 ms", by, took)
+		}
+		p.b.set(in(never))
+		if by, took, _ := dial(t, p.g, dst(1)); by != "a" || took != 260*ms {
+			t.Errorf("%q after %v; want a after 260 ms", by, took)
+		}
+	})
+}
+
 // TestManySilent: no more than three attempts at a time.
 func TestManySilent(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
