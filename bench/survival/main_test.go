@@ -27,7 +27,7 @@ func TestMain(m *testing.M) {
 		os.Exit(0)
 	}
 	// A run waits for nearly all of its time.
-	flag.Parse()
 	_ = flag.Set("test.parallel", "6")
+	flag.Parse()
 	labtest.Main(m)
 }

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -27,6 +26,7 @@ const lasts = 80 * time.Second
 // resumption could have saved them. Nobody can know of a fault that shows in the
 // midst of flows alone before it has broken one, so the first to meet it may be lost.
 func TestSurvival(t *testing.T) {
+	t.Parallel()
 	race := settings[slices.IndexFunc(settings, func(s setting) bool { return s.name == "race" })]
 	var all total
 	t.Run("seeds", func(t *testing.T) {
@@ -51,22 +51,24 @@ func TestSurvival(t *testing.T) {
 
 // TestSurvivalTable compares the settings, on the same seeds.
 func TestSurvivalTable(t *testing.T) {
-	seeds, only := 0, os.Getenv("CGTUN_SURVIVAL_ONLY")
+	first, last, only := 0, -1, os.Getenv("CGTUN_SURVIVAL_ONLY")
 	if labtest.Soak() {
-		seeds = 20
+		last = 19
 	}
-	if n, err := strconv.Atoi(os.Getenv("CGTUN_SURVIVAL_SEEDS")); err == nil {
-		seeds = n
+	if text := os.Getenv("CGTUN_SURVIVAL_SEEDS"); text != "" {
+		if n, _ := fmt.Sscanf(text, "%d-%d", &first, &last); n != 2 {
+			t.Fatalf("CGTUN_SURVIVAL_SEEDS is %q, want two numbers, as 0-5", text)
+		}
 	}
 	for _, s := range settings {
 		for _, group := range []string{directly, proxied} {
 			name := s.name + ", " + group
-			if s.off && group == proxied || !strings.Contains(name, only) || seeds == 0 {
+			if s.off && group == proxied || !strings.Contains(name, only) || last < first {
 				continue
 			}
 			var all total
 			t.Run(name, func(t *testing.T) {
-				for seed := range seeds {
+				for seed := first; seed <= last; seed++ {
 					t.Run(fmt.Sprint(seed), func(t *testing.T) {
 						t.Parallel()
 						all.add(survive(t, s, group, uint64(seed)))
@@ -171,6 +173,7 @@ func (r result) during(d download) string {
 type total struct {
 	mu                               sync.Mutex
 	runs, downloads, lost, avoidable int
+	first                            int             // of the avoidable ones: nobody could know of their fault
 	worst                            float64         // per cent of one run
 	connects                         []time.Duration // of those that began while a path failed
 	by                               map[string]int
@@ -186,7 +189,12 @@ func (a *total) add(r result) {
 	}
 	a.downloads += len(r.downloads)
 	a.lost += len(lost)
-	a.avoidable += len(r.avoidable())
+	for _, d := range r.avoidable() {
+		a.avoidable++
+		if r.first(d) {
+			a.first++
+		}
+	}
 	for _, d := range r.downloads {
 		if d.Err == "" && slices.ContainsFunc(r.faults, func(h happened) bool { return h.inForce.Before(d.Begin) && h.end.After(d.Begin) }) {
 			a.connects = append(a.connects, d.Connect)
@@ -223,6 +231,6 @@ func (a *total) String() string {
 		return a.connects[(len(a.connects)-1)*p/100].Round(100 * time.Microsecond)
 	}
 	rate := func(lost int) float64 { return 100 * float64(a.downloads-lost) / float64(max(a.downloads, 1)) }
-	return fmt.Sprintf("%d of %d downloads, %.1f %% (worst run %.1f %%, reachable without resumption %.1f %%); %d lost avoidably; connects while a path failed: p50 %v, p99 %v; lost by %s",
-		a.downloads-a.lost, a.downloads, rate(a.lost), a.worst, rate(a.lost-a.avoidable), a.avoidable, percentile(50), percentile(99), strings.Join(by, ", "))
+	return fmt.Sprintf("%d of %d downloads, %.1f %% (worst run %.1f %%, reachable without resumption %.1f %%); %d lost avoidably, of them %d as the first to meet their fault; connects while a path failed: p50 %v, p99 %v; lost by %s",
+		a.downloads-a.lost, a.downloads, rate(a.lost), a.worst, rate(a.lost-a.avoidable), a.avoidable, a.first, percentile(50), percentile(99), strings.Join(by, ", "))
 }
