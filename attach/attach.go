@@ -45,14 +45,13 @@ import (
 // Home is the id of the attachments of the namespace that cgtun was started in.
 const Home = flow.Home
 
-const (
-	// calm is how long changes are gathered after one was looked at, at home
-	// before. A routing daemon makes thousands a second, and each look reads all
-	// routes.
-	calm = 50 * time.Millisecond
-	// retry is how long what could not be done waits for the next try.
-	retry = time.Second
-)
+// calm is how long changes are gathered after one was looked at, at home
+// before. A routing daemon makes thousands a second, and each look reads all
+// routes.
+var calm = 50 * time.Millisecond // a constant, but for tests
+
+// retry is how long what could not be done waits for the next try.
+const retry = time.Second
 
 // Route is one way for selected packets, as it is attached in each namespace.
 type Route struct {

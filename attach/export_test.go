@@ -35,3 +35,6 @@ func (m *Manager) AttachNothing() (release func(), err error) {
 	m.home = home
 	return a.asker.close, nil
 }
+
+// Calm sets for how long changes are gathered; it is for the time before a Manager runs.
+func Calm(d time.Duration) { calm = d }

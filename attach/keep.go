@@ -69,6 +69,7 @@ type ended struct {
 // to be served comes by served when that ends.
 func (s *site) keep(ctx context.Context, begin func(*Attachment), served <-chan ended, look <-chan time.Time) error {
 	again := s.again
+	more := false // something has changed since the last look
 	var later, calmed <-chan time.Time
 	for {
 		select {
@@ -87,12 +88,16 @@ func (s *site) keep(ctx context.Context, begin func(*Attachment), served <-chan 
 				return err
 			}
 		case <-again:
-			again, calmed = nil, time.After(calm)
 			if s.home() {
+				again, calmed = nil, time.After(calm)
 				s.guardNew()
 				continue // who flushes loads anew, and is let
 			}
-			s.doubt()
+			s.doubt() // at once: who begins to send waits for the look
+			if more = calmed != nil; more {
+				continue
+			}
+			calmed = time.After(calm)
 		case <-look:
 			if s.home() {
 				s.probe()
@@ -107,7 +112,10 @@ func (s *site) keep(ctx context.Context, begin func(*Attachment), served <-chan 
 		case <-calmed:
 			again, calmed = s.again, nil
 			if !s.home() {
-				continue
+				if !more {
+					continue
+				}
+				more, calmed = false, time.After(calm)
 			}
 		case <-later:
 		case <-s.begun: // whatever was looked at just before: somebody is held

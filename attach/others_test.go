@@ -34,6 +34,7 @@ type gate struct {
 	said   map[uint64]string // the last word on each namespace
 	order  []string
 	frames map[uint64]string
+	doubts map[uint64]bool // by cookie: nobody may begin to send
 }
 
 func (g *gate) note(ns netns.Ref, word string) error {
@@ -75,10 +76,30 @@ func (g *gate) guards(ns netns.Ref) string {
 	return g.frames[ns.Cookie()]
 }
 
-func (g *gate) Arm() error                              { return nil }
-func (g *gate) Doubt(netns.Ref, cgroupsel.Family) error { return nil }
+func (g *gate) Arm() error { return nil }
+
+func (g *gate) Doubt(ns netns.Ref, _ cgroupsel.Family) error {
+	g.doubt(ns, true)
+	return nil
+}
+
+func (g *gate) doubt(ns netns.Ref, is bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.doubts == nil {
+		g.doubts = map[uint64]bool{}
+	}
+	g.doubts[ns.Cookie()] = is
+}
+
+func (g *gate) doubted(ns netns.Ref) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.doubts[ns.Cookie()]
+}
 
 func (g *gate) Admit(ns netns.Ref, a cgroupsel.Admission) error {
+	g.doubt(ns, false)
 	switch {
 	case a.Offline:
 		if g.onOffline != nil {
@@ -310,6 +331,36 @@ func TestOfflineStaysOffline(t *testing.T) {
 		}
 		if got := i.steered(); got != "" {
 			t.Errorf("left: %s", got)
+		}
+	})
+}
+
+// Changes that follow each other are looked at a little later, but each is a doubt at
+// once: who begins to send after it waits for the look.
+func TestChangesAreDoubtsAtOnce(t *testing.T) {
+	atHome(t, func(t *testing.T) {
+		attach.Calm(4 * time.Second)
+		r, g := others(t, nil)
+		i := newInner(t, 1)
+		i.connect(1)
+		i.ip("-6 route del default")
+		r.shows(i.namespace())
+		r.becomes(i, attach.StateUp, "device rule nft", "admitted", g)
+		labtest.Eventually(t, soon, func() bool {
+			i.ip("addr add 10.45.0.1/32 dev lo") // if it is looked at, nobody looks again for a while
+			time.Sleep(500 * time.Millisecond)
+			i.ip("addr del 10.45.0.1/32 dev lo")
+			for range 3 {
+				time.Sleep(500 * time.Millisecond)
+				if !g.doubted(i.ref) {
+					return false
+				}
+			}
+			return true
+		}, "a second change is a doubt before it is looked at")
+		labtest.Eventually(t, soon, func() bool { return !g.doubted(i.ref) }, "it is looked at and admitted")
+		if err := r.stop(); err != nil {
+			t.Error(err)
 		}
 	})
 }
