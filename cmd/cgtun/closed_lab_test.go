@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -14,7 +15,37 @@ import (
 	"cgtun/internal/labtest"
 )
 
-func init() { probes["converse"] = converse }
+func init() {
+	probes["converse"] = converse
+	probes["pour"] = pour
+}
+
+// pour keeps N connections on which it sends all the time, until it is killed: one
+// that ends is dialled again.
+func pour(q probe) error {
+	var open sync.WaitGroup
+	open.Add(q.N)
+	for range q.N {
+		opened := sync.OnceFunc(open.Done)
+		go func() {
+			for ; ; time.Sleep(20 * time.Millisecond) {
+				c, err := net.Dial("tcp", q.To)
+				if err != nil {
+					continue
+				}
+				opened()
+				for err == nil {
+					_, err = c.Write([]byte("x"))
+					time.Sleep(20 * time.Millisecond)
+				}
+				c.Close()
+			}
+		}()
+	}
+	open.Wait()
+	fmt.Println("ready")
+	select {}
+}
 
 // closedConfig is config with on_exit = "closed".
 func (w *world) closedConfig() string {
@@ -57,12 +88,16 @@ func TestClosedStaysClosed(t *testing.T) {
 	sender := w.lab.StartCommand(w.command(t.Context(), inside, "env", probeArgs(probe{Do: "stream", To: port(far4, 7000)})...))
 
 	d := w.start(w.closedConfig())
+	flows := w.startProbe(inside, probe{Do: "pour", To: port(far4, 7000), N: 100})
 	w.leaks.Reset() // what was sent before the first start
 	d.stop()
 	if said := d.Output(); !strings.Contains(said, "cgtun cleanup") {
 		t.Errorf("a stop does not say how to open: %s", said)
 	}
 	w.blocked("after SIGTERM")
+	flows.Signal(syscall.SIGKILL)
+	_ = flows.Wait()
+	w.noLeak("a hundred flows at SIGTERM")
 	if _, errs, code := w.cgtun("status"); code != 1 || !strings.Contains(errs, "cleanup") {
 		t.Errorf("status while it is down: %d %s", code, errs)
 	}
