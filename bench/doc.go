@@ -4,6 +4,7 @@
 // most that a program that ends TCP can hope for, and beside the same with
 // read(2) and write(2), the most for one that holds the bytes. All in one run, in rounds
 // that alternate, in namespaces of its own: only ratios within a run mean
-// anything. It has nothing but tests; `make bench` runs it and docs/performance.md
+// anything. Where asked for, a group of two paths is measured beside one outbound. It
+// has nothing but tests; `make bench` runs it and docs/performance.md
 // has figures.
 package bench
