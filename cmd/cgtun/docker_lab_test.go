@@ -469,10 +469,10 @@ func (d *dockers) testRestart() {
 	for _, end := range []string{"stopped", "killed"} {
 		var sends string // a container that lives on
 		if end == "stopped" {
-			d.stopDaemon()
+			d.daemon.End()
 		} else {
 			sends = d.docker("run", "-d", registry+"/base", "sh", "-c", "while first "+far4+" 7000; do sleep 0.1; done; sleep 600")
-			d.kill9()
+			d.daemon.Kill()
 			n := d.flowsOf(sends)
 			labtest.Eventually(d.t, 20*time.Second, func() bool { return d.flowsOf(sends) > n+2 }, "a step of it goes on, captured")
 			d.noLeak("a step without its daemon")

@@ -57,11 +57,7 @@ RUN GOPROXY=http://mirror.lab/go GOSUMDB=off GOROOT=/go GOTOOLCHAIN=local HOME=/
 const makeTools = `set -e
 root=$0/tools; mkdir -p $root/bin $root/go $root/tmp $root/etc/apt/apt.conf.d $root/etc/apt/preferences.d $root/etc/apt/trusted.gpg.d \
 	$root/var/lib/apt/lists/partial $root/var/cache/apt/archives/partial $root/var/lib/dpkg $root/usr/lib/apt/methods $root/usr/share/dpkg
-need() {
-	mkdir -p "$root$(dirname "$1")"; cp -L "$1" "$root$1"
-	{ ldd "$1" 2>/dev/null || true; } | sed -n 's/.*=> \(\/[^ ]*\).*/\1/p' |
-	while read -r lib; do [ -e "$root$lib" ] || { mkdir -p "$root$(dirname "$lib")"; cp -L "$lib" "$root$lib"; }; done
-}
+` + labtest.ImageNeeds + `
 for p in /usr/bin/apt-get /usr/bin/apt-config /usr/bin/dpkg /usr/lib/apt/methods/http /usr/lib/apt/methods/store; do need $p; done
 echo 'APT::Sandbox::User "root";' >$root/etc/apt/apt.conf.d/lab
 echo 'deb [trusted=yes allow-insecure=yes] http://mirror.lab/debian ./' >$root/etc/apt/sources.list

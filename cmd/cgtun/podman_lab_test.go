@@ -36,7 +36,7 @@ network_backend = "netavark"
 `)
 	d.file(filepath.Join(d.state, "policy.json"), `{"default": [{"type": "insecureAcceptAnything"}]}`)
 	d.file(filepath.Join(d.state, "registries.conf"), "[[registry]]\nlocation = \""+registry+"\"\ninsecure = true\n")
-	script := ownMounts + `
+	script := labtest.OwnMounts + `
 mount -t tmpfs none /run; mkdir /run/lock; mount -t tmpfs none /dev/shm
 mount --bind $0/policy.json /etc/containers/policy.json
 echo ready; exec sleep 1000000`
