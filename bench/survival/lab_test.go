@@ -30,7 +30,7 @@ type lab struct {
 	t                       *testing.T
 	in                      *labtest.Lab
 	machine, router, server *labtest.Host
-	sel                     *labtest.Cgroup
+	selected, sel           *labtest.Cgroup // by cgtun; where the clients are
 	proxies                 [2]*proxy
 	dir, socket             string
 	number                  int
@@ -64,7 +64,8 @@ func newLab(t *testing.T) *lab {
 	}
 	l.machine.Run("ip", "route", "add", "default", "via", "10.1.0.1", "metric", "100")
 	l.machine.Run("ip", "route", "add", "default", "via", "10.2.0.1", "metric", "200")
-	l.sel = in.Cgroup("sel")
+	l.selected = in.Cgroup("sel")
+	l.sel = l.selected
 	// Faults look at what connections have brought.
 	l.router.Run("nft", "add table inet count; add chain inet count f { type filter hook forward priority -10; }; add rule inet count f ct state new counter")
 	l.router.Sysctl("net.netfilter.nf_conntrack_acct", "1")
@@ -111,7 +112,7 @@ var settings = []setting{
 
 // config has two paths, directly and by a SOCKS server on each.
 func (l *lab) config(s setting) string {
-	text := labtest.Config(l.sel, l.number, l.socket, "")
+	text := labtest.Config(l.selected, l.number, l.socket, "")
 	for i, name := range []string{"a", "b"} {
 		text += fmt.Sprintf(`
 [[outbound]]

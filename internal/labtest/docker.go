@@ -26,7 +26,8 @@ mount --make-rprivate /
 umount -R /sys/fs/cgroup; mount -t cgroup2 none /sys/fs/cgroup
 mount --bind $0/resolv.conf /etc/resolv.conf`
 
-// StartDocker starts dockerd in h, with its data in dir, which has a resolv.conf.
+// StartDocker starts dockerd in h, with its data in dir, which has a resolv.conf and
+// a short name: sockets lie below it.
 // Its cgroup namespace has root as its root; it is itself in the child
 // "dockerd.service" of it, which is there, and its containers are in others.
 func (l *Lab) StartDocker(h *Host, root *Cgroup, dir string, args ...string) *Docker {
