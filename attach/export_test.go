@@ -1,6 +1,7 @@
 package attach
 
 import (
+	"net/netip"
 	"time"
 
 	"cgtun/internal/netns"
@@ -38,3 +39,6 @@ func (m *Manager) AttachNothing() (release func(), err error) {
 
 // Calm sets for how long changes are gathered; it is for the time before a Manager runs.
 func Calm(d time.Duration) { calm = d }
+
+// Left is Attachment.Left of home.
+func (m *Manager) Left(sources []netip.AddrPort) []netip.AddrPort { return m.find(Home).Left(sources) }

@@ -38,13 +38,8 @@ func (s *site) cutOlder(a *Attachment) error {
 		return nil
 	}
 	var cut int
-	err := a.NS.Do(func() error {
-		asker, err := openAsker()
-		if err != nil {
-			return err
-		}
-		defer asker.close()
-		all, err := asker.connections()
+	err := a.asking(func(asker *asker) error {
+		all, err := asker.list(unix.IPPROTO_TCP)
 		if err != nil {
 			return err
 		}
@@ -94,7 +89,7 @@ func (s *site) isOf(a *Attachment, plan *steer.Plan, alone []netip.Prefix, c con
 	return ok && selection == a.selection
 }
 
-// connection is a TCP socket as sock_diag shows it.
+// connection is a socket of TCP, or one of UDP, as sock_diag shows it.
 type connection struct {
 	family, state uint8
 	local         uint16
@@ -104,15 +99,15 @@ type connection struct {
 	id            []byte // struct inet_diag_sockid
 }
 
-// connections lists all TCP sockets of the asker's namespace.
-func (a *asker) connections() (all []connection, err error) {
+// list lists all sockets of TCP or UDP of the asker's namespace.
+func (a *asker) list(proto uint8) (all []connection, err error) {
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
 		req := nl.NewNetlinkRequest(sockDiagByFamily, unix.NLM_F_DUMP)
 		req.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_SOCK_DIAG: a.socket}
-		req.AddData(&diagRequest{family: family, proto: unix.IPPROTO_TCP})
+		req.AddData(&diagRequest{family: family, proto: proto})
 		answers, err := req.Execute(unix.NETLINK_SOCK_DIAG, 0)
 		if err != nil {
-			return nil, fmt.Errorf("list connections: %w", err)
+			return nil, fmt.Errorf("list sockets: %w", err)
 		}
 		for _, msg := range answers {
 			if c, ok := parseConnection(msg); ok {

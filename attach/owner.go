@@ -51,7 +51,8 @@ var askTime = unix.Timeval{Sec: 1}
 // close lets questions under way fail.
 func (a *asker) close() { a.socket.Close() }
 
-// diagRequest is struct inet_diag_req_v2 for one socket.
+// diagRequest is struct inet_diag_req_v2 for one socket, or, as its zero value with
+// family and protocol, for all.
 type diagRequest struct {
 	family, proto  uint8
 	local, remote  netip.AddrPort
@@ -176,20 +177,54 @@ func (m *Manager) Owner(ctx context.Context, f *flow.Flow) (*flow.Owner, error) 
 	return owner, nil
 }
 
+// Left returns those of the sources of datagrams that no socket can be behind any
+// more: they are the namespace's own, and it has none on their port. If the kernel
+// does not tell, it is none of them.
+func (a *Attachment) Left(sources []netip.AddrPort) (left []netip.AddrPort) {
+	var sockets []connection
+	err := a.asking(func(asker *asker) (err error) {
+		sockets, err = asker.list(unix.IPPROTO_UDP)
+		return err
+	})
+	if err != nil {
+		return nil
+	}
+	ports := map[uint16]struct{}{} // of both families: a socket of IPv6 may send by IPv4
+	for _, s := range sockets {
+		ports[s.local] = struct{}{}
+	}
+	own := a.around.Load().local
+	for _, src := range sources {
+		_, here := own[src.Addr()]
+		_, used := ports[src.Port()]
+		if here && !used {
+			left = append(left, src)
+		}
+	}
+	return left
+}
+
 // ask finds the socket of a flow in the attachment's namespace.
 func (a *Attachment) ask(f *flow.Flow) (s *socket, err error) {
 	device := a.around.Load().device
+	err = a.asking(func(asker *asker) error {
+		s, err = asker.find(f, device)
+		return err
+	})
+	return s, err
+}
+
+// asking calls f with a socket for sock_diag in the attachment's namespace.
+func (a *Attachment) asking(f func(*asker) error) error {
 	if a.asker != nil {
-		return a.asker.find(f, device)
+		return f(a.asker)
 	}
-	err = a.NS.Do(func() error {
+	return a.NS.Do(func() error {
 		asker, err := openAsker()
 		if err != nil {
 			return err
 		}
 		defer asker.close()
-		s, err = asker.find(f, device)
-		return err
+		return f(asker)
 	})
-	return s, err
 }

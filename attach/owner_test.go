@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"slices"
 	"syscall"
 	"testing"
 
@@ -104,7 +105,20 @@ func TestOwnerIsFound(t *testing.T) {
 				t.Errorf("%s: %+v %v, want %+v", h.Name, owner, err, want)
 			}
 		}
+		var sources []netip.AddrPort
+		for _, f := range flows {
+			if f.Proto == flow.UDP {
+				sources = append(sources, f.Src)
+			}
+		}
+		elsewhere := netip.MustParseAddrPort("10.9.0.99:9")
+		if left := r.Left(append(sources, elsewhere)); len(left) > 0 {
+			t.Errorf("%v are said to have no socket", left)
+		}
 		end()
+		if left := r.Left(append(sources, elsewhere)); !slices.Equal(left, sources) {
+			t.Errorf("%v have no socket, want %v", left, sources)
+		}
 		for i, f := range flows {
 			if owner, err := r.Owner(t.Context(), f); owner != nil || err == nil {
 				t.Errorf("%s, closed: %+v %v", holdings[i].Name, owner, err)

@@ -58,6 +58,10 @@ type UDPOptions struct {
 	// 64th of Sessions, and the longest idle ones where there are more than an
 	// eighth, so that what a flood leaves goes soon. Default 30 s.
 	IdleMany time.Duration
+	// Left says which of these sources have no socket any more: where there are
+	// more than a 64th of Sessions, theirs end after IdleMany, too. It may take a
+	// while. Nil: nobody knows.
+	Left func(sources []netip.AddrPort) []netip.AddrPort
 	// ICMPRate is how many ICMP errors a second are sent. Default 1,000.
 	ICMPRate int
 }
@@ -384,7 +388,39 @@ func (u *udp) forgetLocked(s *session) {
 // sweep ends the sessions that have been idle for too long.
 func (u *udp) sweep() {
 	gone := u.overdue(u.now())
+	gone = append(gone, u.left()...)
 	endAll(gone, func(s *session) { s.Close() })
+}
+
+// left takes out sessions that nobody can use any more, where there are many.
+func (u *udp) left() (gone []*session) {
+	if u.cfg.Left == nil {
+		return nil
+	}
+	var idle []netip.AddrPort
+	u.mu.Lock()
+	since := u.now() - int64(u.cfg.IdleMany)
+	if len(u.sessions) > u.cfg.Sessions/64 {
+		for src, s := range u.sessions {
+			if s.lastUsed.Load() <= since {
+				idle = append(idle, src)
+			}
+		}
+	}
+	u.mu.Unlock()
+	if len(idle) == 0 {
+		return nil
+	}
+	left := u.cfg.Left(idle)
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	for _, src := range left {
+		if s := u.sessions[src]; s != nil && s.lastUsed.Load() <= since {
+			gone = append(gone, s)
+			u.forgetLocked(s)
+		}
+	}
+	return gone
 }
 
 // overdue takes out those sessions.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"io"
 	"net/netip"
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -194,6 +195,39 @@ func TestUnansweredSessionsEndSoon(t *testing.T) {
 			if u.sessions[sourceN(n)] == nil {
 				t.Errorf("session %d was answered, and is gone", n)
 			}
+		}
+	})
+}
+
+// Where there are many, those that nobody can use any more go soon, answered or not.
+func TestSessionsWithoutASocketEndSoon(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const few, many = 10, 20
+		left := func(sources []netip.AddrPort) []netip.AddrPort {
+			return slices.DeleteFunc(sources, func(src netip.AddrPort) bool { return src == sourceN(0) || src == sourceN(1) })
+		}
+		u, _, sources := startUDP(t, UDPOptions{Sessions: few * 64})
+		u.cfg.Left = left
+		web := netip.MustParseAddrPort("192.0.2.7:443")
+		open := func(from, to int) {
+			for n := from; n < to; n++ {
+				u.packet(local, udpPacket(sourceN(n), web, nil))
+				_, _ = (<-sources).WriteBatch([]flow.Datagram{{Peer: web}})
+			}
+		}
+		open(0, few)
+		time.Sleep(time.Minute)
+		if n := u.counters().Sessions; n != few {
+			t.Errorf("%d sessions, want all %d: they are few", n, few)
+		}
+		open(few, many)
+		time.Sleep(2 * sweepEvery)
+		if n := u.counters().Sessions; n != many-few+2 {
+			t.Errorf("%d sessions, want the new ones and the two with a socket", n)
+		}
+		time.Sleep(time.Minute)
+		if n := u.counters().Sessions; n != 2 {
+			t.Errorf("%d sessions a minute later, want 2", n)
 		}
 	})
 }

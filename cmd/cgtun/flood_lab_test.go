@@ -287,16 +287,15 @@ func (w *world) living(proto string) (n int) {
 	return n
 }
 
-// settle waits until what a flood has left is gone. Of sources of datagrams that were
-// answered 512 stay for five minutes, in each of two namespaces; the pages that they
-// lie in are not free.
+// settle waits until what a flood has left is gone: of sources of datagrams 64 may
+// stay for five minutes, in each of two namespaces.
 func (w *world) settle(d *daemon, name string, base, files int) {
 	w.t.Helper()
 	ended := time.Now()
 	for {
 		rss, sockets := memoryOf(w.t, d.Pid, "VmRSS"), openSockets(w.t, d.Pid)
 		took := time.Since(ended)
-		done := rss < base+128<<20 && sockets < files+2*512+50
+		done := rss < base+64<<20 && sockets < files+2*64+50
 		if done || took > time.Minute {
 			w.t.Logf("%29s %v later: %d MiB more than at the start, %d flows, %d sockets (%d at the start)", "", took.Round(time.Second), (rss-base)>>20, w.living(""), sockets, files)
 			if !done {

@@ -26,6 +26,7 @@ func (s *stacks) serve(ctx context.Context, a *attach.Attachment, h flow.Handler
 		queues = append(queues, q)
 	}
 	o.Attachment, o.MTU, o.Local = a.ID, a.Device.MTU(), a.Local
+	o.UDP.Left = a.Left
 	o.Addresses = nil
 	for _, p := range a.Device.Addresses() {
 		o.Addresses = append(o.Addresses, p.Addr())
