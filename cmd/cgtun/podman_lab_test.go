@@ -69,7 +69,8 @@ func (p *podmans) podman(at where, name string, args ...string) (string, error) 
 func TestBuildsWithoutDocker(t *testing.T) {
 	t.Parallel()
 	p := newPodmans(t)
-	c := p.start(strings.Replace(p.configDocker("false", second), "cgroups = [", fmt.Sprintf("cgroups = [%q, ", p.host.Path+"/buildah-*"), 1))
+	ofSteps, ofContainers := p.host.Path+"/buildah-*", p.host.Path+"/libpod_parent/**"
+	c := p.start(strings.Replace(p.configDocker("false", second), "cgroups = [", fmt.Sprintf("cgroups = [%q, %q, ", ofSteps, ofContainers), 1))
 	defer c.stop()
 	must := func(at where, name string, args ...string) string {
 		t.Helper()
@@ -109,4 +110,10 @@ func TestBuildsWithoutDocker(t *testing.T) {
 	}
 	// The steps alone are captured without "cgtun run".
 	must(outside, "podman", "build", "--no-cache", p.dockerfile(short))
+	// Where the machine has not what podman limits by itself.
+	out := must(outside, "podman", "run", "-d", "--pids-limit=-1", "--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024", registry+"/base", "sleep", "600")
+	id := out[strings.LastIndexByte(out, '\n')+1:]
+	p.shown(id)
+	must(outside, "podman", "exec", id, "first", far4, "7000")
+	must(outside, "podman", "rm", "-f", "-t", "0", id)
 }
