@@ -167,24 +167,34 @@ func natMapping(t *testing.T, n *natLab, far, other string) {
 func natRoom(t *testing.T, n *natLab) {
 	s := natUDP(t, n.server, port(far4, 7090))
 	defer s.Close()
-	deaf := natUDP(t, n.server, port(other4, 7091))
-	defer deaf.Close()
+	dumb := natUDP(t, n.server, port(other4, 7091))
+	defer dumb.Close()
 	used, silent := natUDP(t, n.client, anyOf(far4)), natUDP(t, n.client, anyOf(far4))
 	defer used.Close()
 	defer silent.Close()
 	idle, busy := sends(t, silent, s), sends(t, used, s)
+	const together = 50   // more would wait for their turn, and some go before it
 	for i := range 3200 { // a source has 3,072
 		c := natUDP(t, n.client, port("0.0.0.0", 20000+i))
-		if _, err := c.WriteToUDPAddrPort([]byte("one of many"), deaf.LocalAddr().(*net.UDPAddr).AddrPort()); err != nil {
+		if _, err := c.WriteToUDPAddrPort([]byte("one of many"), dumb.LocalAddr().(*net.UDPAddr).AddrPort()); err != nil {
 			t.Fatal(err)
 		}
 		c.Close()
-		if i%50 == 0 {
+		if i%together == together-1 {
+			deadline(t, dumb)
+			for range together {
+				if _, _, err := dumb.ReadFromUDPAddrPort(make([]byte, 100)); err != nil {
+					t.Fatalf("after %d others: %v", i, err)
+				}
+			}
+			deadline(t, s)
+			deadline(t, used)
 			if now := sends(t, used, s); now != busy {
 				t.Fatalf("after %d others, mapped to %s, then to %s", i, busy, now)
 			}
 		}
 	}
+	deadline(t, silent)
 	if now := sends(t, silent, s); now == idle {
 		t.Error("the longest idle mapping is still there")
 	}
