@@ -57,10 +57,19 @@ func TestLabsAreCaptured(t *testing.T) {
 						}
 					}
 				}
+				down := func(device, net4, net6 string) {
+					t.Helper()
+					lab1.Run("ip", "link", "set", device, "down")
+					labtest.Eventually(t, patience(), func() bool {
+						table := fmt.Sprint(w.number)
+						return !strings.Contains(lab1.Run("ip", "route", "show", "table", table), "src "+net4) &&
+							!strings.Contains(lab1.Run("ip", "-6", "route", "show", "table", table), "src "+net6)
+					}, "nothing is sent from %s any more", device)
+				}
 				asksAll(lab2, "without an uplink")
-				lab1.Run("ip", "link", "set", link.B, "down")
+				down(link.B, "10.60.", "fd60:")
 				asksAll(lab1, "without the first uplink")
-				lab1.Run("ip", "link", "set", other.A, "down")
+				down(other.A, "10.61.", "fd61:")
 				asksAll(lab1, "without both")
 				if n := beside.Packets(); n != 0 {
 					t.Errorf("%d packets left by the second uplink", n)
