@@ -129,6 +129,7 @@ func New(queues []Queue, h flow.Handler, o Options) (*Stack, error) {
 	})
 	s.udp = newUDP(udpConfig{UDPOptions: o.UDP, Attachment: o.Attachment, Own: s.own, Proto: flow.UDP, Handler: h, Tight: o.TCP.Buffers.tight.Load, Write: s.link.write})
 	echo := o.UDP
+	echo.Left = nil // it is about ports
 	echo.Idle = orDefault(echo.Idle, echoIdle)
 	echo.IdleMany = orDefault(echo.IdleMany, echo.Idle) // RFC 5508 REQ-2
 	s.echo = newUDP(udpConfig{UDPOptions: echo, Attachment: o.Attachment, Own: s.own, Proto: flow.ICMP, Handler: h, Tight: o.TCP.Buffers.tight.Load, Write: s.link.write})

@@ -535,9 +535,16 @@ func natTraceroute(t *testing.T, n *natLab, far, _ string) {
 		}
 	}
 	for _, how := range []string{"-I", "-U"} {
-		out, err := n.client.Try("traceroute", "-n", "-q", "1", "-w", "3", how, far)
-		if err != nil || !seesHops(out, []string{tun, router, far}) {
-			t.Errorf("traceroute %s: %v: want %s, %s\n%s", how, err, tun, router, out)
+		sees := func() bool {
+			out, err := n.client.Try("traceroute", "-n", "-q", "1", "-w", "3", how, far)
+			seen := err == nil && seesHops(out, []string{tun, router, far})
+			if !seen {
+				t.Logf("traceroute %s: %v: want %s, %s\n%s", how, err, tun, router, out)
+			}
+			return seen
+		}
+		if !sees() && !sees() { // 3 s may be too few where others have the processors
+			t.Errorf("traceroute %s does not see all of the path", how)
 		}
 	}
 }
