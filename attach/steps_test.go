@@ -38,7 +38,7 @@ func TestDeviceIsBroughtWhileANamespaceIsSetUp(t *testing.T) {
 			labtest.Eventually(t, soon, func() bool {
 				out := i.ip("-o link show")
 				for line := range strings.Lines(out) {
-					if strings.Contains(line, "cgt101_") && strings.Contains(line, "alias cgtun_101") && !strings.Contains(line, "UP") {
+					if strings.Contains(line, "cgt2t_") && strings.Contains(line, "alias cgtun_101") && !strings.Contains(line, "UP") {
 						index, _, _ = strings.Cut(line, ":")
 						return true
 					}

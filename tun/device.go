@@ -175,7 +175,7 @@ func inside(ns netns.Ref, f func(*netlink.Handle) error) error {
 func (d *Device) moveIn(ns netns.Ref, o Options) error {
 	err := ns.File(func(fd int) error {
 		return inside(o.From, func(h *netlink.Handle) (err error) {
-			if d.temporary, d.queues, err = openQueues(h, temporaryName(o.Table)+"_%d", o.Queues); err != nil {
+			if d.temporary, d.queues, err = openQueues(h, movedName(o.Table), o.Queues); err != nil {
 				return err
 			}
 			link, err := h.LinkByName(d.temporary)

@@ -2,6 +2,7 @@ package tun_test
 
 import (
 	"errors"
+	"math"
 	"net/netip"
 	"os"
 	"strconv"
@@ -165,7 +166,7 @@ func TestMovedDeviceEndsWithItsNamespace(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	d := open(t, inner, tun.Options{Table: 101, From: from})
+	d := open(t, inner, tun.Options{Table: math.MaxUint32, From: from})
 	read := make(chan error, 1)
 	go func() {
 		_, _, err := d.Queues()[0].ReadPacket([][]byte{make([]byte, 70000)})

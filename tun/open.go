@@ -31,6 +31,12 @@ func temporaryName(table uint32) string {
 	return temporaryPrefix + strconv.FormatUint(uint64(table), 10)
 }
 
+// movedName is the same for a device that is moved: the kernel draws the end, and
+// the largest table leaves four digits for it in the 15 bytes of a name.
+func movedName(table uint32) string {
+	return temporaryPrefix + strconv.FormatUint(uint64(table), 36) + "_%d"
+}
+
 const temporaryPrefix = "cgt"
 
 // busyTime is how long the descriptor that made a device may live on: in a process
