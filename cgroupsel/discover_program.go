@@ -20,10 +20,11 @@ const alive = 1500 * 1000 * 1000 // ns
 // taskLayout says where this kernel keeps what is asked of a task.
 type taskLayout struct {
 	nsproxy, cgroups, tgid, pid, comm, signal int32 // struct task_struct
+	realParent, children, sibling             int32 // struct task_struct
 	netNS                                     int32 // struct nsproxy
 	cookie                                    int32 // struct net
 	cgroup                                    int32 // struct css_set: that of v2
-	live                                      int32 // struct signal_struct
+	live, pids                                int32 // struct signal_struct
 	seq                                       int32 // struct bpf_iter_meta
 }
 
@@ -36,10 +37,14 @@ func (s *Selector) readTaskLayout() (*taskLayout, error) {
 		{"task_struct", "pid", &t.pid},
 		{"task_struct", "comm", &t.comm},
 		{"task_struct", "signal", &t.signal},
+		{"task_struct", "real_parent", &t.realParent},
+		{"task_struct", "children", &t.children},
+		{"task_struct", "sibling", &t.sibling},
 		{"nsproxy", "net_ns", &t.netNS},
 		{"net", "net_cookie", &t.cookie},
 		{"css_set", "dfl_cgrp", &t.cgroup},
 		{"signal_struct", "live", &t.live},
+		{"signal_struct", "pids", &t.pids},
 		{"bpf_iter_meta", "seq", &t.seq},
 	})
 	return &t, err
@@ -88,6 +93,7 @@ type spaceProgram struct {
 	t      *taskLayout
 	own    uint32  // our tgid, which is never told of
 	closed []int32 // selections with Closed
+	spares bool    // who is held does not die of its parent's end: see spareOrphans
 }
 
 // selected leaves the program unless the task in R6 is selected and is not
@@ -292,20 +298,24 @@ func (p *spaceProgram) readerLives(label, none string) asm.Instructions {
 const dropOldest = 2
 
 // stop stops the current task if R8 says so. The entry in held comes first: who
-// is stopped can always be found there.
+// is stopped can always be found there. Where exits do not spare orphans, jobs are
+// not stopped: they would die if who forked them ended meanwhile.
 func (p *spaceProgram) stop(w what, done string) asm.Instructions {
 	held := int32(heldInExec)
 	if w&whatOpens != 0 {
 		held = heldAtSocket
 	}
-	ins := asm.Instructions{
-		asm.JNE.Imm(asm.R8, tellHold, done),
+	ins := asm.Instructions{asm.JNE.Imm(asm.R8, tellHold, done)}
+	if !p.spares {
+		ins = append(ins, p.isJob(done)...)
+	}
+	ins = append(ins,
 		asm.LoadMem(asm.R1, asm.RFP, slotSpace, asm.DWord),
 		asm.StoreMem(asm.RFP, slotStop, asm.R1, asm.DWord),
 		asm.Mov.Reg(asm.R3, asm.RFP),
 		asm.Add.Imm(asm.R3, slotStop),
 		asm.Mov.Imm(asm.R4, 0),
-	}
+	)
 	ins = append(ins, mapCall(p.m.held.FD(), slotPids, asm.FnMapUpdateElem)...)
 	ins = append(ins, asm.JNE.Imm(asm.R0, 0, done))
 	ins = append(ins, asm.Mov.Imm(asm.R3, dropOldest))

@@ -35,6 +35,8 @@ func TestMain(m *testing.M) {
 		err = helperOpen()
 	case "stay":
 		err = helperStay()
+	case "fork":
+		err = helperFork()
 	case "sender":
 		err = helperSender()
 	case "hold":

@@ -30,12 +30,15 @@ import (
 //	watchHeld     each that is held for longer than Patience: it waits for no
 //	              lock and for no other goroutine
 //	close         all
+//	the kernel    one whose parent, or another before it in its session, ends
 //
 // and after a kill the next start (hold_find.go). A process that others stopped
 // is never in held, and so is never continued.
 //
 // A hold shows to nobody but an interactive shell, which says "Stopped" of a
-// job that it waits for, and gets the prompt back.
+// job that it waits for, and gets the prompt back. Nor does it kill: a process
+// group that is orphaned while one of it is stopped is sent SIGHUP, so who is held
+// goes on before that happens (spareOrphans).
 
 // errHome is what Deny says of namespaces that have no gate.
 var errHome = errors.New("home and select.netns have no gate")

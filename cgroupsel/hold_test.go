@@ -26,6 +26,7 @@ func stopFirst(t *testing.T, lab *labtest.Lab, space *labtest.Host, c *labtest.C
 		cmd = exec.Command(self(t), space.Path)
 	}
 	cmd.Env = helperEnviron("first")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // no job, as these are not held everywhere
 	p := lab.StartCommand(c.Command(cmd))
 	labtest.Eventually(t, 10*time.Second, func() bool { return state(p.Pid) == 'T' }, "the task is stopped")
 	return p
@@ -376,4 +377,64 @@ func TestStoppedByOthersStaysStopped(t *testing.T) {
 		t.Errorf("the process that was stopped by others is in state %c", got)
 	}
 	p.proc.Signal(syscall.SIGCONT)
+}
+
+// Who is held outlives the end of who forked it, as it does without a hold: the
+// kernel sends SIGHUP to a process group that is orphaned while one of it is stopped.
+func TestHeldTaskOutlivesItsParent(t *testing.T) {
+	labtest.Alone(t)
+	for _, tt := range []struct {
+		name  string
+		words []string
+		end   bool // the test ends the first process
+	}{
+		{"a daemon that is forked by who ends", []string{"job"}, false},
+		{"the first of its group ends", nil, true},
+	} {
+		for _, without := range []string{"", cgroupsel.FeatureLetGo} {
+			t.Run(fmt.Sprintf("%s, without %q", tt.name, without), func(t *testing.T) {
+				m := undecided()
+				lab, _, _ := newLab(t)
+				sel := lab.Cgroup("sel")
+				s := newSelector(t, cgroupsel.Options{Selections: one(sel.Path), Without: []string{without}})
+				manage(t, s, m).arm()
+				space, _ := newSpace(lab, "s")
+				cmd := space.Command(t.Context(), "sh", append([]string{"-c", `exec 3<&0; "$0" "$@" <&3 & wait`, self(t)}, tt.words...)...)
+				if !tt.end {
+					cmd = space.Command(t.Context(), self(t), tt.words...)
+				}
+				cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+				p := startCommand(t, lab, cmd, sel, "fork")
+				labtest.Eventually(t, 10*time.Second, func() bool { _, ok := m.find(space); return ok })
+				ns, _ := m.find(space)
+				admit := func() {
+					t.Helper()
+					if err := s.Admit(ns.Ref, cgroupsel.Admission{}); err != nil {
+						t.Fatal(err)
+					}
+				}
+				admit()
+				if got := p.line(); got != "there" {
+					t.Fatal(got)
+				}
+				before := s.Counters().Held
+				if err := s.Doubt(ns.Ref, cgroupsel.V4); err != nil {
+					t.Fatal(err)
+				}
+				p.tell("fork")
+				if without == "" {
+					labtest.Eventually(t, 5*time.Second, func() bool { return s.Counters().Held == before+1 }, "it is held")
+				}
+				if tt.end {
+					p.proc.Signal(syscall.SIGKILL)
+				}
+				_ = p.proc.Wait()
+				admit()
+				// Jobs are not held where the kernel cannot let them go.
+				if got := p.line(); got != "sent" && (without == "" || got != denied) {
+					t.Error(got)
+				}
+			})
+		}
+	}
 }

@@ -105,8 +105,14 @@ func TestClosedStaysClosedAfterKill(t *testing.T) {
 			if tt.exec {
 				behind = []string{"ip", "netns", "exec", home.space.Name}
 			}
+			sending := func() bool { return home.into.Packets() > 100 && space.into.Packets() > 100 }
+			labtest.Eventually(t, 10*time.Second, sending, "both send")
 			owner := startOwner(t, lab, behind, opts)
-			labtest.Eventually(t, 10*time.Second, func() bool { return home.into.Packets() > 100 && space.into.Packets() > 100 })
+			if tt.closed { // else nobody admits the other namespace
+				home.into.Reset()
+				space.into.Reset()
+				labtest.Eventually(t, 10*time.Second, sending, "both are admitted")
+			}
 			home.beside.Reset()
 			space.beside.Reset()
 			wantPins(t, pinner, tt.closed, owner.proc.Pid)

@@ -79,6 +79,24 @@ func helperStay() error {
 	}
 }
 
+// helperFork starts "first" when it is told to, and ends: with "job" as argument
+// before that, and that is in a process group of its own; else after it.
+func helperFork() error {
+	fmt.Println("there")
+	var line string
+	if _, err := fmt.Scanln(&line); err != nil {
+		return err
+	}
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = helperEnviron("first")
+	cmd.Stdout = os.Stdout
+	if len(os.Args) > 1 {
+		cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+		return cmd.Start()
+	}
+	return cmd.Run()
+}
+
 // helperHold holds with the options in its first argument until it is killed.
 // It decides nothing; if they are closed it admits home and all namespaces,
 // with eth1 as their tun.

@@ -60,7 +60,7 @@ func (l *Lab) StartCommand(cmd *exec.Cmd) *Proc {
 	if cmd.SysProcAttr == nil {
 		cmd.SysProcAttr = &syscall.SysProcAttr{}
 	}
-	cmd.SysProcAttr.Setpgid = true
+	cmd.SysProcAttr.Setpgid = !cmd.SysProcAttr.Setsid
 	// A grandchild that keeps the pipe open must not keep Wait.
 	cmd.WaitDelay = time.Second
 	if err := cmd.Start(); err != nil {
