@@ -11,6 +11,7 @@ const (
 	slotSpace = -72 // cookie of a network namespace
 	slotPids  = -80 // u32 tgid, u32 tid
 	slotStop  = -96 // a stopped
+	slotSpare = -104
 )
 
 // alive is for how long after its last sign of life the reader is believed to
@@ -20,11 +21,12 @@ const alive = 1500 * 1000 * 1000 // ns
 // taskLayout says where this kernel keeps what is asked of a task.
 type taskLayout struct {
 	nsproxy, cgroups, tgid, pid, comm, signal int32 // struct task_struct
-	realParent, children, sibling             int32 // struct task_struct
+	realParent, children, pidLinks, flags     int32 // struct task_struct
 	netNS                                     int32 // struct nsproxy
 	cookie                                    int32 // struct net
 	cgroup                                    int32 // struct css_set: that of v2
 	live, pids                                int32 // struct signal_struct
+	tasks                                     int32 // struct pid
 	seq                                       int32 // struct bpf_iter_meta
 }
 
@@ -39,12 +41,14 @@ func (s *Selector) readTaskLayout() (*taskLayout, error) {
 		{"task_struct", "signal", &t.signal},
 		{"task_struct", "real_parent", &t.realParent},
 		{"task_struct", "children", &t.children},
-		{"task_struct", "sibling", &t.sibling},
+		{"task_struct", "pid_links", &t.pidLinks},
+		{"task_struct", "flags", &t.flags},
 		{"nsproxy", "net_ns", &t.netNS},
 		{"net", "net_cookie", &t.cookie},
 		{"css_set", "dfl_cgrp", &t.cgroup},
 		{"signal_struct", "live", &t.live},
 		{"signal_struct", "pids", &t.pids},
+		{"pid", "tasks", &t.tasks},
 		{"bpf_iter_meta", "seq", &t.seq},
 	})
 	return &t, err
@@ -325,6 +329,9 @@ func (p *spaceProgram) stop(w what, done string) asm.Instructions {
 		asm.FnSendSignal.Call(),
 		asm.JNE.Imm(asm.R0, 0, "undo"),
 	)
+	if p.spares {
+		ins = append(ins, p.endsAround("goOn")...)
+	}
 	// Who lets it go takes the entry out first: if that is still there now, the
 	// signal to go on comes after this one to stop.
 	ins = append(ins, mapCall(p.m.held.FD(), slotPids, asm.FnMapLookupElem)...)

@@ -15,7 +15,11 @@ const exitTracepoint = "sched_process_exit"
 
 // kfuncs are functions of the kernel that the exit program calls, by the id of
 // their type. bpf_send_signal_task is the youngest (6.13).
-type kfuncs struct{ taskFromPID, sendSignal, taskRelease btf.TypeID }
+type kfuncs struct {
+	taskFromPID, sendSignal, taskRelease btf.TypeID
+	countEntries                         btf.TypeID // of a map
+	iterNew, iterNext, iterDestroy       btf.TypeID // of a loop that is verified once, not as often as it goes round
+}
 
 func (s *Selector) readKfuncs() (*kfuncs, error) {
 	spec, err := s.types()
@@ -24,9 +28,13 @@ func (s *Selector) readKfuncs() (*kfuncs, error) {
 	}
 	var k kfuncs
 	for name, to := range map[string]*btf.TypeID{
-		"bpf_task_from_pid":    &k.taskFromPID,
-		"bpf_send_signal_task": &k.sendSignal,
-		"bpf_task_release":     &k.taskRelease,
+		"bpf_task_from_pid":      &k.taskFromPID,
+		"bpf_send_signal_task":   &k.sendSignal,
+		"bpf_task_release":       &k.taskRelease,
+		"bpf_map_sum_elem_count": &k.countEntries,
+		"bpf_iter_num_new":       &k.iterNew,
+		"bpf_iter_num_next":      &k.iterNext,
+		"bpf_iter_num_destroy":   &k.iterDestroy,
 	} {
 		var f *btf.Func
 		if err := spec.TypeByName(name, &f); err != nil {
@@ -46,6 +54,33 @@ func callKernel(id btf.TypeID) asm.Instruction {
 		Src:      asm.PseudoKfuncCall,
 		Constant: int64(id),
 	}
+}
+
+// slotLoop is a struct bpf_iter_num.
+const slotLoop = -112
+
+// loop goes through body n times at most, and from body to done ends it. It leaves R6
+// to R9 to the body.
+func (k *kfuncs) loop(n int32, next, done string, body asm.Instructions) asm.Instructions {
+	at := func(label string, id btf.TypeID) asm.Instructions {
+		return asm.Instructions{
+			asm.Mov.Reg(asm.R1, asm.RFP).WithSymbol(label),
+			asm.Add.Imm(asm.R1, slotLoop),
+			callKernel(id),
+		}
+	}
+	ins := asm.Instructions{
+		asm.Mov.Reg(asm.R1, asm.RFP),
+		asm.Add.Imm(asm.R1, slotLoop),
+		asm.Mov.Imm(asm.R2, 0),
+		asm.Mov.Imm(asm.R3, n),
+		callKernel(k.iterNew),
+	}
+	ins = append(ins, at(next, k.iterNext)...)
+	ins = append(ins, asm.JEq.Imm(asm.R0, 0, done))
+	ins = append(ins, body...)
+	ins = append(ins, asm.Ja.Label(next))
+	return append(ins, at(done, k.iterDestroy)...)
 }
 
 // attachExit attaches the program for the end of a process, the best that this
@@ -138,19 +173,13 @@ func (p *spaceProgram) letAllGo(k *kfuncs) asm.Instructions {
 		asm.JEq.Imm(asm.R0, 0, "out"),
 		asm.Mov.Imm(asm.R1, 0),
 		asm.StoreMem(asm.R0, 0, asm.R1, asm.DWord),
-		asm.Mov.Imm(asm.R8, maxHeld),
 	)
-	next := mapCall(p.m.order.FD(), slotPids, asm.FnMapPopElem)
-	next[0] = next[0].WithSymbol("next")
-	ins = append(ins, next...)
-	ins = append(ins, asm.JNE.Imm(asm.R0, 0, "out"))
-	ins = append(ins, mapCall(p.m.held.FD(), slotPids, asm.FnMapLookupElem)...)
-	ins = append(ins, asm.JEq.Imm(asm.R0, 0, "another"))
-	ins = append(ins, k.goOn(asm.R7, "another")...)
-	return append(ins,
-		asm.Sub.Imm(asm.R8, 1).WithSymbol("another"),
-		asm.JNE.Imm(asm.R8, 0, "next"),
-	)
+	one := mapCall(p.m.order.FD(), slotPids, asm.FnMapPopElem)
+	one = append(one, asm.JNE.Imm(asm.R0, 0, "all went on"))
+	one = append(one, mapCall(p.m.held.FD(), slotPids, asm.FnMapLookupElem)...)
+	one = append(one, asm.JEq.Imm(asm.R0, 0, "next"))
+	one = append(one, k.goOn(asm.R7, "next")...)
+	return append(ins, k.loop(maxHeld, "next", "all went on", one)...)
 }
 
 // goOn continues the process in slotPids. It uses r, and goes to gone if there is
@@ -171,64 +200,125 @@ func (k *kfuncs) goOn(r asm.Register, gone string) asm.Instructions {
 	}
 }
 
-// maxOrphans is how many descendants of a process that ends are looked at.
-const maxOrphans = 256
+// maxMembers is how many of a session are looked at, the youngest first.
+const maxMembers = 512
 
-// spareOrphans continues those held among the descendants of the task in R6, which
-// ends, that are of its session. A process group that loses its last member with a
-// parent elsewhere in the session is sent SIGHUP if one of it is stopped (setpgid(2),
-// POSIX.1-2024 _exit): a daemon whose parent ends as soon as it has forked it would
-// die of its hold. This tracepoint comes before the kernel looks for such groups.
+// What of a session is sent SIGHUP, if it is stopped, when a process ends.
+const (
+	spareOwn    = 1 << iota // its own process group: its parent is outside
+	spareOthers             // other groups: those of its children
+)
+
+// spareOrphans continues who is held and would not outlive the end of the task in R6.
+// A process group that loses its last member with a parent elsewhere in the session is
+// sent SIGHUP if one of it is stopped (setpgid(2), POSIX.1-2024 _exit): a daemon whose
+// parent ends as soon as it has forked it would die of its hold. Who of the group is
+// held need not descend from who ends. This tracepoint comes before the kernel looks for
+// such groups; who is about to be held in between sees that itself (endsAround).
 //
-// R7 is where it is in the tree, by depth; R8 counts; R9 is the session.
+// R7 goes through the members of the session; R9 is the own group.
 func (p *spaceProgram) spareOrphans(k *kfuncs) asm.Instructions {
 	var ins asm.Instructions
 	for _, step := range []asm.Instructions{
-		readPointer(asm.R3, asm.R6, p.t.signal, "spared"),
-		readPointer(asm.R9, asm.R3, p.t.pids+sessionPID, "spared"),
 		{
-			asm.Mov.Reg(asm.R7, asm.R6),
-			asm.Mov.Imm(asm.R8, maxOrphans),
+			asm.LoadMapPtr(asm.R1, p.m.held.FD()),
+			callKernel(k.countEntries),
+			asm.JEq.Imm(asm.R0, 0, "spared"),
+			asm.Mov.Imm(asm.R1, 0),
+			asm.StoreMem(asm.RFP, slotSpare, asm.R1, asm.DWord),
 		},
-		labelled("down", readPointer(asm.R3, asm.R7, p.t.children, "spared")),
+		readPointer(asm.R7, asm.R6, p.t.signal, "spared"),
+		readPointer(asm.R9, asm.R7, p.t.pids+groupPID, "spared"),
+		readPointer(asm.R8, asm.R7, p.t.pids+sessionPID, "spared"),
+		readPointer(asm.R3, asm.R6, p.t.realParent, "spared"),
+		readPointer(asm.R7, asm.R3, p.t.signal, "spared"),
+		readPointer(asm.R3, asm.R7, p.t.pids+groupPID, "spared"),
+		{asm.JEq.Reg(asm.R3, asm.R9, "children")},
+		readPointer(asm.R3, asm.R7, p.t.pids+sessionPID, "spared"),
 		{
-			asm.Mov.Reg(asm.R1, asm.R7),
+			asm.JNE.Reg(asm.R3, asm.R8, "children"),
+			asm.Mov.Imm(asm.R1, spareOwn),
+			asm.StoreMem(asm.RFP, slotSpare, asm.R1, asm.DWord),
+		},
+		labelled("children", readPointer(asm.R3, asm.R6, p.t.children, "spared")),
+		{
+			asm.LoadMem(asm.R2, asm.RFP, slotSpare, asm.DWord),
+			asm.Mov.Reg(asm.R1, asm.R6),
 			asm.Add.Imm(asm.R1, p.t.children),
-			asm.JNE.Reg(asm.R1, asm.R3, "child"),
-			asm.JEq.Reg(asm.R7, asm.R6, "spared").WithSymbol("beside"),
+			asm.JEq.Reg(asm.R1, asm.R3, "members"),
+			asm.Or.Imm(asm.R2, spareOthers),
+			asm.StoreMem(asm.RFP, slotSpare, asm.R2, asm.DWord),
+			asm.JEq.Imm(asm.R2, 0, "spared").WithSymbol("members"),
 		},
-		readPointer(asm.R3, asm.R7, p.t.sibling, "spared"),
-		{asm.StoreMem(asm.RFP, slotStop, asm.R3, asm.DWord)},
-		readPointer(asm.R7, asm.R7, p.t.realParent, "spared"),
-		{
-			asm.LoadMem(asm.R3, asm.RFP, slotStop, asm.DWord),
-			asm.Mov.Reg(asm.R1, asm.R7),
-			asm.Add.Imm(asm.R1, p.t.children),
-			asm.JNE.Reg(asm.R1, asm.R3, "child"),
-			asm.Sub.Imm(asm.R8, 1),
-			asm.JNE.Imm(asm.R8, 0, "beside"),
-			asm.Ja.Label("spared"),
-			asm.Mov.Reg(asm.R7, asm.R3).WithSymbol("child"),
-			asm.Sub.Imm(asm.R7, p.t.sibling),
-		},
-		readPointer(asm.R3, asm.R7, p.t.signal, "spared"),
-		readPointer(asm.R3, asm.R3, p.t.pids+sessionPID, "spared"),
-		{asm.JNE.Reg(asm.R3, asm.R9, "onward")},
-		readKernel(asm.R7, p.t.tgid, 4, "spared"),
+		readPointer(asm.R7, asm.R8, p.t.tasks+sessionPID, "spared"),
+		k.loop(maxMembers, "member", "all seen", p.spareMember(k)),
+		{asm.Mov.Imm(asm.R0, 0).WithSymbol("spared")},
+	} {
+		ins = append(ins, step...)
+	}
+	return ins
+}
+
+// spareMember continues the process in R7, if it is to be spared, and goes on to the
+// next one.
+func (p *spaceProgram) spareMember(k *kfuncs) asm.Instructions {
+	var ins asm.Instructions
+	for _, step := range []asm.Instructions{
+		{asm.JEq.Imm(asm.R7, 0, "all seen")},
+		readKernel(asm.R7, p.t.tgid-p.t.memberOf(sessionPID), 4, "all seen"),
 		{
 			asm.LoadMem(asm.R1, asm.RFP, slotRead, asm.Word),
 			asm.StoreMem(asm.RFP, slotPids, asm.R1, asm.Word),
 		},
+		mapCall(p.m.held.FD(), slotPids, asm.FnMapLookupElem),
+		{asm.JEq.Imm(asm.R0, 0, "onward")},
+		readPointer(asm.R3, asm.R7, p.t.signal-p.t.memberOf(sessionPID), "all seen"),
+		readPointer(asm.R3, asm.R3, p.t.pids+groupPID, "all seen"),
+		{
+			asm.LoadMem(asm.R1, asm.RFP, slotSpare, asm.DWord),
+			asm.Mov.Imm(asm.R2, spareOwn),
+			asm.JEq.Reg(asm.R3, asm.R9, "of its own group"),
+			asm.Mov.Imm(asm.R2, spareOthers),
+			asm.And.Reg(asm.R1, asm.R2).WithSymbol("of its own group"),
+			asm.JEq.Imm(asm.R1, 0, "onward"),
+		},
 		mapCall(p.m.held.FD(), slotPids, asm.FnMapDeleteElem),
 		{asm.JNE.Imm(asm.R0, 0, "onward")},
-		{asm.StoreMem(asm.RFP, slotStop, asm.R7, asm.DWord)},
-		k.goOn(asm.R7, "onward"),
+		k.goOn(asm.R8, "onward"),
+		labelled("onward", readPointer(asm.R7, asm.R7, 0, "all seen")),
+	} {
+		ins = append(ins, step...)
+	}
+	return ins
+}
+
+// endsAround goes to yes if the task in R6, which has its entry in held, is of a job
+// whose first process or its own parent ends: that looked for it before (spareOrphans),
+// perhaps when it was not in held yet.
+func (p *spaceProgram) endsAround(yes string) asm.Instructions {
+	const exiting = 4 // PF_EXITING
+	var ins asm.Instructions
+	for _, step := range []asm.Instructions{
+		p.isJob("job"),
+		{asm.Ja.Label("nobody ends")},
+		labelled("job", readPointer(asm.R3, asm.R6, p.t.realParent, yes)),
+		readKernel(asm.R3, p.t.flags, 4, yes),
 		{
-			asm.LoadMem(asm.R7, asm.RFP, slotStop, asm.DWord),
-			asm.Sub.Imm(asm.R8, 1).WithSymbol("onward"),
-			asm.JNE.Imm(asm.R8, 0, "down"),
+			asm.LoadMem(asm.R1, asm.RFP, slotRead, asm.Word),
+			asm.And.Imm(asm.R1, exiting),
+			asm.JNE.Imm(asm.R1, 0, yes),
 		},
-		{asm.Mov.Imm(asm.R0, 0).WithSymbol("spared")},
+		readPointer(asm.R3, asm.R6, p.t.signal, yes),
+		readPointer(asm.R3, asm.R3, p.t.pids+groupPID, yes),
+		readPointer(asm.R3, asm.R3, p.t.tasks+processPID, yes),
+		{asm.JEq.Imm(asm.R3, 0, "nobody ends")},
+		readKernel(asm.R3, p.t.flags-p.t.memberOf(processPID), 4, yes),
+		{
+			asm.LoadMem(asm.R1, asm.RFP, slotRead, asm.Word),
+			asm.And.Imm(asm.R1, exiting),
+			asm.JNE.Imm(asm.R1, 0, yes),
+			asm.Mov.Imm(asm.R0, 0).WithSymbol("nobody ends"),
+		},
 	} {
 		ins = append(ins, step...)
 	}
@@ -241,12 +331,17 @@ func labelled(label string, ins asm.Instructions) asm.Instructions {
 	return ins
 }
 
-// Where the ids of process group and session are in signal_struct.pids: at
-// PIDTYPE_PGID and PIDTYPE_SID of the kernel's enum pid_type.
+// Where the ids of process, process group and session are in signal_struct.pids, and
+// who has them in pid.tasks: at PIDTYPE_TGID, _PGID and _SID of the kernel's enum
+// pid_type.
 const (
+	processPID = 1 * 8
 	groupPID   = 2 * 8
 	sessionPID = 3 * 8
 )
+
+// memberOf is where in a task the list is that goes through all who have such an id.
+func (t *taskLayout) memberOf(id int32) int32 { return t.pidLinks + 2*id }
 
 // isJob goes to yes if the task in R6 is in another process group than the first one
 // of its session: only such a group can be orphaned by the end of a process of its

@@ -4,6 +4,9 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -379,48 +382,57 @@ func TestStoppedByOthersStaysStopped(t *testing.T) {
 	p.proc.Signal(syscall.SIGCONT)
 }
 
+// forks starts a helper in a process group and a namespace of its own, admits it, and
+// lets it be in doubt. What is forked there is held until the returned admit.
+func forks(t *testing.T, without, script string, words ...string) (s *cgroupsel.Selector, p *helper, admit func()) {
+	t.Helper()
+	m := undecided()
+	lab, _, _ := newLab(t)
+	sel := lab.Cgroup("sel")
+	s = newSelector(t, cgroupsel.Options{Selections: one(sel.Path), Without: []string{without}})
+	manage(t, s, m).arm()
+	space, _ := newSpace(lab, "s")
+	cmd := space.Command(t.Context(), self(t), words...)
+	if script != "" {
+		cmd = space.Command(t.Context(), "sh", append([]string{"-c", script, self(t)}, words...)...)
+	}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	p = startCommand(t, lab, cmd, sel, "fork")
+	labtest.Eventually(t, 10*time.Second, func() bool { _, ok := m.find(space); return ok })
+	ns, _ := m.find(space)
+	admit = func() {
+		t.Helper()
+		if err := s.Admit(ns.Ref, cgroupsel.Admission{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	admit()
+	if got := p.line(); got != "there" {
+		t.Fatal(got)
+	}
+	if err := s.Doubt(ns.Ref, cgroupsel.V4); err != nil {
+		t.Fatal(err)
+	}
+	return s, p, admit
+}
+
 // Who is held outlives the end of who forked it, as it does without a hold: the
 // kernel sends SIGHUP to a process group that is orphaned while one of it is stopped.
 func TestHeldTaskOutlivesItsParent(t *testing.T) {
 	labtest.Alone(t)
 	for _, tt := range []struct {
-		name  string
-		words []string
-		end   bool // the test ends the first process
+		name, script string
+		words        []string
+		end          bool // the test ends the first process
 	}{
-		{"a daemon that is forked by who ends", []string{"job"}, false},
-		{"the first of its group ends", nil, true},
+		{"a daemon that is forked by who ends", "", []string{"job"}, false},
+		{"the first of its group ends", `exec 3<&0; "$0" <&3 & wait`, nil, true},
+		{"the first of its group ends, and the parent has ended", `exec 3<&0; ("$0" stay <&3 &); exec sleep 300`, nil, true},
 	} {
 		for _, without := range []string{"", cgroupsel.FeatureLetGo} {
 			t.Run(fmt.Sprintf("%s, without %q", tt.name, without), func(t *testing.T) {
-				m := undecided()
-				lab, _, _ := newLab(t)
-				sel := lab.Cgroup("sel")
-				s := newSelector(t, cgroupsel.Options{Selections: one(sel.Path), Without: []string{without}})
-				manage(t, s, m).arm()
-				space, _ := newSpace(lab, "s")
-				cmd := space.Command(t.Context(), "sh", append([]string{"-c", `exec 3<&0; "$0" "$@" <&3 & wait`, self(t)}, tt.words...)...)
-				if !tt.end {
-					cmd = space.Command(t.Context(), self(t), tt.words...)
-				}
-				cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-				p := startCommand(t, lab, cmd, sel, "fork")
-				labtest.Eventually(t, 10*time.Second, func() bool { _, ok := m.find(space); return ok })
-				ns, _ := m.find(space)
-				admit := func() {
-					t.Helper()
-					if err := s.Admit(ns.Ref, cgroupsel.Admission{}); err != nil {
-						t.Fatal(err)
-					}
-				}
-				admit()
-				if got := p.line(); got != "there" {
-					t.Fatal(got)
-				}
+				s, p, admit := forks(t, without, tt.script, tt.words...)
 				before := s.Counters().Held
-				if err := s.Doubt(ns.Ref, cgroupsel.V4); err != nil {
-					t.Fatal(err)
-				}
 				p.tell("fork")
 				if without == "" {
 					labtest.Eventually(t, 5*time.Second, func() bool { return s.Counters().Held == before+1 }, "it is held")
@@ -430,11 +442,43 @@ func TestHeldTaskOutlivesItsParent(t *testing.T) {
 				}
 				_ = p.proc.Wait()
 				admit()
-				// Jobs are not held where the kernel cannot let them go.
-				if got := p.line(); got != "sent" && (without == "" || got != denied) {
+				// Who is not held, or not any more, can send before the admission.
+				if got := p.line(); got != "sent" && got != denied {
 					t.Error(got)
 				}
 			})
+		}
+	}
+}
+
+// The same where the parent is about to end, and was looked at before, when the hold
+// comes.
+func TestHeldWhileItsParentEnds(t *testing.T) {
+	labtest.Alone(t)
+	m := undecided()
+	lab, sel, s := armed(t, m)
+	next, _ := newSpace(lab, "n")
+	p := startCommand(t, lab, exec.CommandContext(t.Context(), self(t), "crowd", next.Path), sel, "fork")
+	if got := p.line(); got != "there" {
+		t.Fatal(got)
+	}
+	p.tell("fork")
+	_ = p.proc.Wait()
+	labtest.Eventually(t, 10*time.Second, func() bool {
+		text, err := os.ReadFile(filepath.Join(sel.Dir, "cgroup.procs"))
+		return err == nil && !slices.ContainsFunc(strings.Fields(string(text)), func(pid string) bool {
+			n, _ := strconv.Atoi(pid)
+			return state(n) != 'T'
+		})
+	}, "all are held or have ended")
+	ns, _ := m.find(next)
+	if err := s.Admit(ns.Ref, cgroupsel.Admission{}); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%d of %d were held", s.Counters().Held, crowd)
+	for range crowd {
+		if got := p.line(); got != "sent" && got != denied {
+			t.Error(got)
 		}
 	}
 }

@@ -79,22 +79,61 @@ func helperStay() error {
 	}
 }
 
-// helperFork starts "first" when it is told to, and ends: with "job" as argument
-// before that, and that is in a process group of its own; else after it.
+// helperFork starts "first" when it is told to, and ends after it. With "job" as
+// argument that is in a process group of its own, and it ends at once; with "stay" it is
+// helperStay; with "crowd" and a path it starts some as with "late", one after the other:
+// each starts a job that goes to a namespace, and ends after a time.
 func helperFork() error {
+	words := append(os.Args[1:], "")
+	if words[0] == "stay" {
+		return helperStay()
+	}
+	if words[0] == "late" {
+		pause, err := time.ParseDuration(words[2])
+		if err != nil {
+			return err
+		}
+		// The kernel takes its time to give that back.
+		large := make([]byte, 128<<20)
+		for i := 0; i < len(large); i += os.Getpagesize() {
+			large[i] = 1
+		}
+		err = itself("first", words[1]).Start()
+		time.Sleep(pause)
+		runtime.KeepAlive(&large)
+		return err
+	}
 	fmt.Println("there")
 	var line string
 	if _, err := fmt.Scanln(&line); err != nil {
 		return err
 	}
-	cmd := exec.Command(os.Args[0])
-	cmd.Env = helperEnviron("first")
-	cmd.Stdout = os.Stdout
-	if len(os.Args) > 1 {
-		cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-		return cmd.Start()
+	switch words[0] {
+	case "job":
+		return itself("first").Start()
+	case "crowd":
+		for i := range crowd {
+			if err := itself("fork", "late", words[1], (time.Duration(i) * 2 * time.Millisecond).String()).Run(); err != nil {
+				return err
+			}
+		}
+		return nil
 	}
+	cmd := itself("first")
+	cmd.SysProcAttr = nil
 	return cmd.Run()
+}
+
+// crowd is how many helperFork starts.
+const crowd = 10
+
+// itself is the helper in another role, in a process group of its own.
+func itself(role string, words ...string) *exec.Cmd {
+	cmd := exec.Command(os.Args[0], words...)
+	cmd.Env = helperEnviron(role)
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	return cmd
 }
 
 // helperHold holds with the options in its first argument until it is killed.
