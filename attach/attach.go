@@ -465,13 +465,16 @@ func (m *Manager) Numbers() map[int]bool {
 // refuse lets a namespace that cannot be attached do what on_exit says, and tells
 // whether it is open.
 func (m *Manager) refuse(ns netns.Ref) (open bool) {
-	if m.closed() {
-		return false
+	var err error
+	if open = !m.closed(); open {
+		err = m.opts.Gate.Admit(ns, cgroupsel.Admission{})
+	} else {
+		err = m.opts.Gate.Deny(ns)
 	}
-	if err := m.opts.Gate.Admit(ns, cgroupsel.Admission{}); err != nil {
-		m.opts.Logger.Warn("a namespace that is not attached could not be admitted", "netns", ns.String(), "err", err)
+	if err != nil {
+		m.opts.Logger.Warn("the gate could not be told of a namespace that is not attached", "netns", ns.String(), "open", open, "err", err)
 	}
-	return true
+	return open
 }
 
 // closed says whether what cannot be attached stays shut.

@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -31,8 +32,7 @@ type gate struct {
 	onOffline func() // called when a namespace is to be admitted as offline
 
 	mu     sync.Mutex
-	said   map[uint64]string // the last word on each namespace
-	order  []string
+	said   map[uint64][]string // on each namespace, without repetitions
 	frames map[uint64]string
 	doubts map[uint64]bool // by cookie: nobody may begin to send
 }
@@ -41,12 +41,11 @@ func (g *gate) note(ns netns.Ref, word string) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.said == nil {
-		g.said = map[uint64]string{}
+		g.said = map[uint64][]string{}
 	}
-	if g.said[ns.Cookie()] != word {
-		g.order = append(g.order, word)
+	if said := g.said[ns.Cookie()]; len(said) == 0 || said[len(said)-1] != word {
+		g.said[ns.Cookie()] = append(said, word)
 	}
-	g.said[ns.Cookie()] = word
 	return nil
 }
 
@@ -114,10 +113,18 @@ func (g *gate) Admit(ns netns.Ref, a cgroupsel.Admission) error {
 func (g *gate) Deny(ns netns.Ref) error { return g.note(ns, "denied") }
 func (g *gate) Forget(ns netns.Ref)     { _ = g.note(ns, "forgotten") }
 
-func (g *gate) last(ns netns.Ref) string {
+func (g *gate) words(ns netns.Ref) []string {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return g.said[ns.Cookie()]
+	return slices.Clone(g.said[ns.Cookie()])
+}
+
+// last is the last word on a namespace, "" for none.
+func (g *gate) last(ns netns.Ref) string {
+	if said := g.words(ns); len(said) > 0 {
+		return said[len(said)-1]
+	}
+	return ""
 }
 
 // inner is a namespace that lives as long as a process in it:
@@ -397,6 +404,49 @@ func TestWhatIsTakenInside(t *testing.T) {
 				err = errors.Join(err, steer.Remove(ns, "101"))
 			}
 			if err != nil {
+				t.Error(err)
+			}
+		}
+	})
+}
+
+// What fails once is tried once more before on_exit is asked: who is held waits.
+func TestOneFailureOpensNothing(t *testing.T) {
+	atHome(t, func(t *testing.T) {
+		for n, tt := range []struct {
+			closed   bool
+			failures int64
+			want     []string // what the gate is told
+		}{
+			{false, 1, []string{"admitted"}},
+			{true, 1, []string{"admitted"}},
+			{false, 2, []string{"waived", "admitted"}},
+			{true, 2, []string{"denied", "admitted"}},
+		} {
+			var calls atomic.Int64
+			r, g := others(t, func(o *attach.Options) {
+				o.Routes[0].Plan.Closed = tt.closed
+				o.Isolated = func(netip.Addr) (bool, error) {
+					if calls.Add(1) <= tt.failures {
+						return false, errors.New("nobody answers")
+					}
+					return false, nil
+				}
+			})
+			i := newInner(t, n)
+			i.connect(n)
+			r.shows(i.namespace())
+			r.becomes(i, attach.StateUp, allInside, "admitted", g)
+			if got := g.words(i.ref); !slices.Equal(got, tt.want) {
+				t.Errorf("closed %v, %d failures: the gate was told %q, want %q", tt.closed, tt.failures, got, tt.want)
+			}
+			r.shows() // before the end, that nothing stays shut inside
+			r.becomes(i, "", "", "forgotten", g)
+			if err := r.stop(); err != nil {
+				t.Error(err)
+			}
+			home, err := netns.Home()
+			if err = errors.Join(err, steer.Remove(home, "101")); err != nil {
 				t.Error(err)
 			}
 		}

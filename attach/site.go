@@ -30,7 +30,7 @@ import (
 //	          a task there execs or opens its first socket. What is closed takes
 //	          no default route that comes while cgtun is not there (fence.go).
 //	up        attached, and admitted
-//	failed    it could not be attached: on_exit decides whether it is admitted
+//	failed    it could not be attached, twice: on_exit decides whether it is admitted
 //
 // No socket or descriptor of such a namespace is held open, as it would keep it
 // alive. The kernel's events come by sockets of home (events.go), and there is a
@@ -49,6 +49,9 @@ const (
 	// sets up, as the runtime of containers does. Who makes one for himself runs there
 	// at once.
 	settingUp = 20 * time.Millisecond
+	// secondTry is how long after a first failure it is tried once more: who is held
+	// waits, and on_exit is asked about only then.
+	secondTry = 100 * time.Millisecond
 	// idleTime is how long a namespace stays attached without anybody in it.
 	idleTime = 5 * time.Second
 )
@@ -254,11 +257,21 @@ func (s *site) run(ctx context.Context) {
 			// Somebody inside took it apart: it counts as not attached until it is
 			// back, and that is at once, but not all the time.
 			log.Warn("a namespace is attached anew", "err", err)
+			s.set(StateFailed, err)
 			if s.lasted > tick {
 				continue
 			}
+		case err != nil && failures == 0:
+			failures++
+			log.Warn("a namespace with selected processes could not be attached, and is tried once more while they wait", "err", err)
+			s.doubt()
+			select {
+			case <-ctx.Done():
+			case <-time.After(secondTry):
+			}
+			continue
 		case err != nil:
-			if failures++; failures == 1 {
+			if failures++; failures == 2 {
 				log.Error("a namespace with selected processes cannot be attached, trying on", "err", err, "on_exit_closed", s.m.closed())
 			}
 			s.set(StateFailed, err)
@@ -269,7 +282,7 @@ func (s *site) run(ctx context.Context) {
 		if s.idles() {
 			return
 		}
-		wait := min(tick<<min(failures, 4), 10*tick)
+		wait := min(tick<<min(max(failures-1, 0), 4), 10*tick)
 		setUp := s.brought == nil && failures == 0 && s.gated()
 		if setUp {
 			wait = time.Until(begin.Add(settingUp))
