@@ -27,6 +27,7 @@ type surroundings struct {
 	// Whether the main table has a default route of the family, and by what.
 	default4, default6 bool
 	gateways           []netip.Addr
+	size               int // how many links, addresses and routes there are
 }
 
 // interruptions is how often in a row a dump may be cut short by changes.
@@ -50,7 +51,7 @@ func lookOnce(device string, interfaces []string) (*surroundings, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list links: %w", err)
 	}
-	s := &surroundings{local: map[netip.Addr]struct{}{}}
+	s := &surroundings{local: map[netip.Addr]struct{}{}, size: len(links)}
 	selected := map[int]bool{}
 	s.others = devicesIn(links)
 	for _, l := range links {
@@ -63,6 +64,7 @@ func lookOnce(device string, interfaces []string) (*surroundings, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list addresses: %w", err)
 	}
+	s.size += len(addrs)
 	for _, a := range addrs {
 		prefix, ok := tun.PrefixOf(a.IPNet)
 		if !ok {
@@ -78,9 +80,13 @@ func lookOnce(device string, interfaces []string) (*surroundings, error) {
 			s.add(peer.Masked())
 		}
 	}
-	// One by one: who may change the routes of a namespace can make millions.
-	err = netlink.RouteListFilteredIter(netlink.FAMILY_ALL, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE, func(r netlink.Route) bool {
-		s.addRoute(&r, selected[r.LinkIndex])
+	// One by one: who may change the routes of a namespace can make millions. The
+	// kernel lists all tables in any case.
+	err = netlink.RouteListFilteredIter(netlink.FAMILY_ALL, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE, func(r netlink.Route) bool {
+		s.size++
+		if r.Table == unix.RT_TABLE_MAIN {
+			s.addRoute(&r, selected[r.LinkIndex])
+		}
 		return true
 	})
 	if err != nil {

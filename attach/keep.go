@@ -97,7 +97,7 @@ func (s *site) keep(ctx context.Context, begin func(*Attachment), served <-chan 
 			if more = calmed != nil; more {
 				continue
 			}
-			calmed = time.After(calm)
+			calmed = time.After(calm + s.rest())
 		case <-look:
 			if s.home() {
 				s.probe()
@@ -115,7 +115,7 @@ func (s *site) keep(ctx context.Context, begin func(*Attachment), served <-chan 
 				if !more {
 					continue
 				}
-				more, calmed = false, time.After(calm)
+				more, calmed = false, time.After(calm+s.rest())
 			}
 		case <-later:
 		case <-s.begun: // whatever was looked at just before: somebody is held
@@ -132,7 +132,7 @@ func (s *site) keep(ctx context.Context, begin func(*Attachment), served <-chan 
 		s.ended = time.Time{}
 		// Also where the newest plan cannot be: the one before is in force.
 		if err = errors.Join(err, s.repair()); err != nil {
-			later = time.After(retry)
+			later = time.After(max(retry, s.rest()))
 			continue
 		}
 		if err := s.admit(); err != nil {
@@ -320,6 +320,7 @@ func (s *site) applyOne(a *Attachment, plans []steer.Plan) error {
 		return errNoDevice
 	}
 	a.around.Store(around)
+	s.size = around.size
 	s.guardFrames(around.others)
 	if s.home() {
 		s.m.homeMoved(around)

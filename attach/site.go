@@ -52,6 +52,12 @@ const (
 	// secondTry is how long after a first failure it is tried once more: who is held
 	// waits, and on_exit is asked about only then.
 	secondTry = 100 * time.Millisecond
+	// restEach is how long a namespace is left alone after a look for each thing seen
+	// there above fewThings, and mostRest for how long at most: who makes thousands and
+	// changes them all the time is looked at seldom.
+	restEach  = 100 * time.Microsecond
+	fewThings = 1000
+	mostRest  = 3 * time.Second
 	// idleTime is how long a namespace stays attached without anybody in it.
 	idleTime = 5 * time.Second
 )
@@ -87,6 +93,7 @@ type site struct {
 	doubted  bool          // the gate has to be told again
 	admitted []int         // the devices that it was told last
 	lasted   time.Duration // for how long the last capture was in force
+	size     int           // how much the last look saw
 	isolated map[netip.Addr]verdict
 	renewal  renewal // of home's devices
 	guarded  guarding
@@ -291,6 +298,11 @@ func (s *site) run(ctx context.Context) {
 		case <-ctx.Done():
 		case <-s.again:
 			s.doubt()
+			select {
+			case <-ctx.Done():
+			case <-s.begun:
+			case <-time.After(s.rest()):
+			}
 		case <-s.begun:
 		case <-time.After(wait):
 			if setUp {
@@ -311,6 +323,11 @@ func (s *site) doubt() {
 	if err := s.m.opts.Gate.Doubt(s.ref(), alone); err != nil {
 		s.m.opts.Logger.Warn("a namespace is looked at again while its processes run", "attachment", s.id, "err", err)
 	}
+}
+
+// rest is how long it waits for the next look.
+func (s *site) rest() time.Duration {
+	return min(time.Duration(max(s.size-fewThings, 0))*restEach, mostRest)
 }
 
 // alone are the families that are not captured.
@@ -353,6 +370,7 @@ func (s *site) judge() (online bool, err error) {
 	if err != nil {
 		return false, err
 	}
+	s.size = around.size
 	switch {
 	case s.named() || around.default4 || around.default6:
 		// Before anything else: also what cannot be attached is shut, if it is to be.
