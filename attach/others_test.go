@@ -14,7 +14,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -23,7 +22,6 @@ import (
 	"cgtun/cgroupsel"
 	"cgtun/internal/labtest"
 	"cgtun/internal/netns"
-	"cgtun/steer"
 	"cgtun/tun"
 )
 
@@ -379,87 +377,6 @@ func TestChangesAreDoubtsAtOnce(t *testing.T) {
 	})
 }
 
-// What is taken inside makes the attachment fail; on_exit decides what becomes
-// of the namespace, and it is attached when it can be.
-func TestWhatIsTakenInside(t *testing.T) {
-	atHome(t, func(t *testing.T) {
-		for n, closed := range []bool{false, true} {
-			r, g := others(t, func(o *attach.Options) { o.Routes[0].Plan.Closed = closed })
-			i := newInner(t, n)
-			i.connect(n)
-			i.ip("rule add pref 7000 fwmark 0x65 lookup 9")
-			r.shows(i.namespace())
-			labtest.Eventually(t, soon, func() bool { return r.state(i.ref) == attach.StateFailed }, "failed")
-			var taken *steer.TakenError
-			if err := r.States()[1].Err; !errors.As(err, &taken) {
-				t.Errorf("why: %v", err)
-			}
-			want := map[bool]string{false: "waived", true: "denied"}[closed]
-			labtest.Eventually(t, soon, func() bool { return g.last(i.ref) == want }, "the gate is told %q", want)
-			i.ip("rule del pref 7000")
-			r.becomes(i, attach.StateUp, allInside, "admitted", g)
-			if err := r.stop(); err != nil {
-				t.Error(err)
-			}
-			// What blocks stays where on_exit is closed, in each namespace.
-			left := map[bool]string{false: "", true: "rule rule6 nft"}[closed]
-			if inside := i.steered(); inside != left || steered() != left {
-				t.Errorf("closed %v: left %q inside, %q at home", closed, inside, steered())
-			}
-			home, err := netns.Home()
-			for _, ns := range []netns.Ref{home, i.ref} {
-				err = errors.Join(err, steer.Remove(ns, "101"))
-			}
-			if err != nil {
-				t.Error(err)
-			}
-		}
-	})
-}
-
-// What fails once is tried once more before on_exit is asked: who is held waits.
-func TestOneFailureOpensNothing(t *testing.T) {
-	atHome(t, func(t *testing.T) {
-		for n, tt := range []struct {
-			closed   bool
-			failures int64
-			want     []string // what the gate is told
-		}{
-			{false, 1, []string{"admitted"}},
-			{true, 1, []string{"admitted"}},
-			{false, 2, []string{"waived", "admitted"}},
-			{true, 2, []string{"denied", "admitted"}},
-		} {
-			var calls atomic.Int64
-			r, g := others(t, func(o *attach.Options) {
-				o.Routes[0].Plan.Closed = tt.closed
-				o.Isolated = func(netip.Addr) (bool, error) {
-					if calls.Add(1) <= tt.failures {
-						return false, errors.New("nobody answers")
-					}
-					return false, nil
-				}
-			})
-			i := newInner(t, n)
-			i.connect(n)
-			r.shows(i.namespace())
-			r.becomes(i, attach.StateUp, allInside, "admitted", g)
-			if got := g.words(i.ref); !slices.Equal(got, tt.want) {
-				t.Errorf("closed %v, %d failures: the gate was told %q, want %q", tt.closed, tt.failures, got, tt.want)
-			}
-			r.shows() // before the end, that nothing stays shut inside
-			r.becomes(i, "", "", "forgotten", g)
-			if err := r.stop(); err != nil {
-				t.Error(err)
-			}
-			home, err := netns.Home()
-			if err = errors.Join(err, steer.Remove(home, "101")); err != nil {
-				t.Error(err)
-			}
-		}
-	})
-}
-
 // A namespace above the selector's bounds is shown as failed, and why, and left
 // alone; it is attached when there is room.
 func TestTooManyNamespacesAreShown(t *testing.T) {
@@ -595,62 +512,6 @@ timeout 20 nsenter -t "$0" -n ip -batch "$1" && ip rule del pref 10101`, strconv
 			t.Error(err)
 		}
 	})
-}
-
-// Who has thousands of routes and changes them all the time is looked at less often.
-func TestCrowdsAreLookedAtSeldom(t *testing.T) {
-	atHome(t, func(t *testing.T) {
-		r, g := others(t, nil)
-		for n, state := range []string{attach.StateOffline, attach.StateUp} {
-			i := newInner(t, n)
-			i.ip("link set lo up")
-			if state == attach.StateUp {
-				i.connect(n)
-				i.ip("-6 route del default") // where a family is left alone each look ends with an admission
-			}
-			const line = "route %s 198.51.%d.%d/32 dev lo table 7\n"
-			const crowd, change = 10000, 500
-			var all, changes strings.Builder
-			for k := range crowd {
-				fmt.Fprintf(&all, line, "add", k>>8, k&255)
-			}
-			for k := range 2 * change {
-				fmt.Fprintf(&changes, line, [2]string{"add", "del"}[k%2], 255, k/2&255)
-			}
-			i.batch(all.String())
-			r.shows(i.namespace())
-			labtest.Eventually(t, soon, func() bool { return r.state(i.ref) == state }, "it is %s", state)
-			before, began := g.admitted(i.ref), time.Now()
-			for time.Since(began) < 700*time.Millisecond {
-				i.batch(changes.String())
-			}
-			took := time.Since(began)
-			const rest = 150 * time.Millisecond // less than that of 10,000, between two looks
-			if n, most := g.admitted(i.ref)-before, 2+int(took/rest); n > most {
-				t.Errorf("%s: looked at %d times in %v, want at most %d", state, n, took, most)
-			}
-			i.end()
-		}
-		if err := r.stop(); err != nil {
-			t.Error(err)
-		}
-	})
-}
-
-// batch has ip(8) do many things inside.
-func (i *inner) batch(lines string) {
-	i.t.Helper()
-	file := filepath.Join(i.t.TempDir(), "batch")
-	if err := os.WriteFile(file, []byte(lines), 0o600); err != nil {
-		i.t.Fatal(err)
-	}
-	i.ip("-batch " + file)
-}
-
-func (g *gate) admitted(ns netns.Ref) int {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	return g.admits[ns.Cookie()]
 }
 
 // lostEvents is how many messages did not fit the buffers of netlink sockets.

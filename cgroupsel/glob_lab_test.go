@@ -1,6 +1,7 @@
 package cgroupsel_test
 
 import (
+	"context"
 	"os"
 	"path/filepath"
 	"slices"
@@ -202,8 +203,15 @@ func TestWindowOfTheFallbackIsMeasured(t *testing.T) {
 	top := lab.Cgroup("top")
 	o := options([]string{top.Path + "/sel-*"})
 	o.Instance, o.Without = "window", []string{cgroupsel.FeatureMkdir}
-	follow(t, newSelector(t, o))
-	const n = 20
+	selector := newSelector(t, o)
+	ctx, end := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- selector.Run(ctx, func(cgroupsel.Snapshot) {}) }()
+	defer func() { end(); <-ended }()
+	n := 20
+	if labtest.Soak() {
+		n = 5000
+	}
 	for range n {
 		bornIn(t, h, filepath.Join(top.Dir, "sel-x"))
 	}

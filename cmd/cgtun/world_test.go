@@ -206,7 +206,8 @@ func result(t *testing.T, cmd *exec.Cmd) (stdout, stderr string, code int) {
 	if err := cmd.Start(); err != nil {
 		t.Fatalf("start %s: %v", strings.Join(cmd.Args, " "), err)
 	}
-	defer time.AfterFunc(patience(), func() { _ = cmd.Process.Kill() }).Stop()
+	// It says where it hangs then.
+	defer time.AfterFunc(patience(), func() { _ = cmd.Process.Signal(syscall.SIGQUIT) }).Stop()
 	err := cmd.Wait()
 	var status *exec.ExitError
 	if err != nil && !errors.As(err, &status) {
