@@ -40,6 +40,25 @@ type Direct interface {
 	Fill(n int, read func([]byte) (int, error)) (int, error)
 }
 
+// Watcher sees a flow until its server has said something, and can have the relay end
+// before that with both ends as they are, for somebody else to go on (Result.Left). The
+// first three methods are called by one goroutine, the others by another one.
+type Watcher interface {
+	// Next is shown the next n bytes of the client before any of them is sent. False:
+	// they stay where they are, somebody else goes on.
+	Next(slices [][]byte, n int) bool
+	// Sent is told how many of them the server has got, and says until when it may be
+	// silent; zero: for as long as it likes.
+	Sent(n int) (until time.Time)
+	// ClientEnds is told that the client has said all. False: somebody else goes on.
+	ClientEnds() bool
+	// ServerSpeaks is told of the server's first byte, which nobody has got yet;
+	// ServerEnds that it has ended without one, or, by nil, that it was silent for that
+	// long. False: somebody else goes on.
+	ServerSpeaks() bool
+	ServerEnds(err error) bool
+}
+
 // Options of one relay.
 type Options struct {
 	// Up and Down count the bytes that were handed on from the client and
@@ -59,6 +78,9 @@ type Options struct {
 	// Shut says that somebody else has told the server already that nothing more
 	// comes. The client ends in order, too, after it.
 	Shut bool
+	// Watcher sees the beginning of the flow. Nil: nobody does. Ends of which not both
+	// can be watched, and First, are left to who goes on at once.
+	Watcher Watcher
 	// Workers run what moves bytes for a moment. Nil: goroutines that begin then.
 	Workers *flow.Workers
 }
@@ -90,6 +112,9 @@ type Result struct {
 	Reason   flow.Reason // Closed, Reset, TimedOut, Canceled, …
 	By       Side        // who ended it, if not both in order
 	Err      error       // nil if Closed
+	// Left says that the Watcher wanted the flow. Err is then how the server has ended;
+	// nil: it has not.
+	Left bool
 }
 
 // Reset after a reset waits at most drainTime until a kernel socket's peer has
@@ -113,7 +138,10 @@ func Streams(ctx context.Context, client, server flow.Conn, o Options) Result {
 	}
 	d, ok := client.(Direct)
 	k, ok2 := server.(Kernel)
-	if !ok || !ok2 {
+	switch {
+	case o.Watcher != nil && (!ok || !ok2 || len(o.First) > 0):
+		return Result{Left: true}
+	case !ok || !ok2:
 		return relayCopy(ctx, client, server, o)
 	}
 	r := newDirect(d, k.TCP(), o)

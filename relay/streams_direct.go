@@ -2,6 +2,7 @@ package relay
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net"
 	"sync"
@@ -39,6 +40,11 @@ import (
 // given drainTime until the server has taken what came before; a server that
 // does not read must not hold the flow for ever.
 //
+// As long as the server has said nothing a Watcher is asked before anything is done that
+// could not be undone: before bytes or an end of the client are passed on, and before
+// an end or a silence of the server is. If it wants the flow, all stops as after an end,
+// but for that neither side is told.
+//
 // Waking the caller is done by a read deadline in the past, waking the pump by a
 // write deadline; `over` is closed before that. The pump has ended when
 // run returns, because the client may recycle what Peek has shown.
@@ -72,6 +78,9 @@ type direct struct {
 	gone   bool // the client takes nothing any more
 	err    error
 
+	unheard bool  // by a Watcher; of the caller's goroutine, and so is
+	lostBy  error // how the server has ended that a Watcher wants the flow for
+
 	over chan struct{}
 
 	breakOnce sync.Once
@@ -79,6 +88,7 @@ type direct struct {
 
 	mu      sync.Mutex
 	ended   bool
+	until   time.Time // when a server that has said nothing has been silent for too long
 	by      Side
 	why     error
 	upDone  bool
@@ -94,7 +104,7 @@ func newDirect(client Direct, server *net.TCPConn, o Options) *direct {
 		client: client, server: server, o: o,
 		up0: o.Up.Load(), down0: o.Down.Load(),
 		room: make(chan struct{}, 1), over: make(chan struct{}),
-		upError: o.Broken,
+		upError: o.Broken, unheard: o.Watcher != nil,
 	}
 	d.pump.Init(o.Workers, d.up)
 	d.downFn, d.readFn = d.fillClient, d.readServer
@@ -102,7 +112,15 @@ func newDirect(client Direct, server *net.TCPConn, o Options) *direct {
 	return d
 }
 
-func (d *direct) result() Result { return d.o.outcome(d.by, d.why, d.up0, d.down0) }
+func (d *direct) result() Result {
+	if d.why == errLeft {
+		return Result{Left: true, Err: d.lostBy}
+	}
+	return d.o.outcome(d.by, d.why, d.up0, d.down0)
+}
+
+// errLeft is why a relay ends that somebody else goes on with.
+var errLeft = errors.New("left to who watches")
 
 func (d *direct) run(ctx context.Context) {
 	if d.err != nil {
@@ -146,7 +164,7 @@ func (d *direct) finish() {
 // settle passes a reset on. Nothing else runs any more.
 func (d *direct) settle(ctx context.Context) {
 	switch {
-	case d.why == nil:
+	case d.why == nil || d.why == errLeft:
 	case d.by == Client:
 		resetAfterDelivery(ctx, flow.NewTCPConn(d.server))
 	case d.by == Server:
@@ -233,6 +251,10 @@ func (d *direct) up() {
 	for !d.isOver() {
 		slices, n, err := d.client.Peek(v.slices[:0])
 		if err == io.EOF {
+			if w := d.o.Watcher; w != nil && !w.ClientEnds() {
+				d.end(Neither, errLeft)
+				return
+			}
 			d.upEnded(d.server.CloseWrite)
 			return
 		}
@@ -249,10 +271,17 @@ func (d *direct) up() {
 		if gone {
 			return // kept, unread: the client's window closes
 		}
+		if d.o.Watcher != nil && !d.o.Watcher.Next(slices, n) {
+			clear(slices)
+			return
+		}
 		err = v.writeAll(d.raw, slices)
 		clear(slices)
 		d.client.Discard(v.n)
 		d.o.Up.Add(int64(v.n))
+		if d.o.Watcher != nil {
+			d.mayBeSilent(d.o.Watcher.Sent(v.n))
+		}
 		if err != nil && !flow.IsDeadline(err) {
 			d.writeFailed(err)
 			return

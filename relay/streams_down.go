@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"cmp"
 	"io"
 	"syscall"
 	"time"
@@ -21,7 +22,7 @@ func (d *direct) down() {
 // downBytes returns true when the server has ended its direction in order.
 func (d *direct) downBytes() bool {
 	for !d.isOver() {
-		d.setReadDeadline(time.Time{})
+		d.await()
 		d.full, d.eof, d.gone, d.err = false, false, false, nil
 		if err := d.raw.Read(d.downFn); err != nil {
 			d.err = err
@@ -37,9 +38,11 @@ func (d *direct) downBytes() bool {
 func (d *direct) downEnded() bool {
 	switch {
 	case flow.IsDeadline(d.err):
-		return false // an end, or news of up
+		return d.silent() // or an end, or news of up
 	case d.err != nil:
-		d.end(Server, d.err)
+		if !d.lost(d.err) {
+			d.end(Server, d.err)
+		}
 		return true
 	case d.eof:
 		// A write that hears of a reset takes its errno with it. That the pump has
@@ -49,6 +52,9 @@ func (d *direct) downEnded() bool {
 		done, failed := d.upState()
 		if failed == nil && reset && !done && !d.o.Shut {
 			failed = unix.ECONNRESET
+		}
+		if d.lost(cmp.Or(failed, io.EOF)) {
+			return true
 		}
 		if failed != nil {
 			d.end(Server, failed)
@@ -82,6 +88,13 @@ func (d *direct) fillClient(fd uintptr) bool {
 		}
 		if n == 0 {
 			return d.nothingQueued()
+		}
+		if d.unheard {
+			d.unheard = false
+			if !d.o.Watcher.ServerSpeaks() {
+				d.end(Neither, errLeft)
+				return true
+			}
 		}
 		sent, err := d.client.Fill(n, d.readFn)
 		d.o.Down.Add(int64(sent))
@@ -136,7 +149,7 @@ func (d *direct) readServer(b []byte) (int, error) {
 // for a reset of the server.
 func (d *direct) awaitEnd() {
 	for !d.upOver() {
-		d.setReadDeadline(time.Time{})
+		d.await()
 		// Between the look above and this line upEnded may have set its
 		// deadline, which is taken back now: look again.
 		if d.upOver() {
@@ -181,11 +194,51 @@ func (d *direct) resetSeen(fd uintptr) bool {
 	return true
 }
 
-// setReadDeadline never takes back the deadline of an end.
-func (d *direct) setReadDeadline(t time.Time) {
+// await says until when the server is waited for. It never takes back the deadline of
+// an end.
+func (d *direct) await() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if !d.ended {
-		_ = d.server.SetReadDeadline(t)
+	if !d.unheard {
+		d.until = time.Time{}
 	}
+	if !d.ended {
+		_ = d.server.SetReadDeadline(d.until)
+	}
+}
+
+// mayBeSilent notes until when; zero: nothing new.
+func (d *direct) mayBeSilent(until time.Time) {
+	if until.IsZero() {
+		return
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.until = until
+	if !d.ended {
+		_ = d.server.SetReadDeadline(until)
+	}
+}
+
+// silent says whether somebody else goes on, as the server has said nothing until then.
+func (d *direct) silent() bool {
+	d.mu.Lock()
+	late := !d.until.IsZero() && !time.Now().Before(d.until)
+	d.mu.Unlock()
+	return late && d.lost(nil)
+}
+
+// lost says whether somebody else goes on where the server has ended without a word, or,
+// by nil, is silent.
+func (d *direct) lost(err error) bool {
+	if !d.unheard {
+		return false
+	}
+	d.unheard = false
+	if d.o.Watcher.ServerEnds(err) {
+		return false
+	}
+	d.lostBy = err
+	d.end(Neither, errLeft)
+	return true
 }

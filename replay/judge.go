@@ -219,12 +219,12 @@ func safeHead(head string) bool {
 		if !ok || name == "" || strings.ContainsAny(name, " \t") || !clean(field) {
 			return false
 		}
-		switch strings.ToLower(name) {
-		case "content-length":
+		switch {
+		case strings.EqualFold(name, "content-length"):
 			if strings.Trim(value, " \t") != "0" {
 				return false
 			}
-		case "transfer-encoding", "expect", "upgrade":
+		case strings.EqualFold(name, "transfer-encoding"), strings.EqualFold(name, "expect"), strings.EqualFold(name, "upgrade"):
 			return false
 		}
 	}

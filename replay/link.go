@@ -306,7 +306,7 @@ func (r *run) giveOn(ctx context.Context, l *link) Result {
 	if r.clientErr != io.EOF { // that is seen again
 		res.Gone = r.clientErr
 	}
-	r.o.Up.Add(int64(l.sent))
+	r.count(l)
 	if len(l.first) > 0 {
 		r.tellClient(ctx, l.first)
 	}
@@ -374,11 +374,15 @@ func (r *run) end(ctx context.Context, why error, byServer bool) Result {
 // finish resets the client.
 func (r *run) finish(res Result, l *link) Result {
 	_ = r.client.Reset()
-	r.o.Up.Add(int64(l.sent))
+	r.count(l)
 	res.Replays = r.replays
 	r.release()
 	return res
 }
+
+// count adds what a server has got to what the flow has sent, which was counted already
+// as far as it was relay that sent it.
+func (r *run) count(l *link) { r.o.Up.Add(int64(max(0, l.sent-r.counted))) }
 
 func (r *run) release() {
 	if r.spent {

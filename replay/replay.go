@@ -3,13 +3,14 @@
 // path, as long as that is safe.
 //
 // It owns the time between the first connection of a flow and the first byte of a
-// server, and nothing after it: then relay goes on with the two ends. It knows
-// neither groups nor captures; router calls it, and says how to connect
-// elsewhere.
+// server, and nothing after it. As long as nothing goes wrong the flow is moved by relay
+// and only watched (Watch). It knows neither groups nor captures; router calls it, and
+// says how to connect elsewhere.
 //
 // # Theory of operation
 //
-// One goroutine of control (run) takes events: bytes or the end of the client
+// Begin sees a flow on of which the server has ended, or was silent, or the client has
+// ended; or whose ends are such that relay cannot watch. One goroutine of control (run) takes events: bytes or the end of the client
 // (read by one goroutine), the first byte or the end of a server (one goroutine
 // each), a connection elsewhere, and time. What the client sends is appended to
 // kept and written to each server by a goroutine of its own (pump).
@@ -72,14 +73,11 @@ type Options struct {
 	Hide func(outbound string, kind dialer.Hidden)
 	// Budget bounds the replays of all flows. Nil: no bound.
 	Budget *Budget
-	Port   uint16 // the destination's
 	// First is what the client has sent already. It is kept: the caller does not
 	// change it.
 	First []byte
 	// Up and Down count the bytes that were handed on. Both may be nil.
 	Up, Down *atomic.Int64
-	// Workers run what moves bytes for a moment. Nil: goroutines that begin then.
-	Workers *flow.Workers
 }
 
 // Result is how a flow comes out of it.
@@ -104,9 +102,10 @@ type Result struct {
 	Shut bool
 }
 
-// Begin moves a flow until a server has answered. It takes over server, and gives
-// back the one that is left. ctx ends the flow.
-func Begin(ctx context.Context, client flow.Conn, server *dialer.Conn, o Options) Result {
+// Begin moves a flow on until a server has answered, from where w has seen it to. ended
+// is how w's server has ended; nil: it has not. It takes over that server, and gives back
+// the one that is left. ctx ends the flow.
+func Begin(ctx context.Context, client flow.Conn, w *Watch, ended error, o Options) Result {
 	if o.Up == nil {
 		o.Up = new(atomic.Int64)
 	}
@@ -122,17 +121,11 @@ func Begin(ctx context.Context, client flow.Conn, server *dialer.Conn, o Options
 	if o.Hide == nil {
 		o.Hide = func(string, dialer.Hidden) {}
 	}
-	r := &run{o: o, client: client, began: time.Now()}
-	r.links, r.avoid = r.firstLink[:0], r.firstAvoid[:0]
-	l := r.link(server)
-	if d, ok := client.(direct); ok && l.socket != nil && len(o.First) == 0 {
-		res, done, err := r.watched(ctx, d, l)
-		if done {
-			return res
-		}
-		return r.do(ctx, err)
-	}
-	return r.do(ctx, nil)
+	r := &run{o: o, client: client, port: w.port, began: w.began, chunks: w.chunks, sentAt: w.sentAt, counted: len(w.kept)}
+	r.kept.b = w.kept
+	l := r.link(w.server)
+	l.began, l.sent = w.began, len(w.kept)
+	return r.do(ctx, ended)
 }
 
 // run is one flow's time here. Its fields belong to the goroutine of do, but those
@@ -140,18 +133,18 @@ func Begin(ctx context.Context, client flow.Conn, server *dialer.Conn, o Options
 type run struct {
 	o      Options
 	client flow.Conn
+	port   uint16 // the destination's
 	began  time.Time
 
-	links []*link // that live, the oldest first
-	last  *link   // that ended last: open until somebody takes its place
-	avoid []string
-	// Room for those of the first server: nearly always it is the only one.
-	firstLink  [1]*link
-	firstAvoid [1]string
-	replays    int
-	hidden     []failure // hidden as soon as somebody takes their place
-	spent      bool      // a place of the budget is held
-	dialing    context.CancelFunc
+	links   []*link // that live, the oldest first
+	last    *link   // that ended last: open until somebody takes its place
+	avoid   []string
+	replays int
+	hidden  []failure // hidden as soon as somebody takes their place
+	spent   bool      // a place of the budget is held
+	dialing context.CancelFunc
+
+	counted int // bytes of kept that Up knows of
 
 	kept      kept
 	verdict   Verdict // on all of kept
@@ -184,7 +177,7 @@ type event struct {
 func (r *run) do(ctx context.Context, ended error) Result {
 	r.events, r.stop = make(chan event), make(chan struct{})
 	r.kept.cond.L = &r.kept.mu
-	r.verdict = Judge(r.kept.b, r.o.Port)
+	r.verdict = Judge(r.kept.b, r.port)
 	l := r.links[0]
 	if ended == nil {
 		r.start(l)
@@ -257,7 +250,7 @@ func (r *run) oldest() *link {
 // heard takes what the client has sent.
 func (r *run) heard(ctx context.Context, chunk []byte) (Result, bool) {
 	all := r.kept.with(chunk)
-	r.verdict = Judge(all, r.o.Port)
+	r.verdict = Judge(all, r.port)
 	if r.chunks++; len(all) > maxKept || r.chunks > maxChunks {
 		r.verdict = Unsafe
 	}

@@ -1,181 +1,137 @@
 package replay
 
 import (
-	"context"
-	"io"
 	"sync"
 	"time"
 
 	"cgtun/dialer"
-	"cgtun/flow"
 )
 
-// As long as nothing goes wrong a flow is only watched: the caller's goroutine waits
-// for the server's first byte, and what the client sends is handed on by a flow.Burst,
-// as in relay. A copy is kept. What is not safe stays in the client for relay. All
-// else, an end or a silence of the server, is run's work, which takes over what has
-// been kept and sent.
+// Watch sees the beginning of a flow that relay moves already (relay.Watcher), until the
+// server's first byte or the first thing that goes wrong. It keeps a copy of what the
+// client has sent. What is not safe ends its interest before it is sent; an end or a
+// silence of the server, before that, is for Begin, which takes over what was kept.
+type Watch struct {
+	server *dialer.Conn
+	port   uint16
+	helps  bool
+	began  time.Time
 
-// direct is a client's end that shows what it has got; relay.Direct is more.
-type direct interface {
-	flow.Conn
-	Notify(f func(readable, writable, ended bool))
-	Peek(dst [][]byte) ([][]byte, int, error)
-	Discard(n int)
+	next    []byte // kept, and what is being sent
+	chunks  int
+	verdict Verdict // on next
+
+	mu     sync.Mutex
+	state  watching
+	kept   []byte // what the server has got
+	sentAt time.Time
 }
 
-// watch is a flow between such a client and a plain socket.
-type watch struct {
-	r      *run
-	l      *link
-	client direct
+// watching is how far a Watch has come.
+type watching uint8
 
-	pump flow.Burst
+const (
+	unanswered watching = iota
+	given               // to relay, which is to go on alone
+	taken               // from relay
+)
 
-	mu    sync.Mutex
-	ended bool // nothing is handed on any more
-	give  bool // to relay, as it is
+// NewWatch begins to see a flow to that port by server. helps says whether another
+// server can be asked: where none can, a silence is nothing.
+func NewWatch(server *dialer.Conn, port uint16, helps bool) *Watch {
+	return &Watch{server: server, port: port, helps: helps, began: time.Now()}
 }
 
-// maxShown bounds the slices of one look at a client.
-const maxShown = 16
-
-var shownPool = sync.Pool{New: func() any { return new([maxShown][]byte) }}
-
-// watched sees the flow to the server's first byte, or to the first thing that goes
-// wrong: then it returns false, and the error of a server that has ended.
-func (r *run) watched(ctx context.Context, client direct, l *link) (res Result, done bool, err error) {
-	w := &watch{r: r, l: l, client: client}
-	w.pump.Init(r.o.Workers, w.up)
-	w.arm(r.began.Add(maxTime))
-	unwatch := context.AfterFunc(ctx, func() { w.end(false) })
-	client.Notify(func(readable, _, ended bool) {
-		if readable || ended {
-			w.pump.Event()
-		}
-	})
-	w.pump.Look(w.nothing) // what came before Notify
-	err = peek(l.socket)
-	w.stop()
-	client.Notify(nil)
-	if w.pump.Running() {
-		_ = l.SetWriteDeadline(flow.Past)
-		w.pump.Wait()
-		_ = l.SetWriteDeadline(time.Time{})
+// Next implements relay.Watcher.
+func (w *Watch) Next(slices [][]byte, n int) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.state != unanswered {
+		return w.state == given
 	}
-	unwatch()
-	_ = l.SetReadDeadline(time.Time{})
+	w.judge(slices, n)
+	if w.sentAt = time.Now(); w.verdict == Unsafe || w.sentAt.Sub(w.began) >= maxTime {
+		w.give()
+	}
+	return true
+}
+
+// judge looks at what comes behind what is kept.
+func (w *Watch) judge(slices [][]byte, n int) {
+	w.verdict = Unsafe
+	if w.chunks++; w.chunks > maxChunks || len(w.kept)+n > maxKept {
+		return
+	}
+	if len(w.kept) == 0 {
+		if w.verdict = Judge(slices[0], w.port); w.verdict == Unsafe {
+			return // before it is copied
+		}
+	}
+	w.next = w.kept
+	for _, s := range slices {
+		w.next = append(w.next, s...)
+	}
+	if len(w.next) > len(slices[0]) {
+		w.verdict = Judge(w.next, w.port)
+	}
+}
+
+// Sent implements relay.Watcher.
+func (w *Watch) Sent(n int) (until time.Time) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.state == given {
+		return until
+	}
+	w.kept = w.next[:len(w.kept)+n]
+	if w.verdict == Safe && w.helps {
+		until = w.sentAt.Add(unackedAfter)
+	}
+	return until
+}
+
+// ClientEnds implements relay.Watcher.
+func (w *Watch) ClientEnds() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	// Without a word it has no use for another server; else that one is to hear of it.
+	return w.goesOn(len(w.kept) == 0)
+}
+
+// ServerSpeaks implements relay.Watcher.
+func (w *Watch) ServerSpeaks() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.state != unanswered {
+		return w.state == given
+	}
+	news := dialer.Outcome{News: dialer.Answered}
+	if !w.sentAt.IsZero() {
+		news.After = time.Since(w.sentAt)
+	}
+	w.server.Tell(news)
+	w.give()
+	return true
+}
+
+// ServerEnds implements relay.Watcher.
+func (w *Watch) ServerEnds(error) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.goesOn(false)
+}
+
+// goesOn leaves the flow to relay if it is to be so, or takes it. Under w.mu.
+func (w *Watch) goesOn(alone bool) bool {
 	switch {
-	case ctx.Err() != nil:
-		_ = l.Reset()
-		return r.finish(Result{Server: l.Conn, Over: true, Reason: flow.ReasonOf(context.Cause(ctx))}, l), true, nil
-	case err == nil:
-		l.Tell(dialer.Outcome{News: dialer.Answered, After: r.firstByte(l)})
-	case !flow.IsDeadline(err):
-		return res, false, err
-	case !w.give && time.Since(r.began) < maxTime:
-		return res, false, nil // silent
+	case w.state != unanswered:
+	case alone || time.Since(w.began) >= maxTime:
+		w.give()
+	default:
+		w.state = taken
 	}
-	r.o.Up.Add(int64(l.sent))
-	if failed := l.writeErr.Load(); failed != nil {
-		res.Broken = *failed
-	}
-	res.Server = l.Conn
-	return res, true, nil
+	return w.state == given
 }
 
-// end has nothing more handed on, and wakes the caller.
-func (w *watch) end(give bool) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if !w.ended {
-		w.ended, w.give = true, give
-		_ = w.l.SetReadDeadline(flow.Past)
-	}
-}
-
-// stop is end by the caller itself.
-func (w *watch) stop() {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.ended = true
-}
-
-// arm says until when the server may be silent.
-func (w *watch) arm(until time.Time) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if !w.ended {
-		_ = w.l.SetReadDeadline(until)
-	}
-}
-
-func (w *watch) over() bool {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.ended
-}
-
-// nothing says that the client has not said anything.
-func (w *watch) nothing() bool {
-	shown := shownPool.Get().(*[maxShown][]byte)
-	defer shownPool.Put(shown)
-	_, n, err := w.client.Peek(shown[:0])
-	clear(shown[:])
-	return n == 0 && err == nil
-}
-
-// up hands on what the client has sent, as long as that is safe.
-func (w *watch) up() {
-	shown := shownPool.Get().(*[maxShown][]byte)
-	defer shownPool.Put(shown)
-	defer clear(shown[:])
-	r := w.r
-	for !w.over() {
-		slices, n, err := w.client.Peek(shown[:0])
-		switch {
-		case err == io.EOF && len(r.kept.b) > 0:
-			w.end(false) // the server is to hear of that
-			return
-		case err != nil:
-			w.end(true)
-			return
-		case n == 0:
-			return
-		}
-		verdict := Undecided
-		fresh := len(r.kept.b) == 0
-		if fresh {
-			verdict = Judge(slices[0], r.o.Port) // before it is copied
-		}
-		if verdict == Unsafe || n > maxKept {
-			w.end(true)
-			return
-		}
-		all := r.kept.b
-		for _, s := range slices {
-			all = append(all, s...)
-		}
-		if !fresh || len(slices) > 1 {
-			verdict = Judge(all, r.o.Port)
-		}
-		if r.chunks++; verdict == Unsafe || len(all) > maxKept || r.chunks > maxChunks {
-			w.end(true)
-			return
-		}
-		n, err = w.l.Write(all[len(r.kept.b):])
-		w.client.Discard(n)
-		r.kept.b = all[:w.l.sent+n]
-		w.l.sent += n
-		r.sentAt = time.Now()
-		if err != nil {
-			if !flow.IsDeadline(err) {
-				w.l.writeErr.Store(&err)
-			}
-			return // the caller hears how the server has ended
-		}
-		if verdict == Safe && r.o.Redial != nil {
-			w.arm(r.sentAt.Add(unackedAfter))
-		}
-	}
-}
+// give ends the interest in the flow. Under w.mu.
+func (w *Watch) give() { w.state, w.kept, w.next = given, nil, nil }

@@ -12,6 +12,7 @@ import (
 // rescuer is an outbound that can help a flow whose path fails before the server
 // has answered: a group.
 type rescuer interface {
+	dialer.Outbound
 	several
 	// Replay says whether the client's bytes may be sent again elsewhere.
 	Replay() bool
@@ -25,25 +26,37 @@ type rescuer interface {
 	Hide(outbound string, kind dialer.Hidden)
 }
 
-// untilAnswer sees a flow of a group to the first byte of a server. If it returns
-// false, the flow has ended.
-func (r *Router) untilAnswer(ctx context.Context, e *entry, ends *streamEnds) bool {
+// watch begins to look after a flow of a group.
+func (r *Router) watch(e *entry, ends *streamEnds) {
 	g, ok := ends.by.(rescuer)
 	if !ok {
-		return true
+		return
 	}
+	ends.unanswered = replay.NewWatch(ends.server, e.flow.Dst.Port(), helps(g))
+	ends.watched = true
+	r.quiets.watch(e, ends.server, g)
+}
+
+// helps says whether the flows of a group can be tried elsewhere.
+func helps(g rescuer) bool { return g.Replay() && movable(g) }
+
+// untilAnswer sees a flow of a group on to the first byte of a server, where something
+// has gone wrong before. ended is how its server has ended; nil: it has not. If it
+// returns false, the flow has ended.
+func (r *Router) untilAnswer(ctx context.Context, e *entry, ends *streamEnds, ended error) bool {
+	g, was := ends.by.(rescuer), ends.server
+	r.quiets.unwatch(e) // it is watched better here
 	o := replay.Options{
-		Budget: r.budget, Port: e.flow.Dst.Port(), First: ends.first, Up: &e.up, Down: &e.down,
+		Budget: r.budget, First: ends.first, Up: &e.up, Down: &e.down,
 		Closed: func() { r.giveSockets(1) }, Usual: g.Usual, Hide: g.Hide,
-		Workers: &r.pumps,
 	}
-	if g.Replay() && movable(ends.by) {
+	if helps(g) {
 		o.Redial = func(ctx context.Context, avoid []string) (*dialer.Conn, error) {
-			return r.redial(ctx, e, ends.by, avoid)
+			return r.redial(ctx, e, g, avoid)
 		}
 	}
-	was := ends.server
-	res := replay.Begin(ctx, ends.client, was, o)
+	res := replay.Begin(ctx, ends.client, ends.unanswered, ended, o)
+	ends.unanswered = nil
 	ends.server, ends.first, ends.gone, ends.broken, ends.shut = res.Server, res.Rest, res.Gone, res.Broken, res.Shut
 	e.replayed(res.Replays)
 	if res.Server != was {
@@ -54,12 +67,10 @@ func (r *Router) untilAnswer(ctx context.Context, e *entry, ends *streamEnds) bo
 	if res.Over {
 		ends.outcome = dialer.Outcome{Reason: res.Reason, ByServer: res.ByServer, Up: e.up.Load(), Down: e.down.Load()}
 		e.end(res.Reason)
+		return false
 	}
-	if !res.Over {
-		ends.watched = true
-		r.quiets.watch(e, res.Server, g)
-	}
-	return !res.Over
+	r.quiets.watch(e, res.Server, g)
+	return true
 }
 
 // redial connects a flow by a group once more, by none of avoid.

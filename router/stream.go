@@ -8,6 +8,7 @@ import (
 	"cgtun/dialer"
 	"cgtun/flow"
 	"cgtun/relay"
+	"cgtun/replay"
 )
 
 // ServeStream implements flow.Handler: whose is it, what do the rules say,
@@ -25,16 +26,17 @@ func (r *Router) ServeStream(ctx context.Context, s flow.Stream) {
 	if !r.connect(ctx, e, s, &ends) {
 		return
 	}
-	if !r.untilAnswer(ctx, e, &ends) {
-		return
-	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	e.stoppedBy(cancel)
-	result := relay.Streams(ctx, ends.client, ends.server.Conn, relay.Options{
-		Up: &e.up, Down: &e.down, Half: e.closing, First: ends.first, Gone: ends.gone, Broken: ends.broken, Shut: ends.shut,
-		Workers: &r.pumps,
-	})
+	r.watch(e, &ends)
+	result := r.relay(ctx, e, &ends)
+	if result.Left {
+		if !r.untilAnswer(ctx, e, &ends, result.Err) {
+			return
+		}
+		result = r.relay(ctx, e, &ends)
+	}
 	ends.outcome = dialer.Outcome{
 		Reason: result.Reason, ByServer: result.By == relay.Server,
 		Up: e.up.Load(), Down: e.down.Load(), Lasted: time.Since(ends.since),
@@ -43,6 +45,18 @@ func (r *Router) ServeStream(ctx context.Context, s flow.Stream) {
 		ends.outcome.Reason = flow.Closed // one side had said all: many servers end like that
 	}
 	e.end(result.Reason)
+}
+
+// relay moves a flow to its end, or until somebody else is to go on with it.
+func (r *Router) relay(ctx context.Context, e *entry, ends *streamEnds) relay.Result {
+	o := relay.Options{
+		Up: &e.up, Down: &e.down, Half: e.closing, First: ends.first, Gone: ends.gone, Broken: ends.broken, Shut: ends.shut,
+		Workers: &r.pumps,
+	}
+	if ends.unanswered != nil {
+		o.Watcher = ends.unanswered
+	}
+	return relay.Streams(ctx, ends.client, ends.server.Conn, o)
 }
 
 // streamEnds are the two ends of a flow, as far as they are there.
@@ -59,6 +73,8 @@ type streamEnds struct {
 	watched  bool            // for silence
 	since    time.Time       // that server is connected
 	outcome  dialer.Outcome  // what is told of server when it is closed
+
+	unanswered *replay.Watch // nil: nobody can help, or it has been done
 }
 
 func (s *streamEnds) close(r *Router) {
