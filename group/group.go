@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"cgtun/dialer"
@@ -16,9 +17,10 @@ import (
 // dialer.Echoer, safe for concurrent use, and has nothing to be closed: what a
 // call starts has ended when it returns.
 type Group struct {
-	c       Config
-	members []*member
-	scores  *Scores
+	c         Config
+	members   []*member
+	outbounds []string // that are reached, each once
+	scores    *Scores
 }
 
 // member is an outbound in its place.
@@ -36,7 +38,17 @@ func New(c Config, members []dialer.Outbound, s *Scores) (*Group, error) {
 	}
 	g := &Group{c: c, scores: s}
 	for i, o := range members {
-		g.members = append(g.members, &member{out: o, path: s.of(o), index: i})
+		m := &member{out: o, path: s.of(o), index: i}
+		g.members = append(g.members, m)
+		reached := []string{m.path.name}
+		if inner, ok := o.(*Group); ok {
+			reached = inner.outbounds
+		}
+		for _, name := range reached {
+			if !slices.Contains(g.outbounds, name) {
+				g.outbounds = append(g.outbounds, name)
+			}
+		}
 	}
 	return g, nil
 }
@@ -50,24 +62,29 @@ func (g *Group) Config() Config { return g.c }
 // DialStream implements dialer.Outbound: the members race, as far as the type of
 // the group wants.
 func (g *Group) DialStream(ctx context.Context, t dialer.Target) (*dialer.Conn, error) {
-	r := race[*dialer.Conn]{
-		g: g, target: t, scored: true,
-		dial: func(ctx context.Context, o dialer.Outbound, t *dialer.Target) (*dialer.Conn, error) {
-			return o.DialStream(ctx, *t)
-		},
-	}
+	r := streamRaces.Get().(*race[*dialer.Conn])
+	r.g, r.target, r.scored, r.dial = g, t, true, dialStream
 	c, m, err := r.run(ctx)
+	*r = race[*dialer.Conn]{} // nothing of it is left
+	streamRaces.Put(r)
 	if err != nil {
 		return nil, err
 	}
-	inner := c.Report
+	inner, dst := c.Report, t.Addr
 	c.Report = func(o dialer.Outcome) {
-		g.scores.report(m.path, t.Addr, o)
+		g.scores.report(m.path, dst, o)
 		if inner != nil {
 			inner(o)
 		}
 	}
 	return c, nil
+}
+
+// streamRaces are used again: there is one for each flow.
+var streamRaces = sync.Pool{New: func() any { return new(race[*dialer.Conn]) }}
+
+func dialStream(ctx context.Context, o dialer.Outbound, t *dialer.Target) (*dialer.Conn, error) {
+	return o.DialStream(ctx, *t)
 }
 
 // OpenPackets implements dialer.Outbound: the first member that can.
@@ -113,28 +130,8 @@ func (g *Group) Order() []string {
 }
 
 // Outbounds returns the names of the outbounds that are reached through the group,
-// each once.
-func (g *Group) Outbounds() []string {
-	var names []string
-	seen := map[string]bool{}
-	g.each(func(name string) {
-		if !seen[name] {
-			seen[name] = true
-			names = append(names, name)
-		}
-	})
-	return names
-}
-
-func (g *Group) each(f func(name string)) {
-	for _, m := range g.members {
-		if inner, ok := m.out.(*Group); ok {
-			inner.each(f)
-			continue
-		}
-		f(m.path.name)
-	}
-}
+// each once. The caller does not change it.
+func (g *Group) Outbounds() []string { return g.outbounds }
 
 // Replay says whether a flow whose path fails before the server has answered may
 // be tried elsewhere.
@@ -159,10 +156,10 @@ func (g *Group) Down(outbound string) time.Duration {
 	if p == nil || p.down == "" {
 		return 0
 	}
-	g.each(func(name string) {
+	for _, name := range g.outbounds {
 		other := g.scores.paths[name]
 		elsewhere = elsewhere || other != nil && other.down == ""
-	})
+	}
 	if !elsewhere {
 		return 0
 	}

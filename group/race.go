@@ -61,11 +61,12 @@ type race[T io.Closer] struct {
 	began    time.Time // of the round
 	answered time.Time // when the refused give up waiting for the others; zero: no refusal
 
-	first   [1]*try // room for tries: nearly always it is enough
+	first   try     // the first of all
+	room    [1]*try // for tries: nearly always it is enough
 	making  sync.Once
 	results chan result[T] // by ended
-	joined  sync.WaitGroup // the goroutine in which the others have joined
-	outcome outcome[T]     // of that
+	wait    stagger
+	joined  chan outcome[T] // of the goroutine in which the others have joined
 }
 
 // try is one member's attempt.
@@ -103,7 +104,7 @@ func (e *errPathLost) FlowReason() flow.Reason { return flow.NetUnreachable }
 func (r *race[T]) run(ctx context.Context) (conn T, m *member, err error) {
 	now := time.Now()
 	r.until = now.Add(r.g.c.Deadline)
-	r.round(now)
+	r.round(now, now)
 	if len(r.queue) == 0 {
 		return conn, nil, r.fail(flow.HostUnreachable, errNobody)
 	}
@@ -114,24 +115,24 @@ func (r *race[T]) run(ctx context.Context) (conn T, m *member, err error) {
 	return r.loop(ctx)
 }
 
-// ended is where attempts that have ended are told of. Room for all that can be in
+// ended is where attempts that have ended are told of; joined is made with it. Room for all that can be in
 // flight: an attempt never waits for us.
 func (r *race[T]) ended() chan result[T] {
-	r.making.Do(func() { r.results = make(chan result[T], maxInFlight) })
+	r.making.Do(func() { r.results, r.joined = make(chan result[T], maxInFlight), make(chan outcome[T], 1) })
 	return r.results
 }
 
 // alone asks the first member in the caller's goroutine: nearly always that is all
 // there is to do. The others join when the stagger is over, or when it has failed.
 func (r *race[T]) alone(ctx context.Context, now time.Time) (conn T, m *member, err error) {
-	r.joined.Add(1)
 	t, attempt := r.next(ctx, now)
-	rest := time.AfterFunc(time.Until(r.nextAt), func() { r.join(ctx) })
+	r.wait.at, r.wait.over = r.nextAt, func() { r.join(ctx) }
+	r.g.scores.staggers.begin(&r.wait)
 	res := r.try(attempt, t)
-	if !rest.Stop() {
+	if !r.g.scores.staggers.end(&r.wait) {
 		r.ended() <- res
-		r.joined.Wait()
-		return r.outcome.conn, r.outcome.m, r.outcome.err
+		o := <-r.joined
+		return o.conn, o.m, o.err
 	}
 	now = r.took(&res)
 	if res.err == nil {
@@ -143,13 +144,15 @@ func (r *race[T]) alone(ctx context.Context, now time.Time) (conn T, m *member, 
 
 // join is loop beside an attempt of alone.
 func (r *race[T]) join(ctx context.Context) {
-	defer r.joined.Done()
+	r.ended()
+	var o outcome[T]
 	defer func() {
 		if p := recover(); p != nil {
-			r.outcome.err = r.panicked(p, r.g.c.Name)
+			o.err = r.panicked(p, r.g.c.Name)
 		}
+		r.joined <- o
 	}()
-	r.outcome.conn, r.outcome.m, r.outcome.err = r.loop(ctx)
+	o.conn, o.m, o.err = r.loop(ctx)
 }
 
 // loop sees the race to its end.
@@ -168,7 +171,7 @@ func (r *race[T]) loop(ctx context.Context) (conn T, m *member, err error) {
 			if !again {
 				return conn, nil, err
 			}
-			r.round(later(now, r.began.Add(roundTime)))
+			r.round(now, later(now, r.began.Add(roundTime)))
 		}
 		timer.Reset(time.Until(r.wake(now)))
 		select {
@@ -200,8 +203,8 @@ func later(a, b time.Time) time.Time {
 }
 
 // round asks all members again, from then on.
-func (r *race[T]) round(then time.Time) {
-	r.queue, r.tries = r.g.rank(&r.target, time.Now()), r.first[:0]
+func (r *race[T]) round(now, then time.Time) {
+	r.queue, r.tries = r.g.rank(&r.target, now), r.room[:0]
 	r.began, r.nextAt = then, then
 }
 
@@ -227,7 +230,11 @@ func (r *race[T]) next(ctx context.Context, now time.Time) (*try, context.Contex
 		until = r.until
 	}
 	attempt, cancel := context.WithDeadline(ctx, until)
-	t := &try{member: r.queue[0].member, began: now, cancel: cancel}
+	t := &r.first
+	if t.member != nil {
+		t = new(try)
+	}
+	t.member, t.began, t.cancel = r.queue[0].member, now, cancel
 	r.queue = r.queue[1:]
 	r.tries = append(r.tries, t)
 	r.inFlight++

@@ -2,8 +2,10 @@ package group_test
 
 import (
 	"context"
+	"fmt"
 	"net/netip"
 	"slices"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -105,6 +107,38 @@ func TestDeadPathCostsOneStagger(t *testing.T) {
 				t.Errorf("a later flow: %q after %v, %v; want b after 20 ms", by, took, err)
 			}
 		}
+	})
+}
+
+// TestStaggersBesideOthers: each race has its own, whatever others wait for meanwhile and
+// whichever ends first.
+func TestStaggersBesideOthers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := board(t)
+		var all sync.WaitGroup
+		for i, tt := range []struct{ begins, stagger time.Duration }{
+			{0, 250 * ms}, {20 * ms, 100 * ms}, {30 * ms, 200 * ms}, {40 * ms, 100 * ms}, {300 * ms, 100 * ms},
+		} {
+			a, b := &fake{name: fmt.Sprint("a", i), connect: in(never)}, &fake{name: fmt.Sprint("b", i), connect: in(10 * ms)}
+			if i == 3 {
+				a.set(in(60 * ms)) // in time
+			}
+			c := settings("race")
+			c.Stagger = tt.stagger
+			g := newGroup(t, c, s, a, b)
+			all.Go(func() {
+				time.Sleep(tt.begins)
+				by, took, err := dial(t, g, dst(i))
+				want, after := b.name, tt.stagger+10*ms
+				if i == 3 {
+					want, after = a.name, 60*ms
+				}
+				if by != want || took != after || err != nil {
+					t.Errorf("race %d: %q after %v, %v; want %q after %v", i, by, took, err, want, after)
+				}
+			})
+		}
+		all.Wait()
 	})
 }
 

@@ -79,6 +79,8 @@ type known struct {
 	meter dialer.Meter // nil: nobody
 	room  Room         // nil: no bound
 
+	staggers staggers
+
 	mu    sync.Mutex
 	dests map[netip.AddrPort]*dest
 	good  recent

@@ -24,7 +24,10 @@ const (
 )
 
 // several is an outbound that chooses among others: a group.
-type several interface{ Outbounds() []string }
+type several interface {
+	// Outbounds are the names of the others. The caller does not change it.
+	Outbounds() []string
+}
 
 // movable says whether there is somewhere else to go.
 func movable(o dialer.Outbound) bool {
