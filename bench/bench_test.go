@@ -5,6 +5,8 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"math"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"slices"
@@ -26,14 +28,15 @@ import (
 //	10.9.0.1
 //
 // routed takes the kernel's way, or asks one of the plain relays on router;
-// captured has no other way than the tun. With CGTUN_BENCH_WAYS=cgtun,race there is
-// another one like it, whose cgtun has a group of two paths.
+// captured has no other way than the tun. With CGTUN_BENCH_WAYS=cgtun,race,twin there are
+// two others like it: raced, whose cgtun has a group of two paths, and twinned, whose
+// cgtun is as captured's, to see what is chance.
 type lab struct {
 	b                                *testing.B
 	routed, captured, router, server *labtest.Host
 	splice, copy, cgtun              *program
-	raced                            *labtest.Host // nil: not wanted
-	race                             *program
+	raced, twinned                   *labtest.Host // nil: not wanted
+	race, twin                       *program
 }
 
 // wayNames are the columns of the table.
@@ -60,7 +63,7 @@ func (l *lab) ways() []way {
 	}
 	only := os.Getenv("CGTUN_BENCH_WAYS")
 	if l.raced != nil {
-		all = append(all, way{"race", l.raced, serverIP, iperfPort, echoPort, l.race})
+		all = append(all, way{"race", l.raced, serverIP, iperfPort, echoPort, l.race}, way{"twin", l.twinned, serverIP, iperfPort, echoPort, l.twin})
 	}
 	return slices.DeleteFunc(all, func(w way) bool { return only != "" && !strings.Contains(only, w.name) })
 }
@@ -76,8 +79,8 @@ func newLab(b *testing.B) *lab {
 	l.server.Run("ip", "route", "add", "default", "via", "10.7.0.1")
 	hosts := []*labtest.Host{l.routed, l.captured, l.router, l.server}
 	if withRace() {
-		l.raced = in.Host("raced")
-		hosts = append(hosts, l.raced)
+		l.raced, l.twinned = in.Host("raced"), in.Host("twinned")
+		hosts = append(hosts, l.raced, l.twinned)
 	}
 	for _, h := range hosts {
 		h.Sysctl("net.ipv4.ip_local_port_range", "10000 65000")
@@ -92,8 +95,10 @@ func newLab(b *testing.B) *lab {
 	l.copy = l.start(l.router, "copy", "")
 	l.startCgtun()
 	if l.raced != nil {
-		l.race = l.start(l.router, "race", l.raced.Path)
-		l.raced.Run("ip", "route", "add", "default", "dev", "tun0")
+		l.race, l.twin = l.start(l.router, "race", l.raced.Path), l.start(l.router, "cgtun", l.twinned.Path)
+		for _, h := range []*labtest.Host{l.raced, l.twinned} {
+			h.Run("ip", "route", "add", "default", "dev", "tun0")
+		}
 	}
 	return l
 }
@@ -252,10 +257,35 @@ func (c *cells) median(row, way string) (float64, bool) {
 	return v[len(v)/2], true
 }
 
+// printPairs prints, for each row, the median of a way's ratios to cgtun in the same
+// round, and between what that median lies with 95 % (by the sign test).
+func (c *cells) printPairs(ways ...string) {
+	for _, row := range c.rows {
+		fmt.Printf("%-42s", row)
+		base := c.values[row]["cgtun"]
+		for _, w := range ways {
+			var ratios []float64
+			for i, v := range c.values[row][w] {
+				ratios = append(ratios, v/base[i])
+			}
+			if len(ratios) == 0 {
+				continue
+			}
+			slices.Sort(ratios)
+			n := len(ratios)
+			k := max(0, int(float64(n)/2-0.98*math.Sqrt(float64(n))))
+			fmt.Printf("  %s/cgtun %.4f (%.4f to %.4f, of %d)", w, (ratios[(n-1)/2]+ratios[n/2])/2, ratios[k], ratios[n-1-k], n)
+		}
+		fmt.Println()
+	}
+	fmt.Println()
+}
+
 func (c *cells) print() {
 	wayNames := wayNames
 	if withRace() {
-		wayNames = []string{"race", "cgtun"}
+		wayNames = []string{"race", "twin", "cgtun"}
+		defer c.printPairs("race", "twin")
 	}
 	fmt.Printf("\n%-42s", "median")
 	for _, w := range wayNames {
@@ -354,7 +384,9 @@ func (l *lab) bulk(c *cells) {
 func (l *lab) rates(c *cells) {
 	for _, role := range []string{"rate", "requests"} {
 		row := map[string]string{"rate": "", "requests": ", request"}[role]
-		for _, w := range l.ways() {
+		ways := l.ways()
+		rand.Shuffle(len(ways), func(i, j int) { ways[i], ways[j] = ways[j], ways[i] })
+		for _, w := range ways {
 			before := w.by.cpu()
 			f := l.ask(w.from, role, w.addr+":"+w.echo)
 			c.add("connections/s"+row, w.name, f["rate"])
