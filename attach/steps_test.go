@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -118,35 +117,27 @@ func TestNothingIsUndoneInANamespaceThatEnds(t *testing.T) {
 // before.
 func TestWhoIsHeldDoesNotWaitForCalm(t *testing.T) {
 	atHome(t, func(t *testing.T) {
+		const calm = 4 * time.Second // what a busy machine does not take for anything else
+		attach.Calm(calm)
 		r, g := others(t, nil)
-		var took []time.Duration
-		for n := range 5 {
-			i := newInner(t, n+1)
-			i.connect(n + 1)
-			forked := i.namespace()
-			forked.Running = false
-			r.shows(forked)
-			labtest.Eventually(t, soon, func() bool { return i.steered() == allInside }, "steered: %s", i.steered())
-			i.ip("addr add 10.55.0.1/32 dev lo") // something changes
-			time.Sleep(5 * time.Millisecond)
-			begin := time.Now()
-			r.shows(i.namespace())
-			for g.last(i.ref) != "admitted" {
-				if time.Since(begin) > soon {
-					t.Fatalf("gate: %s", g.last(i.ref))
-				}
-				time.Sleep(100 * time.Microsecond)
+		i := newInner(t, 1)
+		i.connect(1)
+		forked := i.namespace()
+		forked.Running = false
+		r.shows(forked)
+		labtest.Eventually(t, soon, func() bool { return i.steered() == allInside }, "steered: %s", i.steered())
+		begin := time.Now()
+		i.ip("addr add 10.55.0.1/32 dev lo") // something changes, and is gathered from now on
+		time.Sleep(50 * time.Millisecond)
+		r.shows(i.namespace())
+		for g.last(i.ref) != "admitted" {
+			if took := time.Since(begin); took > calm/2 {
+				t.Fatalf("it has waited %v; gate: %s", took, g.last(i.ref))
 			}
-			took = append(took, time.Since(begin))
-			r.shows()
-			i.end()
+			time.Sleep(time.Millisecond)
 		}
 		if err := r.stop(); err != nil {
 			t.Error(err)
-		}
-		// The best of some, as the machine may be busy.
-		if best := slices.Min(took); best > 25*time.Millisecond {
-			t.Errorf("it took %v", took)
 		}
 	})
 }
