@@ -6,10 +6,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"runtime"
 	"slices"
-	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -209,53 +207,6 @@ func (d *dockers) noGateDrop(what string) {
 	d.t.Helper()
 	if n := d.status().Counters.GateDropsTotal; n != 0 {
 		d.t.Errorf("%s: the gate dropped %d packets", what, n)
-	}
-}
-
-// testCost: what cgtun adds to a step, from the begin of one to that of the next,
-// against the same build without it. Builds with and without take turns. The bounds
-// are wide: what is seen is in docs/docker.md.
-func (d *dockers) testCost() {
-	const rounds, steps = 10, 21
-	began := regexp.MustCompile(`began (\d+)`)
-	text := "FROM " + registry + "/base\n" + strings.Repeat("RUN [\"/bin/first\"]\n", steps)
-	for _, by := range []builder{classic, buildKit} {
-		took := map[bool][]time.Duration{}
-		for i := range 2 * rounds {
-			with := i%2 == 1
-			var c *daemon
-			if with {
-				c = d.start(d.configDocker("true", second))
-			}
-			out, err := d.build(by, text, "-t", "cost")
-			if err != nil {
-				d.t.Fatal(err)
-			}
-			if with {
-				c.stop()
-			}
-			var last int64
-			for _, m := range began.FindAllStringSubmatch(out, -1) {
-				at, _ := strconv.ParseInt(m[1], 10, 64)
-				if last != 0 {
-					took[with] = append(took[with], time.Duration(at-last))
-				}
-				last = at
-			}
-		}
-		slices.Sort(took[true])
-		slices.Sort(took[false])
-		d.t.Logf("%v, %d and %d steps", by, len(took[false]), len(took[true]))
-		for _, tt := range []struct {
-			percent int
-			most    time.Duration
-		}{{50, 100 * time.Millisecond}, {99, 200 * time.Millisecond}} {
-			without, with := took[false][len(took[false])*tt.percent/100], took[true][len(took[true])*tt.percent/100]
-			d.t.Logf("%d%%: %v without, %v with", tt.percent, without.Round(100*time.Microsecond), with.Round(100*time.Microsecond))
-			if with-without > tt.most {
-				d.t.Errorf("%d%%: %v more, not %v", tt.percent, with-without, tt.most)
-			}
-		}
 	}
 }
 
