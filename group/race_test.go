@@ -117,7 +117,7 @@ func TestStaggersBesideOthers(t *testing.T) {
 		s := board(t)
 		var all sync.WaitGroup
 		for i, tt := range []struct{ begins, stagger time.Duration }{
-			{0, 250 * ms}, {20 * ms, 100 * ms}, {30 * ms, 200 * ms}, {40 * ms, 100 * ms}, {300 * ms, 100 * ms},
+			{0, 250 * ms}, {20 * ms, 100 * ms}, {30 * ms, 200 * ms}, {40 * ms, 100 * ms}, {300 * ms, 100 * ms}, {50 * ms, 250 * ms},
 		} {
 			a, b := &fake{name: fmt.Sprint("a", i), connect: in(never)}, &fake{name: fmt.Sprint("b", i), connect: in(10 * ms)}
 			if i == 3 {

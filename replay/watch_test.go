@@ -85,6 +85,13 @@ func TestWatch(t *testing.T) {
 				if answered := len(told) == 1 && told[0] == dialer.Answered; answered == (tt.relays && tt.after == 0) {
 					t.Errorf("told %v", told)
 				}
+				if tt.after == 0 {
+					return
+				}
+				w, told = make(), nil
+				if !w.Next([][]byte{[]byte("G")}, 1) || !w.ServerSpeaks() || (len(told) == 0) != tt.relays {
+					t.Errorf("after one more byte, so late, it is told %v", told)
+				}
 			})
 		})
 	}
