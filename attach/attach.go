@@ -130,8 +130,10 @@ type Manager struct {
 	again  chan struct{} // holds one token: the picture is new
 	picked atomic.Pointer[cgroupsel.Snapshot]
 	plans  atomic.Pointer[[]steer.Plan] // of each route: what is wanted now
-	from   netns.Ref                    // where the devices of other namespaces are made
-	deaf   error                        // why events tell of home alone; set before there are other sites
+	// Set before there are other sites.
+	holders *tun.Holders // nil: devices of other namespaces are moved in
+	from    netns.Ref    // from there
+	deaf    error        // why events tell of home alone
 
 	mu      sync.Mutex
 	own     []netip.Prefix                 // home's addresses
@@ -286,12 +288,11 @@ func (m *Manager) Run(ctx context.Context, ready func()) (err error) {
 	if err != nil {
 		return fmt.Errorf("attach home: %w", err)
 	}
-	from, stage, err := netns.Private()
+	closeMakes, err := m.makes()
 	if err != nil {
 		return err
 	}
-	defer stage.Close()
-	m.from = from
+	defer closeMakes()
 	var events events
 	if err := ns.Do(func() (err error) { events, err = openEvents(m.wanted()...); return err }); err != nil {
 		return err
@@ -322,6 +323,7 @@ func (m *Manager) Run(ctx context.Context, ready func()) (err error) {
 	others.Go(func() {
 		events.run(ctx, m.opts.Logger, m.changed, func() { m.opts.HomeChanged(); m.lookAgain() })
 	})
+	others.Go(func() { m.letGo(ctx) })
 	return home.serve(ctx, func() {
 		m.scan(ctx, &others)
 		m.arm(ctx)

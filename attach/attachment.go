@@ -77,7 +77,6 @@ func (s *site) attach(r *Route, selection int) (_ *Attachment, err error) {
 		o := s.m.device(selection)
 		if !s.home() {
 			o = s.m.elsewhere(selection)
-			o.Brought = s.take(selection)
 			a.missing = func() { signal(s.again) }
 		}
 		// The device before the steering: in another namespace than home it

@@ -10,7 +10,6 @@ import (
 
 	"cgtun/cgroupsel"
 	"cgtun/internal/netns"
-	"cgtun/tun"
 )
 
 // # Theory of operation
@@ -23,8 +22,7 @@ import (
 // first sees a selected task inside, and is in one of these states:
 //
 //	gated     nothing is known yet: a task was forked there, and has not reached
-//	          its exec or first socket. What sets the namespace up is at work. If
-//	          it takes its time the devices are brought in meanwhile.
+//	          its exec or first socket. What sets the namespace up is at work.
 //	offline   its main table has no default route: there is nothing to capture.
 //	          Admitted, without a device; looked at again each second and when
 //	          a task there execs or opens its first socket. What is closed takes
@@ -33,7 +31,7 @@ import (
 //	failed    it could not be attached, twice: on_exit decides whether it is admitted
 //
 // No socket or descriptor of such a namespace is held open, as it would keep it
-// alive. The kernel's events come by sockets of home (events.go), and there is a
+// alive, but those of its devices (letgo.go). The kernel's events come by sockets of home (events.go), and there is a
 // look each second at little; the device says when the namespace has ended. The
 // site ends with the namespace, and when the selector sees nobody selected in it
 // any more; then all is undone.
@@ -45,10 +43,6 @@ const (
 	tick = time.Second
 	// probeEvery is how often gateways that stand for each other are asked for.
 	probeEvery = 5 * time.Second
-	// settingUp is for how long nobody has begun to run in a namespace that somebody
-	// sets up, as the runtime of containers does. Who makes one for himself runs there
-	// at once.
-	settingUp = 20 * time.Millisecond
 	// secondTry is how long after a first failure it is tried once more: who is held
 	// waits, and on_exit is asked about only then.
 	secondTry = 100 * time.Millisecond
@@ -87,7 +81,6 @@ type site struct {
 	decide  func()
 
 	// run's own:
-	brought  []*tun.Device // what waits for a way out, by index of the routes
 	idle     time.Time     // since when nobody is in it; zero: somebody is
 	ended    time.Time     // since when it is ending; zero: it is not
 	doubted  bool          // the gate has to be told again
@@ -157,49 +150,6 @@ func (s *site) set(state string, err error) {
 	s.decide()
 }
 
-func (s *site) gated() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.state == StateGated
-}
-
-// bring moves the devices in while the namespace is set up: from when it has a way
-// out to its first instruction there is often less time than that takes. What cannot
-// be brought is made when it is wanted, or fails then.
-func (s *site) bring() {
-	s.brought = make([]*tun.Device, len(s.m.opts.Routes))
-	for i := range s.m.opts.Routes {
-		if s.m.opts.Routes[i].Kernel {
-			continue
-		}
-		var err error
-		if s.brought[i], err = tun.Bring(s.ref(), s.m.elsewhere(i)); err != nil {
-			s.m.opts.Logger.Debug("no device could be brought", "attachment", s.id, "err", err)
-		}
-	}
-}
-
-// take returns what was brought for a route, or nil.
-func (s *site) take(route int) *tun.Device {
-	if s.brought == nil {
-		return nil
-	}
-	d := s.brought[route]
-	s.brought[route] = nil
-	return d
-}
-
-// takeBack takes away what was brought and is not wanted.
-func (s *site) takeBack() {
-	for i := range s.brought {
-		if d := s.take(i); d != nil {
-			if err := d.Close(); err != nil {
-				s.m.opts.Logger.Warn("a device is left in a namespace", "attachment", s.id, "err", err)
-			}
-		}
-	}
-}
-
 // open begins the attachments of all routes; on an error there are none.
 func (s *site) open() error {
 	var opened []*Attachment
@@ -241,8 +191,6 @@ func (s *site) run(ctx context.Context) {
 	log := s.m.opts.Logger.With("attachment", s.id)
 	defer s.decide()
 	defer s.forget()
-	defer s.takeBack()
-	begin := time.Now()
 	failures := 0
 	for ctx.Err() == nil {
 		online, err := s.judge()
@@ -290,10 +238,6 @@ func (s *site) run(ctx context.Context) {
 			return
 		}
 		wait := min(tick<<min(max(failures-1, 0), 4), 10*tick)
-		setUp := s.brought == nil && failures == 0 && s.gated()
-		if setUp {
-			wait = time.Until(begin.Add(settingUp))
-		}
 		select {
 		case <-ctx.Done():
 		case <-s.again:
@@ -305,9 +249,6 @@ func (s *site) run(ctx context.Context) {
 			}
 		case <-s.begun:
 		case <-time.After(wait):
-			if setUp {
-				s.bring()
-			}
 		}
 	}
 }
@@ -380,7 +321,6 @@ func (s *site) judge() (online bool, err error) {
 		s.set(StateGated, nil)
 		return false, nil
 	}
-	s.takeBack()
 	s.guardFrames(nil)
 	if err := s.fenceIn(around); err != nil {
 		return false, err

@@ -5,7 +5,6 @@ import (
 	"os"
 	"os/exec"
 	"strconv"
-	"strings"
 	"testing"
 	"time"
 
@@ -14,65 +13,6 @@ import (
 )
 
 // What the steps of a build wait for.
-
-// While a namespace is set up its device waits inside, down. It is the one that is
-// used when there is a way out, and is away before anybody runs where there is none.
-func TestDeviceIsBroughtWhileANamespaceIsSetUp(t *testing.T) {
-	atHome(t, func(t *testing.T) {
-		devices := make(chan string, 1)
-		var i *inner
-		r, g := others(t, nil)
-		g.onOffline = func() {
-			select {
-			case devices <- i.ip("link"): // the first time counts
-			default:
-			}
-		}
-		for n, online := range []bool{true, false} {
-			i = newInner(t, n+1)
-			forked := i.namespace()
-			forked.Running = false
-			r.shows(forked)
-			var index string
-			labtest.Eventually(t, soon, func() bool {
-				out := i.ip("-o link show")
-				for line := range strings.Lines(out) {
-					if strings.Contains(line, "cgt2t_") && strings.Contains(line, "alias cgtun_101") && !strings.Contains(line, "UP") {
-						index, _, _ = strings.Cut(line, ":")
-						return true
-					}
-				}
-				return false
-			}, "a device waits: %s", i.ip("-o link show"))
-			if online {
-				i.connect(n + 1)
-				labtest.Eventually(t, soon, func() bool { return i.steered() == allInside }, "steered: %s", i.steered())
-				if out := i.ip("-o link show dev tun0"); !strings.HasPrefix(out, index+":") {
-					t.Errorf("another device than %s: %s", index, out)
-				}
-			}
-			r.shows(i.namespace())
-			if online {
-				r.becomes(i, attach.StateUp, allInside, "admitted", g)
-				r.shows()
-				r.becomes(i, "", "", "forgotten", g)
-				continue
-			}
-			// No process is started meanwhile, which would have the device's descriptor
-			// for a moment.
-			out := <-devices
-			r.becomes(i, attach.StateOffline, "", "offline", g)
-			if strings.Contains(out, "cgt") {
-				t.Errorf("when it was admitted there was still\n%s", out)
-			}
-			r.shows()
-			labtest.Eventually(t, soon, func() bool { return g.last(i.ref) == "forgotten" }, "it is left")
-		}
-		if err := r.stop(); err != nil {
-			t.Error(err)
-		}
-	})
-}
 
 // A way out that is taken away when the process has ended is the end of the
 // namespace, which takes all with it: nothing is undone before, but a little later

@@ -20,13 +20,12 @@ type Options struct {
 	Addresses []netip.Prefix // none: one v4 and one v6 address that nobody can mean, the next free
 	MTU       int            // bytes; 1500 if 0
 	Queues    int            // 1 if 0
-	// From is where the device is made, to be moved from there. A queue belongs
-	// to the namespace that it was opened in and keeps that alive: with From,
-	// the device's own ends with its last process, and the queues say so. The
-	// zero Ref: the device is made where it is to be.
+	// From is where the device is made, to be moved from there, which takes 10 to
+	// 25 ms. A queue belongs to the namespace that it was opened in and keeps that
+	// alive: with From, the device's own ends with its last process, and the queues
+	// say so. The zero Ref: the device is made where it is to be, and whoever wants
+	// the namespace to end asks for its Holders.
 	From netns.Ref
-	// Brought is a device that is there already; it is the caller's no more.
-	Brought *Device
 	// Yield takes the next free name and address where a written one is taken.
 	Yield bool
 }
@@ -81,8 +80,8 @@ func (d *Device) MTU() int { return d.mtu }
 // none.
 func (d *Device) Addresses() []netip.Prefix { return d.addresses }
 
-// Netns returns the namespace that the device is in. If it was moved in, the Ref
-// leads in by the device, as long as that and the namespace live.
+// Netns returns the namespace that the device is in. The Ref leads in by the device,
+// as long as that and the namespace live.
 func (d *Device) Netns() netns.Ref { return d.ns }
 
 // Close removes the device. Readers of its queues return os.ErrClosed.
@@ -112,30 +111,14 @@ func Open(ns netns.Ref, o Options) (*Device, error) {
 	return d, nil
 }
 
-// Bring makes a device and moves it into ns, for an Open with Brought: it is down,
-// without addresses, and called as nobody else calls his. To move it takes most of
-// the time of Open, 10 to 25 ms. The caller closes it, or lets Open have it.
-func Bring(ns netns.Ref, o Options) (*Device, error) {
-	o.Queues = max(o.Queues, 1)
-	d := &Device{}
-	if err := d.moveIn(ns, o); err != nil {
-		return nil, fmt.Errorf("bring a tun into %s: %w", ns, err)
-	}
-	return d, nil
-}
-
 func open(ns netns.Ref, o Options) (*Device, error) {
+	d := &Device{ns: ns, mtu: o.MTU}
 	moved := o.From != (netns.Ref{})
-	d := o.Brought
-	if d == nil {
-		d = &Device{ns: ns}
-		if moved {
-			if err := d.moveIn(ns, o); err != nil {
-				return nil, err
-			}
+	if moved {
+		if err := d.moveIn(ns, o); err != nil {
+			return nil, err
 		}
 	}
-	d.mtu = o.MTU
 	err := inside(d.ns, func(h *netlink.Handle) (err error) {
 		used, err := d.free(h, o)
 		if err != nil {
@@ -155,6 +138,7 @@ func open(ns netns.Ref, o Options) (*Device, error) {
 	if err != nil {
 		return nil, errors.Join(err, d.Close())
 	}
+	d.ns = ns.Through(d.queues[0].netns)
 	return d, nil
 }
 

@@ -23,11 +23,13 @@
 // What a kill leaves between 1 and 3 is a device of our temporary name without
 // an open queue: the next Open with the same table takes it away.
 //
-// In another namespace than home the device is made elsewhere (Options.From) and
-// moved in before step 4: a queue that was opened inside would keep the namespace
-// alive after its last process, with all of its devices. Moved in, it does not;
-// when the namespace ends, reads and writes say so (EBADFD, netns.ErrGone), and
-// until then the queue leads back into it (TUNGETDEVNETNS).
+// A queue keeps the namespace alive that it was opened in, after its last process,
+// with all of its devices. Who opens one in another namespace than home has two ways
+// out: to count who else keeps it (Holders) and let go (LetGo), or, where the kernel
+// does not let us count, to make the device elsewhere (Options.From) and have it moved
+// in before step 4. When the namespace ends, reads and writes say so (netns.ErrGone;
+// of a device that was moved EBADFD), and until then the queue leads back into it
+// (TUNGETDEVNETNS).
 //
 // Addresses are set with IFA_F_NOPREFIXROUTE: they add no route for anybody
 // else. Nothing else is added to the main table.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 	"unsafe"
@@ -33,6 +34,8 @@ type Queue struct {
 	readFn func(fd uintptr) bool
 
 	writers sync.Pool // of *writer
+
+	letGo atomic.Bool // its end is that of the namespace
 }
 
 // newQueue takes over fd, a non-blocking descriptor that is attached already.
@@ -67,7 +70,7 @@ func (q *Queue) ReadPacket(bufs [][]byte) (Offload, int, error) {
 		room += len(b)
 	}
 	if err := q.raw.Read(q.readFn); err != nil {
-		if q.gone() {
+		if q.letGo.Load() || q.gone() {
 			return Offload{}, 0, packetError("read", unix.EBADFD)
 		}
 		return Offload{}, 0, fmt.Errorf("read packet: %w", closed(err))
