@@ -131,9 +131,9 @@ type Manager struct {
 	picked atomic.Pointer[cgroupsel.Snapshot]
 	plans  atomic.Pointer[[]steer.Plan] // of each route: what is wanted now
 	// Set before there are other sites.
-	holders *tun.Holders // nil: devices of other namespaces are moved in
-	from    netns.Ref    // from there
-	deaf    error        // why events tell of home alone
+	holders *cgroupsel.Holders // nil: devices of other namespaces are moved in
+	from    netns.Ref          // from there
+	deaf    error              // why events tell of home alone
 
 	mu      sync.Mutex
 	own     []netip.Prefix                 // home's addresses

@@ -6,8 +6,8 @@ import (
 	"slices"
 	"time"
 
+	"cgtun/cgroupsel"
 	"cgtun/internal/netns"
-	"cgtun/tun"
 )
 
 // # Theory of operation: devices in other namespaces than home
@@ -17,7 +17,7 @@ import (
 // anything of any network: steps of a build wait for that.
 //
 // What is made inside keeps the namespace, as any socket does. So the references that
-// each namespace has are counted all the time (tun.Holders): when those of our devices
+// each namespace has are counted all the time (cgroupsel.Holders): when those of our devices
 // are the only ones left, nobody is inside, nothing is on its way any more, and no
 // mount or descriptor leads in, so that nobody can come. Then the devices are let go,
 // and the namespace ends, a little later than it would have without us.
@@ -30,7 +30,7 @@ const letGoEvery = 50 * time.Millisecond
 
 // makes settles where devices are made. Who calls it calls what it returns.
 func (m *Manager) makes() (closeMakes func(), err error) {
-	holders, err := tun.OpenHolders()
+	holders, err := cgroupsel.OpenHolders()
 	if err == nil {
 		m.holders = holders
 		return func() { _ = holders.Close() }, nil
@@ -67,7 +67,7 @@ func (m *Manager) letGo(ctx context.Context) {
 }
 
 // letGo ends the devices if nothing else keeps the namespace.
-func (s *site) letGo(holders *tun.Holders) {
+func (s *site) letGo(holders *cgroupsel.Holders) {
 	s.mu.Lock()
 	attached := s.attached
 	s.mu.Unlock()
@@ -78,7 +78,13 @@ func (s *site) letGo(holders *tun.Holders) {
 	if own == 0 {
 		return
 	}
-	if n, err := attached[0].Device.Holders(holders); err != nil || n > own {
+	n := 0
+	errControl := attached[0].Device.Control(func(fd uintptr) {
+		if count, err := holders.Count(fd); err == nil {
+			n = count
+		}
+	})
+	if errControl != nil || n == 0 || n > own {
 		return
 	}
 	for _, a := range attached {

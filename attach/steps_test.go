@@ -53,6 +53,31 @@ func TestNothingIsUndoneInANamespaceThatEnds(t *testing.T) {
 	})
 }
 
+// A namespace ends soon after its last process, though a device of ours was made in
+// it, and not before.
+func TestNamespaceIsLetGo(t *testing.T) {
+	atHome(t, func(t *testing.T) {
+		r, g := others(t, nil)
+		i := newInner(t, 1)
+		i.connect(1)
+		r.shows(i.namespace())
+		r.becomes(i, attach.StateUp, allInside, "admitted", g)
+		time.Sleep(500 * time.Millisecond)
+		if got := i.steered(); got != allInside {
+			t.Errorf("while there is a process: %s", got)
+		}
+		begin := time.Now()
+		i.end()
+		if took := time.Since(begin); took > 2*time.Second {
+			t.Errorf("it ended after %v", took)
+		}
+		labtest.Eventually(t, soon, func() bool { return g.last(i.ref) == "forgotten" }, "it is forgotten")
+		if err := r.stop(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // Who is held at his first instruction goes on at once, whatever has changed just
 // before.
 func TestWhoIsHeldDoesNotWaitForCalm(t *testing.T) {

@@ -37,13 +37,17 @@ func (s *Selector) readLayout() (*layout, error) {
 
 // readOffsets finds members in the kernel's types.
 func (s *Selector) readOffsets(members []member) error {
-	spec, err := s.types()
+	types, err := s.types()
 	if err != nil {
 		return fmt.Errorf("read kernel types: %w", err)
 	}
+	return readOffsets(types, members)
+}
+
+func readOffsets(types *btf.Spec, members []member) error {
 	for _, m := range members {
 		var t *btf.Struct
-		if err := spec.TypeByName(m.typ, &t); err != nil {
+		if err := types.TypeByName(m.typ, &t); err != nil {
 			return fmt.Errorf("find struct %s: %w", m.typ, err)
 		}
 		off, ok := offsetOf(t.Members, m.name)

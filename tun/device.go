@@ -24,7 +24,7 @@ type Options struct {
 	// 25 ms. A queue belongs to the namespace that it was opened in and keeps that
 	// alive: with From, the device's own ends with its last process, and the queues
 	// say so. The zero Ref: the device is made where it is to be, and whoever wants
-	// the namespace to end asks for its Holders.
+	// the namespace to end sees who else keeps it, and lets go.
 	From netns.Ref
 	// Yield takes the next free name and address where a written one is taken.
 	Yield bool
@@ -92,6 +92,18 @@ func (d *Device) Close() error {
 	}
 	return errors.Join(errs...)
 }
+
+// LetGo is Close for when nobody but the device keeps its namespace: readers of its
+// queues return netns.ErrGone, as after any other end of it.
+func (d *Device) LetGo() error {
+	for _, q := range d.queues {
+		q.letGo.Store(true)
+	}
+	return d.Close()
+}
+
+// Control calls f with the descriptor of a queue, which stays open meanwhile.
+func (d *Device) Control(f func(fd uintptr)) error { return d.queues[0].raw.Control(f) }
 
 // Open makes a device in ns, with its addresses, up. The caller closes it. If a
 // name or a written address is taken, the error is a *TakenError; if ns has

@@ -25,8 +25,8 @@
 //
 // A queue keeps the namespace alive that it was opened in, after its last process,
 // with all of its devices. Who opens one in another namespace than home has two ways
-// out: to count who else keeps it (Holders) and let go (LetGo), or, where the kernel
-// does not let us count, to make the device elsewhere (Options.From) and have it moved
+// out: to count who else keeps it (cgroupsel.Holders) and let go (LetGo), or, where
+// the kernel does not let us count, to make the device elsewhere (Options.From) and have it moved
 // in before step 4. When the namespace ends, reads and writes say so (netns.ErrGone;
 // of a device that was moved EBADFD), and until then the queue leads back into it
 // (TUNGETDEVNETNS).

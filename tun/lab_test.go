@@ -258,3 +258,29 @@ func TestSegmentsAndOpenChecksumsPass(t *testing.T) {
 		t.Errorf("got %q, %v", buf[:n], err)
 	}
 }
+
+// What is made inside a namespace keeps it; who lets go hears of its end as of any
+// other.
+func TestLetGo(t *testing.T) {
+	h, ref := host(t)
+	d := open(t, ref, tun.Options{Table: 101, Queues: 2})
+	read := make(chan error, 2)
+	for _, q := range d.Queues() {
+		go func() {
+			_, _, err := q.ReadPacket([][]byte{make([]byte, 2000)})
+			read <- err
+		}()
+	}
+	if err := d.LetGo(); err != nil {
+		t.Error(err)
+	}
+	for range d.Queues() {
+		if err := <-read; !errors.Is(err, netns.ErrGone) {
+			t.Errorf("a reader heard %v", err)
+		}
+	}
+	if err := d.Control(func(uintptr) {}); err == nil {
+		t.Error("there is still a descriptor")
+	}
+	labtest.Eventually(t, time.Second, func() bool { return !strings.Contains(h.Run("ip", "link"), "tun0") }, "the device has gone")
+}

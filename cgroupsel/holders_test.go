@@ -1,32 +1,30 @@
-package tun_test
+package cgroupsel_test
 
 import (
 	"errors"
 	"os"
 	"os/exec"
 	"strconv"
-	"strings"
 	"testing"
 	"time"
 
+	"cgtun/cgroupsel"
 	"cgtun/internal/labtest"
 	"cgtun/internal/netns"
-	"cgtun/tun"
 
 	"golang.org/x/sys/unix"
 )
 
 // Whoever keeps a namespace is counted: processes, sockets that outlive their
-// process, mounts, and each queue of ours.
+// process, mounts, and each descriptor of a tun that was opened inside.
 func TestHoldersAreCounted(t *testing.T) {
 	labtest.Need(t, labtest.Root, labtest.Tool("ip"))
-	holders, err := tun.OpenHolders()
+	holders, err := cgroupsel.OpenHolders()
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer holders.Close()
 	lab := labtest.New(t)
-	far := lab.Host("far")
 	p := lab.StartCommand(exec.Command("unshare", "--net", "sleep", "600"))
 	path := "/proc/" + strconv.Itoa(p.Pid) + "/ns/net"
 	home, _ := os.Readlink("/proc/self/ns/net")
@@ -34,21 +32,32 @@ func TestHoldersAreCounted(t *testing.T) {
 		now, err := os.Readlink(path)
 		return err == nil && now != home
 	}, "it is in a namespace of its own")
-	far.Run("ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth1", "netns", strconv.Itoa(p.Pid))
 	ref, err := netns.Named(path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	d := open(t, ref, tun.Options{Table: 101, Queues: 2})
+	var queues [2]int
+	var sock int
+	if err := ref.Do(func() (err error) {
+		for i := range queues {
+			if queues[i], err = unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC, 0); err != nil {
+				return err
+			}
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(queues[0])
+	defer unix.Close(queues[1])
 	want := func(n int, why string) {
 		t.Helper()
 		labtest.Eventually(t, 5*time.Second, func() bool {
-			got, err := d.Holders(holders)
+			got, err := holders.Count(uintptr(queues[0]))
 			return err == nil && got == n
 		}, "%s: want %d holders", why, n)
 	}
-	want(3, "a process and two queues")
-	var sock int
+	want(3, "a process and two tuns")
 	if err := ref.Do(func() (err error) {
 		sock, err = unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 		return err
@@ -70,22 +79,5 @@ func TestHoldersAreCounted(t *testing.T) {
 	}
 	want(3, "the mount has ended")
 	unix.Close(sock)
-	want(2, "the queues alone")
-
-	// Then it ends when they do, and that is what their readers hear.
-	read := make(chan error, 1)
-	go func() {
-		_, _, err := d.Queues()[0].ReadPacket([][]byte{make([]byte, 2000)})
-		read <- err
-	}()
-	if err := d.LetGo(); err != nil {
-		t.Error(err)
-	}
-	if err := <-read; !errors.Is(err, netns.ErrGone) {
-		t.Errorf("the reader heard %v", err)
-	}
-	if n, err := d.Holders(holders); err == nil {
-		t.Errorf("%d holders afterwards", n)
-	}
-	labtest.Eventually(t, 5*time.Second, func() bool { return !strings.Contains(far.Run("ip", "link"), "eth0") }, "the other end of its veth goes with it")
+	want(2, "the tuns alone")
 }
