@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"strconv"
 	"strings"
+	"sync/atomic"
 
 	"cgtun/internal/netns"
 
@@ -64,6 +65,7 @@ type Device struct {
 	addresses []netip.Prefix
 	ns        netns.Ref
 	queues    []*Queue
+	letGo     atomic.Bool
 }
 
 // Queues returns the queues, at least one. They belong to the device.
@@ -84,8 +86,16 @@ func (d *Device) Addresses() []netip.Prefix { return d.addresses }
 // as long as that and the namespace live.
 func (d *Device) Netns() netns.Ref { return d.ns }
 
-// Close removes the device. Readers of its queues return os.ErrClosed.
+// Close removes the device. Readers of its queues return os.ErrClosed. After LetGo
+// there is nothing left to do.
 func (d *Device) Close() error {
+	if d.letGo.Load() {
+		return nil
+	}
+	return d.close()
+}
+
+func (d *Device) close() error {
 	var errs []error
 	for _, q := range d.queues {
 		errs = append(errs, q.Close())
@@ -96,10 +106,13 @@ func (d *Device) Close() error {
 // LetGo is Close for when nobody but the device keeps its namespace: readers of its
 // queues return netns.ErrGone, as after any other end of it.
 func (d *Device) LetGo() error {
+	if d.letGo.Swap(true) {
+		return nil
+	}
 	for _, q := range d.queues {
 		q.letGo.Store(true)
 	}
-	return d.Close()
+	return d.close()
 }
 
 // Control calls f with the descriptor of a queue, which stays open meanwhile.
