@@ -196,7 +196,7 @@ func (s *site) admit() error {
 		if !s.m.closed() || slices.Equal(a.Devices, s.admitted) {
 			return nil
 		}
-	case !s.doubted, !s.running() && !s.named():
+	case !s.doubted, !s.ran && !s.named():
 		return nil
 	}
 	if err := s.m.opts.Gate.Admit(s.ref(), a); err != nil {
@@ -280,6 +280,7 @@ func (s *site) failing() error {
 // before.
 func (s *site) apply() error {
 	var errs []error
+	s.ran = s.running()
 	for i, a := range s.attached {
 		if a.lost {
 			continue

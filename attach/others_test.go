@@ -28,6 +28,7 @@ import (
 // gate notes what a Manager says to it.
 type gate struct {
 	onOffline func() // called when a namespace is to be admitted as offline
+	onAdmit   func() // called when one is to be admitted otherwise
 
 	mu     sync.Mutex
 	said   map[uint64][]string // on each namespace, without repetitions
@@ -112,6 +113,9 @@ func (g *gate) Admit(ns netns.Ref, a cgroupsel.Admission) error {
 		return g.note(ns, "offline")
 	case len(a.Devices) == 0 || a.Devices[0] == 0:
 		return g.note(ns, "waived")
+	}
+	if g.onAdmit != nil {
+		g.onAdmit()
 	}
 	return g.note(ns, "admitted")
 }

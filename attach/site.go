@@ -36,6 +36,10 @@ import (
 // site ends with the namespace, and when the selector sees nobody selected in it
 // any more; then all is undone.
 //
+// A namespace is admitted by what was seen of it after somebody had begun to run there:
+// what is seen before can be half of what is set up by then. Who begins during a look
+// makes another one follow.
+//
 // A namespace that is selected by its name is never offline.
 
 const (
@@ -87,6 +91,7 @@ type site struct {
 	admitted []int         // the devices that it was told last
 	lasted   time.Duration // for how long the last capture was in force
 	size     int           // how much the last look saw
+	ran      bool          // somebody had begun to run before the last look
 	isolated map[netip.Addr]verdict
 	renewal  renewal // of home's devices
 	guarded  guarding
@@ -301,6 +306,7 @@ func (s *site) forget() {
 // it if there is not.
 func (s *site) judge() (online bool, err error) {
 	var around *surroundings
+	s.ran = s.running()
 	err = s.ref().Do(func() (err error) {
 		around, err = look("", nil)
 		return err
@@ -317,7 +323,7 @@ func (s *site) judge() (online bool, err error) {
 		// Before anything else: also what cannot be attached is shut, if it is to be.
 		s.guardFrames(around.others)
 		return true, nil
-	case !s.running():
+	case !s.ran:
 		s.set(StateGated, nil)
 		return false, nil
 	}
