@@ -97,7 +97,7 @@ func (d *dockers) moveIn() (end func()) {
 					continue
 				}
 				if ns, err := netns.Named(file); err == nil {
-					if moved[file], err = tun.Bring(ns, tun.Options{From: from}); err == nil {
+					if moved[file], err = tun.Open(ns, tun.Options{Table: 77, From: from, Yield: true}); err == nil {
 						moves++
 					}
 				}
