@@ -29,6 +29,7 @@ import (
 type gate struct {
 	onOffline func() // called when a namespace is to be admitted as offline
 	onAdmit   func() // called when one is to be admitted otherwise
+	onLetGo   func() // called when no device of a namespace is to be guarded any more
 
 	mu     sync.Mutex
 	said   map[uint64][]string // on each namespace, without repetitions
@@ -51,6 +52,9 @@ func (g *gate) note(ns netns.Ref, word string) error {
 
 // GuardFrames keeps the names of the devices.
 func (g *gate) GuardFrames(ns netns.Ref, _ int, devices ...cgroupsel.Device) error {
+	if g.onLetGo != nil && len(devices) == 0 {
+		g.onLetGo()
+	}
 	return ns.Do(func() error {
 		var names []string
 		for _, d := range devices {

@@ -305,21 +305,14 @@ func (s *site) forget() {
 // judge says whether there is anything to capture in the namespace, and admits
 // it if there is not.
 func (s *site) judge() (online bool, err error) {
-	var around *surroundings
 	s.ran = s.running()
-	err = s.ref().Do(func() (err error) {
-		around, err = look("", nil)
-		return err
-	})
-	if err == nil {
-		err = s.isolate(around)
-	}
+	around, err := s.lookAround()
 	if err != nil {
 		return false, err
 	}
 	s.size = around.size
 	switch {
-	case s.named() || around.default4 || around.default6:
+	case s.online(around):
 		// Before anything else: also what cannot be attached is shut, if it is to be.
 		s.guardFrames(around.others)
 		return true, nil
@@ -331,8 +324,34 @@ func (s *site) judge() (online bool, err error) {
 	if err := s.fenceIn(around); err != nil {
 		return false, err
 	}
+	// On a busy machine that has taken its time, and who sets the namespace up can
+	// have given it a way out: who is held meanwhile would be let go into it.
+	if around, err = s.lookAround(); err != nil {
+		return false, err
+	}
+	if s.online(around) {
+		s.guardFrames(around.others)
+		return true, nil
+	}
 	s.set(StateOffline, nil)
 	return false, s.m.opts.Gate.Admit(s.ref(), cgroupsel.Admission{Offline: true})
+}
+
+// online says whether there is something to capture.
+func (s *site) online(around *surroundings) bool {
+	return s.named() || around.default4 || around.default6
+}
+
+// lookAround is what the namespace has before it is attached.
+func (s *site) lookAround() (around *surroundings, err error) {
+	err = s.ref().Do(func() (err error) {
+		around, err = look("", nil)
+		return err
+	})
+	if err == nil {
+		err = s.isolate(around)
+	}
+	return around, err
 }
 
 var (

@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"strconv"
+	"sync"
 	"testing"
 	"time"
 
@@ -101,6 +102,22 @@ func TestWhoIsHeldDoesNotWaitForCalm(t *testing.T) {
 			}
 			time.Sleep(time.Millisecond)
 		}
+		if err := r.stop(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// A way out that comes while a namespace is judged to have none: who is held in it
+// is not let go as in one that is offline.
+func TestWayOutThatComesMeanwhileIsSeen(t *testing.T) {
+	atHome(t, func(t *testing.T) {
+		r, g := others(t, nil)
+		i := newInner(t, 1)
+		g.onLetGo = sync.OnceFunc(func() { i.connect(1) })
+		g.onOffline = func() { t.Error("it is admitted as offline") }
+		r.shows(i.namespace())
+		r.becomes(i, attach.StateUp, allInside, "admitted", g)
 		if err := r.stop(); err != nil {
 			t.Error(err)
 		}
