@@ -295,14 +295,14 @@ func (d *spaces) see(r record) (news bool) {
 }
 
 // visits says whether a record is of who sets a namespace up and is none of those
-// who will run in it: dockerd opens sockets in one before its network is there.
-// Judged by them it would be without a way out, and open. Who has another cgroup and
-// only opens sockets for Patience is one of those after all.
+// who will run in it: dockerd opens sockets and runs iptables in one before its network
+// is there. Judged by them it would be without a way out, and open. Who has another cgroup
+// and is alone there for Patience is one of those after all.
 func (d *spaces) visits(r record) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	sp := d.by[r.Cookie]
-	return r.Held == heldAtSocket && sp != nil && sp.fate == pending && !sp.Running && r.Cgroup != sp.Cgroup && time.Since(sp.since) < d.s.opts.Patience
+	return r.Held != 0 && sp != nil && sp.fate == pending && !sp.Running && r.Cgroup != sp.Cgroup && time.Since(sp.since) < d.s.opts.Patience
 }
 
 // enter finds the way into the namespace of a record.

@@ -157,8 +157,8 @@ ctypes.CDLL(None).setns(os.open(sys.argv[1], os.O_RDONLY), 0)
 os.fork()
 time.sleep(600)`
 
-// Who opens a socket in a namespace that others are about to run in, as dockerd does,
-// goes on at once, sends nothing, and decides nothing about it.
+// Who opens a socket in a namespace that others are about to run in, or runs a program
+// there, as dockerd does, goes on at once, sends nothing, and decides nothing about it.
 func TestVisitorDecidesNothing(t *testing.T) {
 	labtest.Need(t, labtest.Tool("python3"))
 	lab, _, _ := newLab(t)
@@ -168,14 +168,15 @@ func TestVisitorDecidesNothing(t *testing.T) {
 	space, meter := newSpace(lab, "s")
 	lab.StartCommand(box.Command(exec.Command("python3", "-c", entersAndForks, space.Path)))
 	labtest.Eventually(t, 10*time.Second, func() bool { _, ok := m.find(space); return ok }, "the namespace is seen")
-	cmd := exec.Command(self(t), space.Path)
-	cmd.Env = helperEnviron("first")
-	says(t, lab.StartCommand(daemon.Command(cmd)), denied)
+	for _, cmd := range []*exec.Cmd{exec.Command(self(t), space.Path), exec.Command("nsenter", "--net="+space.Path, self(t))} {
+		cmd.Env = helperEnviron("first")
+		says(t, lab.StartCommand(daemon.Command(cmd)), denied)
+	}
 	ns, _ := m.find(space)
 	if ns.Running {
 		t.Error("the namespace counts as one in which something runs")
 	}
-	if n := s.Counters(); n.Held != 1 || n.Late != 0 || meter.Packets() != 0 {
+	if n := s.Counters(); n.Held != 3 || n.Late != 0 || meter.Packets() != 0 {
 		t.Errorf("counters %+v, %d packets outside", n, meter.Packets())
 	}
 	p := stopFirst(t, lab, space, box, false)
