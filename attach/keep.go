@@ -325,7 +325,7 @@ func (s *site) applyOne(a *Attachment, plans []steer.Plan) error {
 	s.guardFrames(around.others)
 	if s.home() {
 		s.m.homeMoved(around)
-	} else if !s.named() && !around.default4 && !around.default6 {
+	} else if !s.online(around) {
 		return errOffline
 	}
 	plan := s.wanted(a, base, around)

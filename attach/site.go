@@ -31,9 +31,9 @@ import (
 //	failed    it could not be attached, twice: on_exit decides whether it is admitted
 //
 // No socket or descriptor of such a namespace is held open, as it would keep it
-// alive, but those of its devices (letgo.go). The kernel's events come by sockets of home (events.go), and there is a
-// look each second at little; the device says when the namespace has ended. The
-// site ends with the namespace, and when the selector sees nobody selected in it
+// alive, but those of its devices (letgo.go). The kernel's events come by sockets of
+// home (events.go), and there is a look each second at little; the device says when the
+// namespace has ended. The site ends with the namespace, and when the selector sees nobody selected in it
 // any more; then all is undone.
 //
 // A namespace is admitted by what was seen of it after somebody had begun to run there:

@@ -6,7 +6,6 @@ import (
 	"net/netip"
 	"strconv"
 	"strings"
-	"sync/atomic"
 
 	"cgtun/internal/netns"
 
@@ -65,7 +64,6 @@ type Device struct {
 	addresses []netip.Prefix
 	ns        netns.Ref
 	queues    []*Queue
-	letGo     atomic.Bool
 }
 
 // Queues returns the queues, at least one. They belong to the device.
@@ -89,16 +87,11 @@ func (d *Device) Netns() netns.Ref { return d.ns }
 // Close removes the device. Readers of its queues return os.ErrClosed. After LetGo
 // there is nothing left to do.
 func (d *Device) Close() error {
-	if d.letGo.Load() {
-		return nil
-	}
-	return d.close()
-}
-
-func (d *Device) close() error {
 	var errs []error
 	for _, q := range d.queues {
-		errs = append(errs, q.Close())
+		if !q.letGo.Load() {
+			errs = append(errs, q.Close())
+		}
 	}
 	return errors.Join(errs...)
 }
@@ -106,13 +99,13 @@ func (d *Device) close() error {
 // LetGo is Close for when nobody but the device keeps its namespace: readers of its
 // queues return netns.ErrGone, as after any other end of it.
 func (d *Device) LetGo() error {
-	if d.letGo.Swap(true) {
-		return nil
-	}
+	var errs []error
 	for _, q := range d.queues {
-		q.letGo.Store(true)
+		if !q.letGo.Swap(true) {
+			errs = append(errs, q.Close())
+		}
 	}
-	return d.close()
+	return errors.Join(errs...)
 }
 
 // Control calls f with the descriptor of a queue, which stays open meanwhile.
