@@ -1,29 +1,82 @@
 package replay
 
-import "sync/atomic"
+import (
+	"context"
+	"errors"
+	"sync"
+	"time"
+)
 
 // Budget bounds the flows that replay at a time: a fifth of those that live, or
-// ten. Where everything fails, no more is asked of what is left. Safe for
-// concurrent use.
+// ten. Where everything fails, no more is asked of what is left; others wait for
+// their turn, in the order in which they came. Safe for concurrent use.
 type Budget struct {
 	live func() int
-	used atomic.Int64
+
+	mu    sync.Mutex
+	used  int
+	queue []chan struct{} // closed: it has a place
 }
 
 const (
 	leastBudget = 10
 	budgetShare = 5 // one of so many
+	// maxQueued is how long a flow waits for its turn. Paths fail for many flows in one
+	// moment, and a replay takes no longer than a connection does.
+	maxQueued = 5 * time.Second
 )
+
+var errNoPlace = errors.New("too many flows replay")
 
 // NewBudget returns a Budget; live is the number of flows.
 func NewBudget(live func() int) *Budget { return &Budget{live: live} }
 
-func (b *Budget) take() bool {
-	if n := b.used.Add(1); n > int64(max(leastBudget, b.live()/budgetShare)) {
-		b.used.Add(-1)
-		return false
+// take waits for a place until ctx ends, for maxQueued at most.
+func (b *Budget) take(ctx context.Context) error {
+	b.mu.Lock()
+	if len(b.queue) == 0 && b.room() {
+		b.used++
+		b.mu.Unlock()
+		return nil
 	}
-	return true
+	turn := make(chan struct{})
+	b.queue = append(b.queue, turn)
+	b.mu.Unlock()
+	late := time.NewTimer(maxQueued)
+	defer late.Stop()
+	select {
+	case <-turn:
+		return nil
+	case <-ctx.Done():
+	case <-late.C:
+	}
+	return b.leave(turn)
 }
 
-func (b *Budget) give() { b.used.Add(-1) }
+// leave takes somebody out of the queue: nil if it was his turn meanwhile.
+func (b *Budget) leave(turn chan struct{}) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for i, other := range b.queue {
+		if other == turn {
+			b.queue = append(b.queue[:i:i], b.queue[i+1:]...)
+			return errNoPlace
+		}
+	}
+	return nil
+}
+
+// give gives a place back.
+func (b *Budget) give() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.used--
+	for len(b.queue) > 0 && b.room() {
+		b.used++
+		close(b.queue[0])
+		b.queue = b.queue[1:]
+	}
+}
+
+// room says whether there is a place. Under mu.
+func (b *Budget) room() bool { return b.used < max(leastBudget, b.live()/budgetShare) }

@@ -141,7 +141,7 @@ type run struct {
 	avoid   []string
 	replays int
 	hidden  []failure // hidden as soon as somebody takes their place
-	spent   bool      // a place of the budget is held
+	spent   bool      // a place of the budget is held; of redial's goroutine while it dials
 	dialing context.CancelFunc
 
 	counted int // bytes of kept that Up knows of
@@ -326,14 +326,18 @@ func (r *run) passOn(ctx context.Context) Result {
 // have got must be safe.
 func (r *run) redial(ctx context.Context) bool {
 	safe := r.kept.len() == 0 || r.verdict == Safe
-	if r.o.Redial == nil || !safe || r.replays >= maxReplays || r.dialing != nil || !r.spend() {
+	if r.o.Redial == nil || !safe || r.replays >= maxReplays || r.dialing != nil {
 		return false
 	}
 	r.replays++
 	ctx, r.dialing = context.WithCancel(ctx)
 	avoid := append([]string(nil), r.avoid...)
 	r.work.Go(func() {
-		c, err := r.o.Redial(ctx, avoid)
+		var c *dialer.Conn
+		err := r.spend(ctx)
+		if err == nil {
+			c, err = r.o.Redial(ctx, avoid)
+		}
 		if !r.send(event{dialed: true, conn: c, err: err}) && err == nil {
 			_ = c.Close()
 			c.Tell(dialer.Outcome{News: dialer.Ended})
@@ -343,13 +347,14 @@ func (r *run) redial(ctx context.Context) bool {
 	return true
 }
 
-// spend takes a place of the budget, once a flow.
-func (r *run) spend() bool {
-	if !r.spent && r.o.Budget != nil {
-		r.spent = r.o.Budget.take()
-		return r.spent
+// spend waits for a place of the budget, once a flow.
+func (r *run) spend(ctx context.Context) error {
+	if r.spent || r.o.Budget == nil {
+		return nil
 	}
-	return true
+	err := r.o.Budget.take(ctx)
+	r.spent = err == nil
+	return err
 }
 
 // dialed goes on with a new server, or without.
