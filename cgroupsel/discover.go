@@ -315,6 +315,19 @@ func enter(r record) (netns.Ref, bool) {
 	return netns.Ref{}, false
 }
 
+// newest is the newest way into a namespace.
+func (d *spaces) newest(ns netns.Ref) netns.Ref {
+	if d == nil {
+		return ns
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if sp := d.by[ns.Cookie()]; sp != nil {
+		return sp.Ref
+	}
+	return ns
+}
+
 // list is Snapshot.Namespaces, in the order of their age.
 func (d *spaces) list() []Namespace {
 	if d == nil {

@@ -34,6 +34,21 @@ func (s *Selector) SelectedBy(id uint64) (selection int, ok bool) {
 	return int(v.Selection), true
 }
 
+// DieFilters has the filters lead nowhere, as they do when a process has died, and
+// forgets them.
+func (s *Selector) DieFilters() error {
+	var errs []error
+	for _, there := range s.frames.on {
+		for _, on := range there.devices {
+			if on.filter != nil {
+				errs = append(errs, on.filter.by.Close())
+				on.filter = nil
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
 // FeatureLetGo can be in Options.Without.
 const FeatureLetGo = featureLetGo
 

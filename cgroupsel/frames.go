@@ -20,7 +20,7 @@ import (
 // A socket of packet(7) hands whole frames to a device. They pass neither the
 // tables of the firewall nor the gate, so a process with CAP_NET_RAW, which
 // docker gives to all, would go around everything by it. A program at the
-// egress of each device (tcx) drops what such sockets of selected cgroups send,
+// egress of each device drops what such sockets of selected cgroups send,
 // but for ARP and what is bypassed in every namespace.
 //
 // PACKET_QDISC_BYPASS and AF_XDP go around that program, too. Both have to be
@@ -29,13 +29,16 @@ import (
 // 32-bit program: that is open.
 //
 // The devices of a namespace are the caller's to tell, the newest list each
-// time. The links do not keep a namespace alive. Those of closed selections are
+// time. The program is attached by a link (tcx), or, for open selections and where
+// the device comes and goes with a container, by a filter (frames_filter.go has why).
+// Neither keeps a namespace alive. The links of closed selections are
 // pinned with the rest of what outlives us (pin.go), from Arm on.
 
 // Device is one that is not ours, of some namespace.
 type Device struct {
 	Index    int
 	Ethernet bool // its frames begin with an Ethernet header
+	Passing  bool // it comes and goes, as all but home's do; what is said first of a device counts
 }
 
 // AnyCgroup says that not the namespace but the cgroup of a sender decides who
@@ -49,8 +52,14 @@ type frames struct {
 
 	mu       sync.Mutex
 	programs map[frameKind]*ebpf.Program
-	on       map[uint64]map[Device]*framed // by cookie of the namespace
+	on       map[uint64]*guarded // by cookie of the namespace
 	pins     func(func(dir string) error) error
+}
+
+// guarded are the devices of a namespace.
+type guarded struct {
+	ns      netns.Ref // the newest way in
+	devices map[Device]*framed
 }
 
 // frameKind is what tells programs apart.
@@ -63,7 +72,8 @@ type frameKind struct {
 // framed is what is attached to a device.
 type framed struct {
 	all          int
-	open, closed link.Link // nil: there are no such selections
+	open, closed link.Link // nil: there are no such selections, or
+	filter       *filter   // of open ones
 	pinned       string    // the name of closed's pin
 }
 
@@ -72,14 +82,14 @@ func (s *Selector) tryFrames() error {
 	if err := s.allowed(FeatureFrames); err != nil {
 		return err
 	}
-	f := &frames{m: s.maps, programs: make(map[frameKind]*ebpf.Program), on: make(map[uint64]map[Device]*framed)}
+	f := &frames{m: s.maps, programs: make(map[frameKind]*ebpf.Program), on: make(map[uint64]*guarded)}
 	f.exit[0], f.exit[1] = s.opts.byExit()
-	lk, err := f.attach(frameKind{ethernet: true, all: AnyCgroup}, loopback)
+	lk, err := f.link(frameKind{ethernet: true, all: AnyCgroup}, loopback)
 	if err == nil {
 		err = lk.Close()
 	}
 	if err != nil {
-		return errors.Join(err, f.Close())
+		return errors.Join(err, f.Close(nil))
 	}
 	s.frames = f
 	return nil
@@ -107,25 +117,29 @@ func (s *Selector) GuardFrames(ns netns.Ref, all int, devices ...Device) error {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	wanted := make(map[Device]bool, len(devices))
+	wanted := make(map[Device]bool, len(devices)) // says whether it is passing
 	for _, d := range devices {
-		wanted[d] = true
+		passing := d.Passing || !ns.IsHome()
+		d.Passing = false
+		wanted[d] = passing
 	}
 	there := f.on[ns.Cookie()]
 	if there == nil {
-		there = make(map[Device]*framed)
+		there = &guarded{devices: make(map[Device]*framed)}
 		f.on[ns.Cookie()] = there
 	}
+	there.ns = ns
 	var errs []error
-	for d, on := range there {
-		if !wanted[d] || on.all != all {
-			errs = append(errs, f.drop(on))
-			delete(there, d)
+	for d, on := range there.devices {
+		if _, ok := wanted[d]; !ok || on.all != all {
+			errs = append(errs, f.drop(ns, on))
+			delete(there.devices, d)
 		}
 	}
 	var missing []Device
-	for d := range wanted {
-		if there[d] == nil {
+	for d, passing := range wanted {
+		if there.devices[d] == nil {
+			d.Passing = passing
 			missing = append(missing, d)
 		}
 	}
@@ -135,7 +149,7 @@ func (s *Selector) GuardFrames(ns netns.Ref, all int, devices ...Device) error {
 	err := ns.Do(func() error {
 		var errs []error
 		for _, d := range missing {
-			on, err := f.guard(ns.Cookie(), d, all)
+			on, err := f.guard(ns, d, all)
 			if errors.Is(err, unix.ENODEV) {
 				continue // gone meanwhile
 			}
@@ -143,28 +157,40 @@ func (s *Selector) GuardFrames(ns netns.Ref, all int, devices ...Device) error {
 				errs = append(errs, fmt.Errorf("guard device %d in %s: %w", d.Index, ns, err))
 				continue
 			}
-			there[d] = on
+			d.Passing = false
+			there.devices[d] = on
 		}
 		return errors.Join(errs...)
 	})
 	return errors.Join(append(errs, err)...)
 }
 
-// guard attaches to a device of the namespace it runs in.
-func (f *frames) guard(cookie uint64, d Device, all int) (_ *framed, err error) {
-	on := &framed{all: all, pinned: fmt.Sprintf("frames%d_%d", cookie, d.Index)}
+// guard attaches to a device of the namespace, in which it runs.
+func (f *frames) guard(ns netns.Ref, d Device, all int) (_ *framed, err error) {
+	on := &framed{all: all, pinned: fmt.Sprintf("frames%d_%d", ns.Cookie(), d.Index)}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, f.drop(on))
+			err = errors.Join(err, f.drop(ns, on))
 		}
 	}()
 	if f.has(false, all) {
-		if on.open, err = f.attach(frameKind{d.Ethernet, all, false}, d.Index); err != nil {
+		kind := frameKind{d.Ethernet, all, false}
+		if d.Passing {
+			on.filter, err = f.lead(kind, d.Index)
+		}
+		if !d.Passing || err != nil && !errors.Is(err, unix.ENODEV) {
+			var second error
+			if on.open, second = f.link(kind, d.Index); second != nil {
+				return nil, errors.Join(err, second)
+			}
+			err = nil
+		}
+		if err != nil {
 			return nil, err
 		}
 	}
 	if f.has(true, all) {
-		if on.closed, err = f.attach(frameKind{d.Ethernet, all, true}, d.Index); err != nil {
+		if on.closed, err = f.link(frameKind{d.Ethernet, all, true}, d.Index); err != nil {
 			return nil, err
 		}
 		if f.pins != nil {
@@ -188,16 +214,12 @@ func (f *frames) has(closed bool, all int) bool {
 	return false
 }
 
-// attach puts our program before those of others: what they let pass they do
+// link puts our program before those of others: what they let pass they do
 // not let pass for us.
-func (f *frames) attach(kind frameKind, device int) (link.Link, error) {
-	var err error
-	p := f.programs[kind]
-	if p == nil {
-		if p, err = f.load(kind); err != nil {
-			return nil, err
-		}
-		f.programs[kind] = p
+func (f *frames) link(kind frameKind, device int) (link.Link, error) {
+	p, err := f.program(kind)
+	if err != nil {
+		return nil, err
 	}
 	options := link.TCXOptions{Interface: device, Program: p, Attach: ebpf.AttachTCXEgress, Anchor: link.Head()}
 	lk, err := link.AttachTCX(options)
@@ -216,6 +238,30 @@ func (f *frames) attach(kind frameKind, device int) (link.Link, error) {
 	return lk, nil
 }
 
+// lead has a filter lead to our program, if nobody comes before filters.
+func (f *frames) lead(kind frameKind, device int) (*filter, error) {
+	p, err := f.program(kind)
+	if err != nil {
+		return nil, err
+	}
+	others, err := link.QueryPrograms(link.QueryOptions{Target: device, Attach: ebpf.AttachTCXEgress})
+	if err == nil && len(others.Programs) > 0 {
+		return nil, errors.New("somebody else has a program there")
+	}
+	return addFilter(device, p)
+}
+
+func (f *frames) program(kind frameKind) (*ebpf.Program, error) {
+	if p := f.programs[kind]; p != nil {
+		return p, nil
+	}
+	p, err := f.load(kind)
+	if err == nil {
+		f.programs[kind] = p
+	}
+	return p, err
+}
+
 func (f *frames) load(kind frameKind) (*ebpf.Program, error) {
 	others := f.exit[1]
 	if kind.closed {
@@ -228,9 +274,9 @@ func (f *frames) load(kind frameKind) (*ebpf.Program, error) {
 	return p, nil
 }
 
-// drop lets a device go, and its pin.
-func (f *frames) drop(on *framed) error {
-	var errs []error
+// drop lets a device of a namespace go, and its pin.
+func (f *frames) drop(ns netns.Ref, on *framed) error {
+	errs := []error{on.filter.remove(ns)}
 	for _, lk := range []link.Link{on.open, on.closed} {
 		if lk != nil {
 			errs = append(errs, lk.Close())
@@ -249,17 +295,21 @@ func (f *frames) drop(on *framed) error {
 }
 
 // forget lets all devices of a namespace go.
-func (f *frames) forget(cookie uint64) error {
+func (f *frames) forget(ns netns.Ref) error {
 	if f == nil {
 		return nil
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	var errs []error
-	for _, on := range f.on[cookie] {
-		errs = append(errs, f.drop(on))
+	there := f.on[ns.Cookie()]
+	if there == nil {
+		return nil
 	}
-	delete(f.on, cookie)
+	var errs []error
+	for _, on := range there.devices {
+		errs = append(errs, f.drop(ns, on))
+	}
+	delete(f.on, ns.Cookie())
 	return errors.Join(errs...)
 }
 
@@ -268,8 +318,8 @@ func (f *frames) pin(dir string) error {
 	if f == nil {
 		return nil
 	}
-	for _, devices := range f.on {
-		for _, on := range devices {
+	for _, there := range f.on {
+		for _, on := range there.devices {
 			if on.closed == nil {
 				continue
 			}
@@ -298,16 +348,18 @@ func (f *frames) keep(pins func(func(dir string) error) error) {
 	}
 }
 
-// Close lets all go; what is pinned stays.
-func (f *frames) Close() error {
+// Close lets all go; what is pinned stays. newest finds the way into a namespace.
+func (f *frames) Close(newest func(netns.Ref) netns.Ref) error {
 	if f == nil {
 		return nil
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	var all []io.Closer
-	for _, devices := range f.on {
-		for _, on := range devices {
+	var errs []error
+	for _, there := range f.on {
+		for _, on := range there.devices {
+			errs = append(errs, on.filter.remove(newest(there.ns)))
 			for _, lk := range []link.Link{on.open, on.closed} {
 				if lk != nil {
 					all = append(all, lk)
@@ -319,5 +371,5 @@ func (f *frames) Close() error {
 		all = append(all, p)
 	}
 	f.on, f.programs = nil, nil
-	return hooks(all).Close()
+	return errors.Join(append(errs, hooks(all).Close())...)
 }

@@ -81,6 +81,35 @@ func sendFrame(dev *net.Interface, ether uint16, dst net.IP, bypass bool, as uin
 	return unix.Sendto(fd, append(frame, packet...), 0, &unix.SockaddrLinklayer{Protocol: as<<8 | as>>8, Ifindex: dev.Index, Halen: 6})
 }
 
+// sendsIn is what helperFrames says of the eth0 of a namespace.
+func sendsIn(t *testing.T, space *labtest.Host, c *labtest.Cgroup) string {
+	t.Helper()
+	cmd := exec.Command("nsenter", "--net="+space.Path, self(t), "eth0")
+	cmd.Env = helperEnviron("frames")
+	out, err := c.Command(cmd).Output()
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	return string(out)
+}
+
+// saysOfFrames is what it says where what may not pass is dropped and refused so.
+func saysOfFrames(dropped, refused error) string {
+	var all strings.Builder
+	for _, k := range frameKinds {
+		err := dropped
+		switch {
+		case k.bypass:
+			err = refused
+		case k.ether == unix.ETH_P_ARP, strings.HasSuffix(k.name, "cast"):
+			err = nil
+		}
+		fmt.Fprintf(&all, "%s: %v\n", k.name, err)
+	}
+	fmt.Fprintf(&all, "AF_XDP: %v\n", refused)
+	return all.String()
+}
+
 // What a selected process hands to a device itself is dropped there, but for ARP
 // and what is bypassed everywhere; nobody else's is, and none when the device is
 // let go.
@@ -94,31 +123,8 @@ func TestFramesOfSelectedAreKept(t *testing.T) {
 		t.Fatal(err)
 	}
 	eth0 := cgroupsel.Device{Index: device(t, space, "eth0"), Ethernet: true}
-	sends := func(c *labtest.Cgroup) string {
-		t.Helper()
-		cmd := exec.Command("nsenter", "--net="+space.Path, self(t), "eth0")
-		cmd.Env = helperEnviron("frames")
-		out, err := c.Command(cmd).Output()
-		if err != nil {
-			t.Fatalf("%v: %s", err, out)
-		}
-		return string(out)
-	}
-	says := func(dropped, refused error) string {
-		var all strings.Builder
-		for _, k := range frameKinds {
-			err := dropped
-			switch {
-			case k.bypass:
-				err = refused
-			case k.ether == unix.ETH_P_ARP, strings.HasSuffix(k.name, "cast"):
-				err = nil
-			}
-			fmt.Fprintf(&all, "%s: %v\n", k.name, err)
-		}
-		fmt.Fprintf(&all, "AF_XDP: %v\n", refused)
-		return all.String()
-	}
+	sends := func(c *labtest.Cgroup) string { t.Helper(); return sendsIn(t, space, c) }
+	says := saysOfFrames
 	free, kept := says(nil, nil), says(unix.ENOBUFS, unix.EPERM)
 	for _, tt := range []struct {
 		name    string

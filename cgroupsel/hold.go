@@ -175,7 +175,7 @@ func (d *spaces) doubt(sp *space, families Family) error {
 // any more and what was made there is undone. If a selected task is in it after
 // all, it comes back as a new one.
 func (s *Selector) Forget(ns netns.Ref) {
-	if err := s.frames.forget(ns.Cookie()); err != nil {
+	if err := s.frames.forget(ns); err != nil {
 		s.log.Warn("forget the devices of a namespace", "netns", ns.String(), "err", err)
 	}
 	d := s.spaces

@@ -404,7 +404,7 @@ func (s *Selector) Close() error {
 	if s.spaces != nil {
 		errs = append(errs, s.spaces.close())
 	}
-	errs = append(errs, s.frames.Close(), s.options.Close(), s.root.Close())
+	errs = append(errs, s.frames.Close(s.spaces.newest), s.options.Close(), s.root.Close())
 	if s.each != nil {
 		errs = append(errs, s.each.close())
 	}

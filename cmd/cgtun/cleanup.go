@@ -18,7 +18,7 @@ import (
 
 const cleanupLong = `It looks at the kernel's tables of this network namespace, and of others where
 cgtun was started from here, at the cgroups that
-cgtun made, at the programs that it pinned, for processes that it stopped, and at
+cgtun made, at the programs that it pinned and the filters that lead to them, for processes that it stopped, and at
 the control socket (that of -s or -c, else the default one). Instances that run are left alone. Nothing to remove is no error.`
 
 // runCleanup removes what dead instances left, and says what that was.
@@ -38,7 +38,7 @@ func runCleanup(ctx context.Context, c *call) error {
 	if st, _, err := client.Status(ctx); err == nil {
 		w.answers = strconv.Itoa(st.Instance)
 	}
-	err = errors.Join(w.tables(home), w.elsewhere(home), w.devices(home), w.pins(home), w.stopped(), w.cgroups(), w.socket(client.Socket))
+	err = errors.Join(w.tables(home), w.elsewhere(home), w.filters(home), w.devices(home), w.pins(home), w.stopped(), w.cgroups(), w.socket(client.Socket))
 	if err == nil && c.out.Len() == 0 {
 		fmt.Fprintln(c.out, "nothing was left")
 	}
@@ -90,6 +90,20 @@ func (w *cleaner) devices(home netns.Ref) error {
 		w.removed("device", name)
 	}
 	return err
+}
+
+// filters removes those that dead instances left at devices, here and elsewhere.
+func (w *cleaner) filters(home netns.Ref) error {
+	var errs []error
+	for _, ns := range append(namespaces(home), home) {
+		switch n, err := cgroupsel.RemoveFilters(ns); {
+		case err != nil:
+			errs = append(errs, err)
+		case n > 0:
+			w.removed("filters", fmt.Sprintf("of %s: %d", ns, n))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // pins removes the programs that dead instances of this home pinned, and of

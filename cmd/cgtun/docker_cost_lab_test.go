@@ -20,7 +20,7 @@ import (
 // tun is moved into each step's namespace. The three take turns. The bounds are wide:
 // what is seen is in docs/docker.md.
 func (d *dockers) testCost() {
-	const rounds, steps = 4, 21
+	const rounds, steps = 12, 21
 	text := "FROM " + registry + "/base\n" + strings.Repeat("RUN [\"/bin/first\"]\n", steps)
 	begin := map[string]func() (end func()){
 		"nothing": func() func() { return func() {} },

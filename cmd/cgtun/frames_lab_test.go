@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -50,7 +51,7 @@ func frames(q probe) error {
 
 // Frames that a selected process with CAP_NET_RAW hands to a device itself leave
 // neither home nor a namespace that is attached, nor by a device that comes later;
-// those of others do.
+// those of others do. After a kill they leave again, or not where that is closed.
 func TestFramesDoNotLeak(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -100,5 +101,37 @@ func TestFramesDoNotLeak(t *testing.T) {
 	hand(w.machine, w.sel, "eth0", far4)
 	if n := w.leaks.Packets(); n != 20 {
 		t.Errorf("%d of 20 frames arrived after the end", n)
+	}
+
+	inward := w.machine.MeterMatch(`iifname "eth2" udp dport 7777`)
+	arrive := func(when string, want uint64) {
+		t.Helper()
+		inward.Reset()
+		hand(inner, w.sel, "eth0", far4)
+		if n := inward.Packets(); n != want {
+			t.Errorf("%s: %d frames arrived from another namespace, want %d", when, n, want)
+		}
+	}
+	for _, tt := range []struct {
+		config   string
+		arriving uint64
+		filter   bool // one is left
+	}{{w.config(second), 20, true}, {w.closedConfig(), 0, false}} {
+		arrive("not started", 20)
+		d := w.start(tt.config)
+		labtest.Eventually(t, patience(), func() bool {
+			all := w.attachments()
+			return len(all) == 1 && all[0].State == attach.StateUp
+		}, "the other namespace is attached")
+		arrive("started", 0)
+		d.kill()
+		arrive("killed", tt.arriving)
+		if out, errs, code := w.cgtun("cleanup"); code != 0 || strings.Contains(out, "removed filters of ") != tt.filter {
+			t.Errorf("cleanup: %d %s %s", code, out, errs)
+		}
+	}
+	arrive("cleaned up", 20)
+	if out := inner.Run("tc", "qdisc"); strings.Contains(out, "clsact") {
+		t.Errorf("left in the other namespace: %s", out)
 	}
 }

@@ -65,7 +65,7 @@ var owners = map[string][]string{
 	"github.com/mdlayher/netlink":         {"steer"},
 	"github.com/songgao/water":            {"tun"},
 	"github.com/cilium/ebpf":              {"cgroupsel"},
-	"github.com/vishvananda/netlink":      {"steer", "attach", "tun", "dialer", "policy"},
+	"github.com/vishvananda/netlink":      {"steer", "attach", "tun", "cgroupsel", "dialer", "policy"},
 	"github.com/vishvananda/netns":        {"steer", "attach", "tun", "dialer", "internal/netns"},
 	"github.com/BurntSushi/toml":          {"config"},
 	"github.com/gaissmai/bart":            {"rules", "policy"},

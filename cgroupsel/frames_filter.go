@@ -1,0 +1,264 @@
+package cgroupsel
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"cgtun/internal/netns"
+)
+
+// # Theory of operation: filters
+//
+// A filter (tc-bpf(8)) is the other way to have a program at the egress of a device. It
+// is there at once, whereas for a link the kernel waits for a grace period of RCU, 11 ms,
+// and again when the device ends, and lets nobody on the machine change any device
+// meanwhile: who makes containers waits for that.
+//
+// But a filter is nobody's, and outlives its maker. So it only leads to the program, by
+// a map that the kernel empties when its last descriptor is closed: what is left
+// does nothing, and is told from what works by that map. RemoveFilters is for cleanup.
+// Who may change devices in the namespace can take a filter away. Programs of links come
+// before it, and it takes a clsact qdisc, beside which nobody can have an ingress one.
+
+const (
+	filterName = "cgtun_frames"
+	// madeName is the name of one for which the clsact was made, too.
+	madeName = "cgtun_frames_made"
+	// filterPriority is the first.
+	filterPriority = 1
+)
+
+// filter is one that leads to a program until it is removed.
+type filter struct {
+	by *ebpf.Map
+	at *netlink.BpfFilter
+}
+
+// addFilter makes one at a device of the namespace it runs in.
+func addFilter(device int, to *ebpf.Program) (_ *filter, err error) {
+	leads, by, id, err := leading(to)
+	if err != nil {
+		return nil, fmt.Errorf("load what leads to cgtun_frames: %w", err)
+	}
+	defer leads.Close()
+	f := &filter{by: by, at: &netlink.BpfFilter{
+		FilterAttrs: netlink.FilterAttrs{
+			LinkIndex: device, Parent: netlink.HANDLE_MIN_EGRESS, Protocol: unix.ETH_P_ALL, Priority: filterPriority,
+			Handle: uint32(id), // which nobody else's is
+		},
+		Fd: leads.FD(), Name: filterName, DirectAction: true,
+	}}
+	err = withLinks(func(h *netlink.Handle) error {
+		made, err := addClsact(h, device)
+		if err != nil {
+			return err
+		}
+		var dead []*netlink.BpfFilter
+		if !made {
+			if dead, err = deadFilters(h, device); err != nil {
+				return err
+			}
+		}
+		if made || slices.ContainsFunc(dead, func(d *netlink.BpfFilter) bool { return d.Name == madeName }) {
+			f.at.Name = madeName
+		}
+		if err := h.FilterAdd(f.at); err != nil {
+			if made {
+				err = errors.Join(err, h.QdiscDel(clsact(device)))
+			}
+			return err
+		}
+		for _, d := range dead {
+			if err := h.FilterDel(d); err != nil {
+				return errors.Join(err, remove(h, f.at))
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("add a filter: %w", err), by.Close())
+	}
+	return f, nil
+}
+
+// leading returns a program that leads to another one for as long as the map is open, and
+// its number.
+func leading(to *ebpf.Program) (_ *ebpf.Program, by *ebpf.Map, id ebpf.ProgramID, err error) {
+	by, err = ebpf.NewMap(&ebpf.MapSpec{Name: "cgtun_frames", Type: ebpf.ProgramArray, KeySize: 4, ValueSize: 4, MaxEntries: 1})
+	if err != nil {
+		return nil, nil, 0, err
+	}
+	err = by.Put(uint32(0), to)
+	var p *ebpf.Program
+	if err == nil {
+		p, err = ebpf.NewProgram(program("cgtun_leads", ebpf.SchedCLS, ebpf.AttachTCXEgress, asm.Instructions{
+			asm.LoadMapPtr(asm.R2, by.FD()),
+			asm.Mov.Imm(asm.R3, 0),
+			asm.FnTailCall.Call(),
+			asm.Mov.Imm(asm.R0, tcxNext),
+			asm.Return(),
+		}))
+	}
+	if err != nil {
+		return nil, nil, 0, errors.Join(err, by.Close())
+	}
+	info, err := p.Info()
+	if err == nil {
+		id, _ = info.ID()
+		return p, by, id, nil
+	}
+	return nil, nil, 0, errors.Join(err, p.Close(), by.Close())
+}
+
+// remove has it lead nowhere, and takes it away. ns is its namespace; where that cannot
+// be entered any more, what does nothing stays. None is removed already.
+func (f *filter) remove(ns netns.Ref) error {
+	if f == nil {
+		return nil
+	}
+	err := f.by.Close()
+	undone := ns.Do(func() error {
+		return withLinks(func(h *netlink.Handle) error { return remove(h, f.at) })
+	})
+	for _, gone := range []error{netns.ErrGone, unix.ENODEV, unix.ENOENT, unix.EINVAL} {
+		if errors.Is(undone, gone) { // the last are the kernel's words for a device without filters
+			return err
+		}
+	}
+	return errors.Join(err, undone)
+}
+
+// remove takes a filter away, and the clsact if that was made for it and nobody else
+// has a filter there.
+func remove(h *netlink.Handle, f *netlink.BpfFilter) error {
+	if err := h.FilterDel(f); err != nil || f.Name != madeName {
+		return err
+	}
+	at := &netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: f.LinkIndex}}
+	for _, parent := range []uint32{netlink.HANDLE_MIN_EGRESS, netlink.HANDLE_MIN_INGRESS} {
+		others, err := h.FilterList(at, parent)
+		if err != nil || len(others) > 0 {
+			return err
+		}
+	}
+	return h.QdiscDel(clsact(f.LinkIndex))
+}
+
+func clsact(device int) *netlink.Clsact {
+	return &netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{LinkIndex: device, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT}}
+}
+
+// addClsact makes what filters hang on, and says whether there was none yet. An ingress
+// qdisc would take a filter for the egress, and never ask it.
+func addClsact(h *netlink.Handle, device int) (made bool, err error) {
+	err = h.QdiscAdd(clsact(device))
+	if !errors.Is(err, unix.EEXIST) {
+		return err == nil, err
+	}
+	all, err := h.QdiscList(&netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: device}})
+	if err == nil && !slices.ContainsFunc(all, isClsact) {
+		err = errors.New("somebody else has an ingress qdisc")
+	}
+	return false, err
+}
+
+func isClsact(q netlink.Qdisc) bool { return q.Type() == "clsact" }
+
+// deadFilters are those of a device that lead nowhere.
+func deadFilters(h *netlink.Handle, device int) (dead []*netlink.BpfFilter, err error) {
+	all, err := h.FilterList(&netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: device}}, netlink.HANDLE_MIN_EGRESS)
+	if err != nil {
+		return nil, err
+	}
+	for _, one := range all {
+		b, ok := one.(*netlink.BpfFilter)
+		if !ok || b.Name != filterName && b.Name != madeName {
+			continue
+		}
+		leads, err := leadsOn(ebpf.ProgramID(b.Id))
+		switch {
+		case errors.Is(err, unix.ENOENT): // it went meanwhile
+		case err != nil:
+			return nil, err
+		case !leads:
+			dead = append(dead, b)
+		}
+	}
+	return dead, nil
+}
+
+// leadsOn says whether a program of leading still leads to another one.
+func leadsOn(id ebpf.ProgramID) (bool, error) {
+	p, err := ebpf.NewProgramFromID(id)
+	if err != nil {
+		return false, err
+	}
+	defer p.Close()
+	info, err := p.Info()
+	if err != nil {
+		return false, err
+	}
+	maps, _ := info.MapIDs()
+	for _, id := range maps {
+		by, err := ebpf.NewMapFromID(id)
+		if err != nil {
+			return false, err
+		}
+		var to uint32
+		err = by.Lookup(uint32(0), &to)
+		by.Close()
+		if !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return err == nil, err
+		}
+	}
+	return false, nil
+}
+
+// RemoveFilters removes the filters that instances which have ended left at the devices of
+// a namespace, and returns how many. It needs no Selector.
+func RemoveFilters(ns netns.Ref) (removed int, err error) {
+	err = ns.Do(func() error {
+		return withLinks(func(h *netlink.Handle) error {
+			qdiscs, err := h.QdiscList(nil)
+			if err != nil {
+				return err
+			}
+			for _, q := range qdiscs {
+				if !isClsact(q) {
+					continue
+				}
+				dead, err := deadFilters(h, q.Attrs().LinkIndex)
+				if err != nil {
+					return err
+				}
+				for _, d := range dead {
+					if err := remove(h, d); err != nil {
+						return err
+					}
+					removed++
+				}
+			}
+			return nil
+		})
+	})
+	if err != nil && !errors.Is(err, netns.ErrGone) {
+		return removed, fmt.Errorf("remove filters in %s: %w", ns, err)
+	}
+	return removed, nil
+}
+
+// withLinks runs f with a handle of the namespace it runs in.
+func withLinks(f func(*netlink.Handle) error) error {
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("open netlink: %w", err)
+	}
+	defer h.Close()
+	return f(h)
+}
