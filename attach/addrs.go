@@ -121,13 +121,13 @@ func (s *surroundings) addRoute(r *netlink.Route, selected bool) {
 }
 
 // devicesIn are those of links that packets can leave a namespace by: all but
-// loopback and the tuns of cgtun. Links from a bridge to containers come and go with them.
+// loopback and the tuns of cgtun. Links to containers come and go with them.
 func devicesIn(links []netlink.Link) (devices []cgroupsel.Device) {
 	for _, l := range links {
 		a := l.Attrs()
 		if a.Flags&net.FlagLoopback == 0 && !tun.IsOurs(l) {
 			devices = append(devices, cgroupsel.Device{
-				Index: a.Index, Ethernet: a.EncapType == "ether", Passing: l.Type() == "veth" && a.MasterIndex != 0,
+				Index: a.Index, Ethernet: a.EncapType == "ether", Passing: l.Type() == "veth",
 			})
 		}
 	}

@@ -50,6 +50,13 @@ const Home = flow.Home
 // routes.
 var calm = 50 * time.Millisecond // a constant, but for tests
 
+// busyCalm is how long they are where home was looked at within busyFor: where containers
+// come and go it changes all the time, and each look is at their cost.
+const (
+	busyFor  = time.Second
+	busyCalm = 250 * time.Millisecond
+)
+
 // retry is how long what could not be done waits for the next try.
 const retry = time.Second
 

@@ -70,6 +70,7 @@ type ended struct {
 func (s *site) keep(ctx context.Context, begin func(*Attachment), served <-chan ended, look <-chan time.Time) error {
 	again := s.again
 	more := false // something has changed since the last look
+	var looked time.Time
 	var later, calmed <-chan time.Time
 	for {
 		select {
@@ -89,7 +90,11 @@ func (s *site) keep(ctx context.Context, begin func(*Attachment), served <-chan 
 			}
 		case <-again:
 			if s.home() {
-				again, calmed = nil, time.After(calm)
+				wait := calm
+				if time.Since(looked) < busyFor {
+					wait = busyCalm
+				}
+				again, calmed = nil, time.After(wait)
 				s.guardNew()
 				continue // who flushes loads anew, and is let
 			}
@@ -122,6 +127,7 @@ func (s *site) keep(ctx context.Context, begin func(*Attachment), served <-chan 
 		}
 		later = nil
 		err := s.refresh()
+		looked = time.Now()
 		if errors.Is(err, errOffline) && s.ending() {
 			later = time.After(retry)
 			continue
