@@ -65,13 +65,20 @@ type ended struct {
 	err error
 }
 
+// homeCalm is how long changes of home are gathered, by the time since the last look.
+func homeCalm(looked time.Duration) time.Duration {
+	if looked < busyFor {
+		return max(calm, busyCalm)
+	}
+	return calm
+}
+
 // keep applies what is wanted whenever that may have changed. What it has begun
 // to be served comes by served when that ends.
 func (s *site) keep(ctx context.Context, begin func(*Attachment), served <-chan ended, look <-chan time.Time) error {
-	again := s.again
 	more := false // something has changed since the last look
 	var looked time.Time
-	var later, calmed <-chan time.Time
+	var later, calmed, guard <-chan time.Time
 	for {
 		select {
 		case <-ctx.Done():
@@ -88,14 +95,14 @@ func (s *site) keep(ctx context.Context, begin func(*Attachment), served <-chan 
 			if err := s.renew(begin); err != nil {
 				return err
 			}
-		case <-again:
+		case <-s.again:
 			if s.home() {
-				wait := calm
-				if time.Since(looked) < busyFor {
-					wait = busyCalm
+				if guard == nil {
+					guard = time.After(guardCalm + s.rest())
 				}
-				again, calmed = nil, time.After(wait)
-				s.guardNew()
+				if calmed == nil {
+					calmed = time.After(homeCalm(time.Since(looked)))
+				}
 				continue // who flushes loads anew, and is let
 			}
 			s.doubt() // at once: who begins to send waits for the look
@@ -114,8 +121,12 @@ func (s *site) keep(ctx context.Context, begin func(*Attachment), served <-chan 
 			if s.m.deaf == nil {
 				continue
 			}
+		case <-guard:
+			guard = nil
+			s.guardNew()
+			continue
 		case <-calmed:
-			again, calmed = s.again, nil
+			calmed = nil
 			if !s.home() {
 				if !more {
 					continue

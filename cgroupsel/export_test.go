@@ -39,11 +39,10 @@ func (s *Selector) SelectedBy(id uint64) (selection int, ok bool) {
 func (s *Selector) DieFilters() error {
 	var errs []error
 	for _, there := range s.frames.on {
+		errs = append(errs, there.Close())
+		clear(there.leaders)
 		for _, on := range there.devices {
-			if on.filter != nil {
-				errs = append(errs, on.filter.by.Close())
-				on.filter = nil
-			}
+			on.filter = nil
 		}
 	}
 	return errors.Join(errs...)

@@ -10,6 +10,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"cgtun/internal/netns"
@@ -60,6 +61,16 @@ type frames struct {
 type guarded struct {
 	ns      netns.Ref // the newest way in
 	devices map[Device]*framed
+	leaders map[frameKind]*leader // of the filters
+}
+
+// Close has the filters lead nowhere.
+func (g *guarded) Close() error {
+	var errs []error
+	for _, l := range g.leaders {
+		errs = append(errs, l.Close())
+	}
+	return errors.Join(errs...)
 }
 
 // frameKind is what tells programs apart.
@@ -72,9 +83,9 @@ type frameKind struct {
 // framed is what is attached to a device.
 type framed struct {
 	all          int
-	open, closed link.Link // nil: there are no such selections, or
-	filter       *filter   // of open ones
-	pinned       string    // the name of closed's pin
+	open, closed link.Link          // nil: there are no such selections, or
+	filter       *netlink.BpfFilter // of open ones
+	pinned       string             // the name of closed's pin
 }
 
 // tryFrames attaches a program to loopback for a moment.
@@ -125,7 +136,7 @@ func (s *Selector) GuardFrames(ns netns.Ref, all int, devices ...Device) error {
 	}
 	there := f.on[ns.Cookie()]
 	if there == nil {
-		there = &guarded{devices: make(map[Device]*framed)}
+		there = &guarded{devices: make(map[Device]*framed), leaders: make(map[frameKind]*leader)}
 		f.on[ns.Cookie()] = there
 	}
 	there.ns = ns
@@ -149,7 +160,7 @@ func (s *Selector) GuardFrames(ns netns.Ref, all int, devices ...Device) error {
 	err := ns.Do(func() error {
 		var errs []error
 		for _, d := range missing {
-			on, err := f.guard(ns, d, all)
+			on, err := f.guard(there, d, all)
 			if errors.Is(err, unix.ENODEV) {
 				continue // gone meanwhile
 			}
@@ -166,17 +177,17 @@ func (s *Selector) GuardFrames(ns netns.Ref, all int, devices ...Device) error {
 }
 
 // guard attaches to a device of the namespace, in which it runs.
-func (f *frames) guard(ns netns.Ref, d Device, all int) (_ *framed, err error) {
-	on := &framed{all: all, pinned: fmt.Sprintf("frames%d_%d", ns.Cookie(), d.Index)}
+func (f *frames) guard(there *guarded, d Device, all int) (_ *framed, err error) {
+	on := &framed{all: all, pinned: fmt.Sprintf("frames%d_%d", there.ns.Cookie(), d.Index)}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, f.drop(ns, on))
+			err = errors.Join(err, f.drop(there.ns, on))
 		}
 	}()
 	if f.has(false, all) {
 		kind := frameKind{d.Ethernet, all, false}
 		if d.Passing {
-			on.filter, err = f.lead(kind, d.Index)
+			on.filter, err = f.lead(there, kind, d.Index)
 		}
 		if !d.Passing || err != nil && !errors.Is(err, unix.ENODEV) {
 			var second error
@@ -239,16 +250,23 @@ func (f *frames) link(kind frameKind, device int) (link.Link, error) {
 }
 
 // lead has a filter lead to our program, if nobody comes before filters.
-func (f *frames) lead(kind frameKind, device int) (*filter, error) {
-	p, err := f.program(kind)
-	if err != nil {
-		return nil, err
-	}
+func (f *frames) lead(there *guarded, kind frameKind, device int) (*netlink.BpfFilter, error) {
 	others, err := link.QueryPrograms(link.QueryOptions{Target: device, Attach: ebpf.AttachTCXEgress})
 	if err == nil && len(others.Programs) > 0 {
 		return nil, errors.New("somebody else has a program there")
 	}
-	return addFilter(device, p)
+	l := there.leaders[kind]
+	if l == nil {
+		p, err := f.program(kind)
+		if err == nil {
+			l, err = newLeader(p)
+		}
+		if err != nil {
+			return nil, err
+		}
+		there.leaders[kind] = l
+	}
+	return addFilter(device, l)
 }
 
 func (f *frames) program(kind frameKind) (*ebpf.Program, error) {
@@ -276,7 +294,7 @@ func (f *frames) load(kind frameKind) (*ebpf.Program, error) {
 
 // drop lets a device of a namespace go, and its pin.
 func (f *frames) drop(ns netns.Ref, on *framed) error {
-	errs := []error{on.filter.remove(ns)}
+	errs := []error{removeFilter(ns, on.filter)}
 	for _, lk := range []link.Link{on.open, on.closed} {
 		if lk != nil {
 			errs = append(errs, lk.Close())
@@ -305,7 +323,8 @@ func (f *frames) forget(ns netns.Ref) error {
 	if there == nil {
 		return nil
 	}
-	var errs []error
+	// First, for where the namespace cannot be entered any more.
+	errs := []error{there.Close()}
 	for _, on := range there.devices {
 		errs = append(errs, f.drop(ns, on))
 	}
@@ -358,8 +377,9 @@ func (f *frames) Close(newest func(netns.Ref) netns.Ref) error {
 	var all []io.Closer
 	var errs []error
 	for _, there := range f.on {
+		errs = append(errs, there.Close())
 		for _, on := range there.devices {
-			errs = append(errs, on.filter.remove(newest(there.ns)))
+			errs = append(errs, removeFilter(newest(there.ns), on.filter))
 			for _, lk := range []link.Link{on.open, on.closed} {
 				if lk != nil {
 					all = append(all, lk)

@@ -34,26 +34,15 @@ const (
 	filterPriority = 1
 )
 
-// filter is one that leads to a program until it is removed.
-type filter struct {
-	by *ebpf.Map
-	at *netlink.BpfFilter
-}
-
 // addFilter makes one at a device of the namespace it runs in.
-func addFilter(device int, to *ebpf.Program) (_ *filter, err error) {
-	leads, by, id, err := leading(to)
-	if err != nil {
-		return nil, fmt.Errorf("load what leads to cgtun_frames: %w", err)
-	}
-	defer leads.Close()
-	f := &filter{by: by, at: &netlink.BpfFilter{
+func addFilter(device int, by *leader) (f *netlink.BpfFilter, err error) {
+	f = &netlink.BpfFilter{
 		FilterAttrs: netlink.FilterAttrs{
 			LinkIndex: device, Parent: netlink.HANDLE_MIN_EGRESS, Protocol: unix.ETH_P_ALL, Priority: filterPriority,
-			Handle: uint32(id), // which nobody else's is
+			Handle: uint32(by.id), // which nobody else's there is
 		},
-		Fd: leads.FD(), Name: filterName, DirectAction: true,
-	}}
+		Fd: by.program.FD(), Name: filterName, DirectAction: true,
+	}
 	err = withLinks(func(h *netlink.Handle) error {
 		made, err := addClsact(h, device)
 		if err != nil {
@@ -66,9 +55,9 @@ func addFilter(device int, to *ebpf.Program) (_ *filter, err error) {
 			}
 		}
 		if made || slices.ContainsFunc(dead, func(d *netlink.BpfFilter) bool { return d.Name == madeName }) {
-			f.at.Name = madeName
+			f.Name = madeName
 		}
-		if err := h.FilterAdd(f.at); err != nil {
+		if err := h.FilterAdd(f); err != nil {
 			if made {
 				err = errors.Join(err, h.QdiscDel(clsact(device)))
 			}
@@ -76,29 +65,38 @@ func addFilter(device int, to *ebpf.Program) (_ *filter, err error) {
 		}
 		for _, d := range dead {
 			if err := h.FilterDel(d); err != nil {
-				return errors.Join(err, remove(h, f.at))
+				return errors.Join(err, remove(h, f))
 			}
 		}
 		return nil
 	})
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("add a filter: %w", err), by.Close())
+		return nil, fmt.Errorf("add a filter: %w", err)
 	}
 	return f, nil
 }
 
-// leading returns a program that leads to another one for as long as the map is open, and
-// its number.
-func leading(to *ebpf.Program) (_ *ebpf.Program, by *ebpf.Map, id ebpf.ProgramID, err error) {
-	by, err = ebpf.NewMap(&ebpf.MapSpec{Name: "cgtun_frames", Type: ebpf.ProgramArray, KeySize: 4, ValueSize: 4, MaxEntries: 1})
-	if err != nil {
-		return nil, nil, 0, err
-	}
-	err = by.Put(uint32(0), to)
-	var p *ebpf.Program
+// leader is a program that leads to another one for as long as it is open.
+type leader struct {
+	program *ebpf.Program
+	id      ebpf.ProgramID
+	to      *ebpf.Map // with the other one
+}
+
+func newLeader(to *ebpf.Program) (_ *leader, err error) {
+	l := &leader{}
+	defer func() {
+		if err != nil {
+			err = errors.Join(fmt.Errorf("load what leads to cgtun_frames: %w", err), l.Close())
+		}
+	}()
+	l.to, err = ebpf.NewMap(&ebpf.MapSpec{Name: "cgtun_frames", Type: ebpf.ProgramArray, KeySize: 4, ValueSize: 4, MaxEntries: 1})
 	if err == nil {
-		p, err = ebpf.NewProgram(program("cgtun_leads", ebpf.SchedCLS, ebpf.AttachTCXEgress, asm.Instructions{
-			asm.LoadMapPtr(asm.R2, by.FD()),
+		err = l.to.Put(uint32(0), to)
+	}
+	if err == nil {
+		l.program, err = ebpf.NewProgram(program("cgtun_leads", ebpf.SchedCLS, ebpf.AttachTCXEgress, asm.Instructions{
+			asm.LoadMapPtr(asm.R2, l.to.FD()),
 			asm.Mov.Imm(asm.R3, 0),
 			asm.FnTailCall.Call(),
 			asm.Mov.Imm(asm.R0, tcxNext),
@@ -106,32 +104,39 @@ func leading(to *ebpf.Program) (_ *ebpf.Program, by *ebpf.Map, id ebpf.ProgramID
 		}))
 	}
 	if err != nil {
-		return nil, nil, 0, errors.Join(err, by.Close())
+		return nil, err
 	}
-	info, err := p.Info()
-	if err == nil {
-		id, _ = info.ID()
-		return p, by, id, nil
+	info, err := l.program.Info()
+	if err != nil {
+		return nil, err
 	}
-	return nil, nil, 0, errors.Join(err, p.Close(), by.Close())
+	l.id, _ = info.ID()
+	return l, nil
 }
 
-// remove has it lead nowhere, and takes it away. ns is its namespace; where that cannot
-// be entered any more, what does nothing stays. None is removed already.
-func (f *filter) remove(ns netns.Ref) error {
+// Close has it lead nowhere. Nil is closed.
+func (l *leader) Close() error {
+	if l == nil {
+		return nil
+	}
+	return errors.Join(l.to.Close(), l.program.Close())
+}
+
+// removeFilter takes one away. ns is its namespace; where that cannot be entered any more
+// it stays. None is removed already.
+func removeFilter(ns netns.Ref, f *netlink.BpfFilter) error {
 	if f == nil {
 		return nil
 	}
-	err := f.by.Close()
-	undone := ns.Do(func() error {
-		return withLinks(func(h *netlink.Handle) error { return remove(h, f.at) })
+	err := ns.Do(func() error {
+		return withLinks(func(h *netlink.Handle) error { return remove(h, f) })
 	})
 	for _, gone := range []error{netns.ErrGone, unix.ENODEV, unix.ENOENT, unix.EINVAL} {
-		if errors.Is(undone, gone) { // the last are the kernel's words for a device without filters
-			return err
+		if errors.Is(err, gone) { // the last are the kernel's words for a device without filters
+			return nil
 		}
 	}
-	return errors.Join(err, undone)
+	return err
 }
 
 // remove takes a filter away, and the clsact if that was made for it and nobody else
@@ -193,7 +198,7 @@ func deadFilters(h *netlink.Handle, device int) (dead []*netlink.BpfFilter, err 
 	return dead, nil
 }
 
-// leadsOn says whether a program of leading still leads to another one.
+// leadsOn says whether the program of a leader still leads to another one.
 func leadsOn(id ebpf.ProgramID) (bool, error) {
 	p, err := ebpf.NewProgramFromID(id)
 	if err != nil {

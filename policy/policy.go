@@ -61,10 +61,10 @@ type Judge struct {
 	now     atomic.Pointer[picture]
 }
 
-// calm is how long changes of home are gathered; retry how long a look that
-// failed waits for the next one.
+// calm is how long changes of home are gathered after a look: what has changed is asked
+// of the kernel meanwhile. retry is how long a look that failed waits for the next one.
 const (
-	calm  = 50 * time.Millisecond
+	calm  = 250 * time.Millisecond
 	retry = time.Second
 )
 
