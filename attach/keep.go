@@ -106,7 +106,10 @@ func (s *site) keep(ctx context.Context, begin func(*Attachment), served <-chan 
 				continue // who flushes loads anew, and is let
 			}
 			s.doubt() // at once: who begins to send waits for the look
-			if more = calmed != nil; more {
+			if more = calmed != nil || !s.running(); more {
+				if calmed == nil { // it is being set up, or taken down
+					calmed = time.After(tick)
+				}
 				continue
 			}
 			calmed = time.After(calm + s.rest())
@@ -135,6 +138,7 @@ func (s *site) keep(ctx context.Context, begin func(*Attachment), served <-chan 
 			}
 		case <-later:
 		case <-s.begun: // whatever was looked at just before: somebody is held
+			more, calmed = false, time.After(calm+s.rest())
 		}
 		later = nil
 		err := s.refresh()

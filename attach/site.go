@@ -56,6 +56,9 @@ const (
 	restEach  = 100 * time.Microsecond
 	fewThings = 1000
 	mostRest  = 3 * time.Second
+	// setUpCalm is how long changes are gathered while a namespace is set up and nobody
+	// who runs waits.
+	setUpCalm = 5 * time.Millisecond
 	// idleTime is how long a namespace stays attached without anybody in it.
 	idleTime = 5 * time.Second
 )
@@ -250,7 +253,7 @@ func (s *site) run(ctx context.Context) {
 			select {
 			case <-ctx.Done():
 			case <-s.begun:
-			case <-time.After(s.rest()):
+			case <-time.After(setUpCalm + s.rest()):
 			}
 		case <-s.begun:
 		case <-time.After(wait):
