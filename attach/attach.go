@@ -50,15 +50,15 @@ const Home = flow.Home
 // routes.
 var calm = 50 * time.Millisecond // a constant, but for tests
 
-// guardCalm is how long new devices at home are gathered before they are guarded: by then
-// the other end of a link to a container is where it belongs.
-const guardCalm = 10 * time.Millisecond
-
-// busyCalm is how long they are where home was looked at within busyFor: where containers
-// come and go it changes all the time, and each look is at their cost.
 const (
-	busyFor  = time.Second
+	// guardCalm is how long new devices at home are gathered before they are guarded: by
+	// then the other end of a link to a container is where it belongs.
+	guardCalm = 10 * time.Millisecond
+	// busyCalm is how long changes at home are gathered where it was looked at within
+	// busyFor: where containers come and go it changes all the time, and each look is at
+	// their cost.
 	busyCalm = 250 * time.Millisecond
+	busyFor  = time.Second
 )
 
 // retry is how long what could not be done waits for the next try.

@@ -140,26 +140,31 @@ func (s *site) keep(ctx context.Context, begin func(*Attachment), served <-chan 
 		case <-s.begun: // whatever was looked at just before: somebody is held
 			more, calmed = false, time.After(calm+s.rest())
 		}
-		later = nil
-		err := s.refresh()
+		var err error
+		later, err = s.bring()
 		looked = time.Now()
-		if errors.Is(err, errOffline) && s.ending() {
-			later = time.After(retry)
-			continue
-		}
-		if errors.Is(err, errOffline) || errors.Is(err, netns.ErrGone) && !s.home() {
-			return err
-		}
-		s.ended = time.Time{}
-		// Also where the newest plan cannot be: the one before is in force.
-		if err = errors.Join(err, s.repair()); err != nil {
-			later = time.After(max(retry, s.rest()))
-			continue
-		}
-		if err := s.admit(); err != nil {
+		if err != nil {
 			return err
 		}
 	}
+}
+
+// bring looks around and brings about what is wanted. What could not be done is to be
+// tried again later.
+func (s *site) bring() (later <-chan time.Time, err error) {
+	err = s.refresh()
+	if errors.Is(err, errOffline) && s.ending() {
+		return time.After(retry), nil
+	}
+	if errors.Is(err, errOffline) || errors.Is(err, netns.ErrGone) && !s.home() {
+		return nil, err
+	}
+	s.ended = time.Time{}
+	// Also where the newest plan cannot be: the one before is in force.
+	if errors.Join(err, s.repair()) != nil {
+		return time.After(max(retry, s.rest())), nil
+	}
+	return nil, s.admit()
 }
 
 // ending says whether the way out is taken away because the processes have ended:

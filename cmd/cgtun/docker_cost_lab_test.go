@@ -47,7 +47,7 @@ func (d *dockers) testCost() {
 			for _, tt := range []struct {
 				percent int
 				most    time.Duration
-			}{{10, 0}, {25, 0}, {50, 100 * time.Millisecond}, {75, 0}, {90, 0}, {99, 200 * time.Millisecond}} {
+			}{{10, 0}, {25, 0}, {50, 20 * time.Millisecond}, {75, 0}, {90, 0}, {99, 50 * time.Millisecond}} {
 				at := func(kind string) time.Duration {
 					return took[kind][len(took[kind])*tt.percent/100].Round(100 * time.Microsecond)
 				}
