@@ -48,6 +48,9 @@ func TestStaleLookAdmitsNobody(t *testing.T) {
 			t.Errorf("no way out was seen: the gate was told %q", got)
 		}
 
+		r.shows()
+		labtest.Eventually(t, soon, func() bool { return g.last(i.ref) == "forgotten" && g.last(other.ref) == "forgotten" }, "both are let go")
+
 		i, other = newInner(t, 3), newInner(t, 4)
 		i.connect(3)
 		i.ip("route del default")
