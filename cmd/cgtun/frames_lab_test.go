@@ -126,7 +126,7 @@ func TestFramesDoNotLeak(t *testing.T) {
 		arrive("started", 0)
 		d.kill()
 		arrive("killed", tt.arriving)
-		if out, errs, code := w.cgtun("cleanup"); code != 0 || strings.Contains(out, "removed filters of ") != tt.filter {
+		if out, errs, code := w.cgtun("cleanup"); code != 0 || tt.filter && !strings.Contains(out, "removed filters of ") {
 			t.Errorf("cleanup: %d %s %s", code, out, errs)
 		}
 	}
