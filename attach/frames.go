@@ -19,18 +19,25 @@ type guarding struct {
 }
 
 // guardFrames tells the gate which devices there are, if these are others than
-// before. That it cannot be done for one is said once.
+// before. Those of containers come and go. That it cannot be done for one is said once.
 func (s *site) guardFrames(devices []cgroupsel.Device) {
-	now := guarding{all: cgroupsel.AnyCgroup, devices: devices}
+	now := guarding{all: cgroupsel.AnyCgroup}
 	s.any(func(n cgroupsel.Namespace) bool {
 		if n.All {
 			now.all = n.Selection
 		}
 		return n.All
 	})
+	if !s.home() {
+		devices = slices.Clone(devices)
+		for i := range devices {
+			devices[i].Passing = !s.named()
+		}
+	}
 	if s.guarded.said == "" && now.all == s.guarded.all && slices.Equal(devices, s.guarded.devices) {
 		return
 	}
+	now.devices = devices
 	err := s.m.opts.Gate.GuardFrames(s.ref(), now.all, devices...)
 	if err != nil && !errors.Is(err, netns.ErrGone) {
 		if now.said = fmt.Sprint(err); now.said != s.guarded.said {

@@ -106,8 +106,8 @@ func (s *site) keep(ctx context.Context, begin func(*Attachment), served <-chan 
 				continue // who flushes loads anew, and is let
 			}
 			s.doubt() // at once: who begins to send waits for the look
-			if more = calmed != nil || !s.running(); more {
-				if calmed == nil { // it is being set up, or taken down
+			if more = calmed != nil || !s.begins() && !s.named(); more {
+				if calmed == nil { // it is being set up: who begins is held for a look
 					calmed = time.After(tick)
 				}
 				continue
@@ -306,7 +306,7 @@ func (s *site) failing() error {
 // before.
 func (s *site) apply() error {
 	var errs []error
-	s.ran = s.running()
+	s.ran = s.begins()
 	for i, a := range s.attached {
 		if a.lost {
 			continue

@@ -95,6 +95,7 @@ type site struct {
 	lasted   time.Duration // for how long the last capture was in force
 	size     int           // how much the last look saw
 	ran      bool          // somebody had begun to run before the last look
+	refused  bool          // it could not be attached: nobody has been held since
 	isolated map[netip.Addr]verdict
 	renewal  renewal // of home's devices
 	guarded  guarding
@@ -238,6 +239,7 @@ func (s *site) run(ctx context.Context) {
 				log.Error("a namespace with selected processes cannot be attached, trying on", "err", err, "on_exit_closed", s.m.closed())
 			}
 			s.set(StateFailed, err)
+			s.refused = true
 			if s.m.refuse(s.ref()) {
 				s.guardFrames(nil)
 			}
@@ -308,7 +310,7 @@ func (s *site) forget() {
 // judge says whether there is anything to capture in the namespace, and admits
 // it if there is not.
 func (s *site) judge() (online bool, err error) {
-	s.ran = s.running()
+	s.ran = s.begins()
 	around, err := s.lookAround()
 	if err != nil {
 		return false, err
@@ -443,5 +445,9 @@ func (s *site) idles() bool {
 	return idle && time.Since(s.idle) > idleTime
 }
 
-func (s *site) named() bool   { return s.any(func(n cgroupsel.Namespace) bool { return n.All }) }
+func (s *site) named() bool { return s.any(func(n cgroupsel.Namespace) bool { return n.All }) }
+
+// begins says whether somebody has begun to run, or can without being held.
+func (s *site) begins() bool { return s.refused || s.running() }
+
 func (s *site) running() bool { return s.any(func(n cgroupsel.Namespace) bool { return n.Running }) }

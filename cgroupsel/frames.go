@@ -39,7 +39,7 @@ import (
 type Device struct {
 	Index    int
 	Ethernet bool // its frames begin with an Ethernet header
-	Passing  bool // it comes and goes, as all but home's do; what is said first of a device counts
+	Passing  bool // it comes and goes with a container; what is said first of a device counts
 }
 
 // AnyCgroup says that not the namespace but the cgroup of a sender decides who
@@ -130,7 +130,7 @@ func (s *Selector) GuardFrames(ns netns.Ref, all int, devices ...Device) error {
 	defer f.mu.Unlock()
 	wanted := make(map[Device]bool, len(devices)) // says whether it is passing
 	for _, d := range devices {
-		passing := d.Passing || !ns.IsHome()
+		passing := d.Passing
 		d.Passing = false
 		wanted[d] = passing
 	}

@@ -48,13 +48,14 @@ func addFilter(device int, by *leader) (f *netlink.BpfFilter, err error) {
 		if err != nil {
 			return err
 		}
-		var dead []*netlink.BpfFilter
+		var all, dead []*netlink.BpfFilter
 		if !made {
-			if dead, err = deadFilters(h, device); err != nil {
+			if all, dead, err = findFilters(h, device); err != nil {
 				return err
 			}
 		}
-		if made || slices.ContainsFunc(dead, func(d *netlink.BpfFilter) bool { return d.Name == madeName }) {
+		// Of several instances the last one removes it.
+		if made || slices.ContainsFunc(all, func(other *netlink.BpfFilter) bool { return other.Name == madeName }) {
 			f.Name = madeName
 		}
 		if err := h.FilterAdd(f); err != nil {
@@ -110,7 +111,10 @@ func newLeader(to *ebpf.Program) (_ *leader, err error) {
 	if err != nil {
 		return nil, err
 	}
-	l.id, _ = info.ID()
+	var ok bool
+	if l.id, ok = info.ID(); !ok {
+		return nil, errors.New("the kernel does not tell the number of a program")
+	}
 	return l, nil
 }
 
@@ -131,12 +135,16 @@ func removeFilter(ns netns.Ref, f *netlink.BpfFilter) error {
 	err := ns.Do(func() error {
 		return withLinks(func(h *netlink.Handle) error { return remove(h, f) })
 	})
-	for _, gone := range []error{netns.ErrGone, unix.ENODEV, unix.ENOENT, unix.EINVAL} {
-		if errors.Is(err, gone) { // the last are the kernel's words for a device without filters
-			return nil
-		}
+	if isGone(err) {
+		return nil
 	}
 	return err
+}
+
+// isGone says of an error that there is nothing any more: no namespace, no device, no
+// filter, or nothing that filters hang on.
+func isGone(err error) bool {
+	return slices.ContainsFunc([]error{netns.ErrGone, unix.ENODEV, unix.ENOENT, unix.EINVAL}, func(gone error) bool { return errors.Is(err, gone) })
 }
 
 // remove takes a filter away, and the clsact if that was made for it and nobody else
@@ -175,13 +183,13 @@ func addClsact(h *netlink.Handle, device int) (made bool, err error) {
 
 func isClsact(q netlink.Qdisc) bool { return q.Type() == "clsact" }
 
-// deadFilters are those of a device that lead nowhere.
-func deadFilters(h *netlink.Handle, device int) (dead []*netlink.BpfFilter, err error) {
-	all, err := h.FilterList(&netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: device}}, netlink.HANDLE_MIN_EGRESS)
+// findFilters finds those of all instances at a device, and which of them lead nowhere.
+func findFilters(h *netlink.Handle, device int) (all, dead []*netlink.BpfFilter, err error) {
+	there, err := h.FilterList(&netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: device}}, netlink.HANDLE_MIN_EGRESS)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	for _, one := range all {
+	for _, one := range there {
 		b, ok := one.(*netlink.BpfFilter)
 		if !ok || b.Name != filterName && b.Name != madeName {
 			continue
@@ -189,13 +197,15 @@ func deadFilters(h *netlink.Handle, device int) (dead []*netlink.BpfFilter, err 
 		leads, err := leadsOn(ebpf.ProgramID(b.Id))
 		switch {
 		case errors.Is(err, unix.ENOENT): // it went meanwhile
+			continue
 		case err != nil:
-			return nil, err
+			return nil, nil, err
 		case !leads:
 			dead = append(dead, b)
 		}
+		all = append(all, b)
 	}
-	return dead, nil
+	return all, dead, nil
 }
 
 // leadsOn says whether the program of a leader still leads to another one.
@@ -238,15 +248,15 @@ func RemoveFilters(ns netns.Ref) (removed int, err error) {
 				if !isClsact(q) {
 					continue
 				}
-				dead, err := deadFilters(h, q.Attrs().LinkIndex)
-				if err != nil {
-					return err
-				}
+				_, dead, err := findFilters(h, q.Attrs().LinkIndex)
 				for _, d := range dead {
-					if err := remove(h, d); err != nil {
-						return err
+					if err = remove(h, d); err != nil {
+						break
 					}
 					removed++
+				}
+				if err != nil && !isGone(err) {
+					return err
 				}
 			}
 			return nil

@@ -65,7 +65,7 @@ func TestFilters(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			eth0 := cgroupsel.Device{Index: device(t, space, "eth0"), Ethernet: true}
+			eth0 := cgroupsel.Device{Index: device(t, space, "eth0"), Ethernet: true, Passing: true}
 			tt.before(t, space, ref, eth0)
 			if err := s.GuardFrames(ref, cgroupsel.AnyCgroup, eth0); err != nil {
 				t.Fatal(err)
@@ -139,7 +139,7 @@ func TestFiltersOfTheDead(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	eth0 := cgroupsel.Device{Index: device(t, space, "eth0"), Ethernet: true}
+	eth0 := cgroupsel.Device{Index: device(t, space, "eth0"), Ethernet: true, Passing: true}
 	guard := func() {
 		t.Helper()
 		if err := s.GuardFrames(ref, cgroupsel.AnyCgroup, eth0); err != nil {

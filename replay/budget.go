@@ -3,6 +3,7 @@ package replay
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
 	"time"
 )
@@ -33,17 +34,18 @@ func NewBudget(live func() int) *Budget { return &Budget{live: live} }
 
 // take waits for a place until ctx ends, for maxQueued at most.
 func (b *Budget) take(ctx context.Context) error {
-	b.mu.Lock()
-	if len(b.queue) == 0 && b.room() {
-		b.used++
-		b.mu.Unlock()
-		return nil
-	}
 	turn := make(chan struct{})
+	b.mu.Lock()
 	b.queue = append(b.queue, turn)
+	b.serve()
 	b.mu.Unlock()
 	late := time.NewTimer(maxQueued)
 	defer late.Stop()
+	select {
+	case <-turn:
+		return nil
+	default:
+	}
 	select {
 	case <-turn:
 		return nil
@@ -57,13 +59,12 @@ func (b *Budget) take(ctx context.Context) error {
 func (b *Budget) leave(turn chan struct{}) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	for i, other := range b.queue {
-		if other == turn {
-			b.queue = append(b.queue[:i:i], b.queue[i+1:]...)
-			return errNoPlace
-		}
+	i := slices.Index(b.queue, turn)
+	if i < 0 {
+		return nil
 	}
-	return nil
+	b.queue = slices.Delete(b.queue, i, i+1)
+	return errNoPlace
 }
 
 // give gives a place back.
@@ -71,12 +72,18 @@ func (b *Budget) give() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.used--
-	for len(b.queue) > 0 && b.room() {
-		b.used++
-		close(b.queue[0])
-		b.queue = b.queue[1:]
-	}
+	b.serve()
 }
 
-// room says whether there is a place. Under mu.
-func (b *Budget) room() bool { return b.used < max(leastBudget, b.live()/budgetShare) }
+// serve gives the places that there are to those who wait. Under mu.
+func (b *Budget) serve() {
+	n := min(len(b.queue), max(0, b.room()-b.used))
+	for _, turn := range b.queue[:n] {
+		close(turn)
+	}
+	b.used += n
+	b.queue = slices.Delete(b.queue, 0, n)
+}
+
+// room is how many places there are in all.
+func (b *Budget) room() int { return max(leastBudget, b.live()/budgetShare) }
