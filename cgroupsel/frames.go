@@ -42,6 +42,12 @@ type Device struct {
 	Passing  bool // it comes and goes with a container; what is said first of a device counts
 }
 
+// key is what tells devices apart.
+func (d Device) key() Device {
+	d.Passing = false
+	return d
+}
+
 // AnyCgroup says that not the namespace but the cgroup of a sender decides who
 // is selected.
 const AnyCgroup = -1
@@ -59,8 +65,8 @@ type frames struct {
 
 // guarded are the devices of a namespace.
 type guarded struct {
-	ns      netns.Ref // the newest way in
-	devices map[Device]*framed
+	ns      netns.Ref             // the newest way in
+	devices map[Device]*framed    // by their keys
 	leaders map[frameKind]*leader // of the filters
 }
 
@@ -128,11 +134,9 @@ func (s *Selector) GuardFrames(ns netns.Ref, all int, devices ...Device) error {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	wanted := make(map[Device]bool, len(devices)) // says whether it is passing
+	wanted := make(map[Device]Device, len(devices)) // by their keys
 	for _, d := range devices {
-		passing := d.Passing
-		d.Passing = false
-		wanted[d] = passing
+		wanted[d.key()] = d
 	}
 	there := f.on[ns.Cookie()]
 	if there == nil {
@@ -148,9 +152,8 @@ func (s *Selector) GuardFrames(ns netns.Ref, all int, devices ...Device) error {
 		}
 	}
 	var missing []Device
-	for d, passing := range wanted {
-		if there.devices[d] == nil {
-			d.Passing = passing
+	for key, d := range wanted {
+		if there.devices[key] == nil {
 			missing = append(missing, d)
 		}
 	}
@@ -168,8 +171,7 @@ func (s *Selector) GuardFrames(ns netns.Ref, all int, devices ...Device) error {
 				errs = append(errs, fmt.Errorf("guard device %d in %s: %w", d.Index, ns, err))
 				continue
 			}
-			d.Passing = false
-			there.devices[d] = on
+			there.devices[d.key()] = on
 		}
 		return errors.Join(errs...)
 	})
@@ -185,18 +187,7 @@ func (f *frames) guard(there *guarded, d Device, all int) (_ *framed, err error)
 		}
 	}()
 	if f.has(false, all) {
-		kind := frameKind{d.Ethernet, all, false}
-		if d.Passing {
-			on.filter, err = f.lead(there, kind, d.Index)
-		}
-		if !d.Passing || err != nil && !errors.Is(err, unix.ENODEV) {
-			var second error
-			if on.open, second = f.link(kind, d.Index); second != nil {
-				return nil, errors.Join(err, second)
-			}
-			err = nil
-		}
-		if err != nil {
+		if err := f.open(there, on, d); err != nil {
 			return nil, err
 		}
 	}
@@ -209,6 +200,22 @@ func (f *frames) guard(there *guarded, d Device, all int) (_ *framed, err error)
 		}
 	}
 	return on, err
+}
+
+// open attaches for open selections: by a filter to what is passing, by a link where that
+// cannot be.
+func (f *frames) open(there *guarded, on *framed, d Device) (err error) {
+	kind := frameKind{d.Ethernet, on.all, false}
+	var first error
+	if d.Passing {
+		if on.filter, first = f.lead(there, kind, d.Index); first == nil || errors.Is(first, unix.ENODEV) {
+			return first
+		}
+	}
+	if on.open, err = f.link(kind, d.Index); err != nil {
+		return errors.Join(first, err)
+	}
+	return nil
 }
 
 // has says whether there is a selection of this kind for a namespace.

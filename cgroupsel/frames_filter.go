@@ -118,11 +118,8 @@ func newLeader(to *ebpf.Program) (_ *leader, err error) {
 	return l, nil
 }
 
-// Close has it lead nowhere. Nil is closed.
+// Close has it lead nowhere.
 func (l *leader) Close() error {
-	if l == nil {
-		return nil
-	}
 	return errors.Join(l.to.Close(), l.program.Close())
 }
 
@@ -210,16 +207,10 @@ func findFilters(h *netlink.Handle, device int) (all, dead []*netlink.BpfFilter,
 
 // leadsOn says whether the program of a leader still leads to another one.
 func leadsOn(id ebpf.ProgramID) (bool, error) {
-	p, err := ebpf.NewProgramFromID(id)
+	maps, err := mapsOfProgram(id)
 	if err != nil {
 		return false, err
 	}
-	defer p.Close()
-	info, err := p.Info()
-	if err != nil {
-		return false, err
-	}
-	maps, _ := info.MapIDs()
 	for _, id := range maps {
 		by, err := ebpf.NewMapFromID(id)
 		if err != nil {

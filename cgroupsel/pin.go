@@ -272,15 +272,20 @@ func mapsOf(file string) []ebpf.MapID {
 	if err != nil {
 		return nil
 	}
-	p, err := ebpf.NewProgramFromID(info.Program)
+	ids, _ := mapsOfProgram(info.Program)
+	return ids
+}
+
+func mapsOfProgram(id ebpf.ProgramID) ([]ebpf.MapID, error) {
+	p, err := ebpf.NewProgramFromID(id)
 	if err != nil {
-		return nil
+		return nil, err
 	}
 	defer p.Close()
-	about, err := p.Info()
+	info, err := p.Info()
 	if err != nil {
-		return nil
+		return nil, err
 	}
-	ids, _ := about.MapIDs()
-	return ids
+	ids, _ := info.MapIDs()
+	return ids, nil
 }

@@ -44,11 +44,6 @@ func (b *Budget) take(ctx context.Context) error {
 	select {
 	case <-turn:
 		return nil
-	default:
-	}
-	select {
-	case <-turn:
-		return nil
 	case <-ctx.Done():
 	case <-late.C:
 	}
