@@ -3,10 +3,15 @@ package steer_test
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/google/nftables"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"cgtun/internal/labtest"
 	"cgtun/steer"
@@ -156,4 +161,81 @@ func TestClosedIsChanged(t *testing.T) {
 			}
 		})
 	}
+}
+
+// What is blocked is let into the device when the table knows what comes out of it, not
+// before: the kernel's answer to that would leave by another one.
+func TestClosedIsOpenedByItsTable(t *testing.T) {
+	for _, away := range []bool{false, true} {
+		t.Run(fmt.Sprintf("away %v", away), func(t *testing.T) {
+			h := host(t)
+			start := func() *steer.Steering {
+				s, err := steer.OpenHome(refOf(t, h), 101)
+				if away {
+					s, err = steer.Open(refOf(t, h), "101")
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+				return s
+			}
+			p := plan()
+			p.Closed = true
+			for i := range 5000 { // so that the table takes its time
+				p.Bypass = append(p.Bypass, netip.PrefixFrom(netip.AddrFrom4([4]byte{100, byte(i >> 8), byte(i), 1}), 32))
+			}
+			s := start()
+			if err := errors.Join(s.Apply(p), s.Close()); err != nil {
+				t.Fatal(err)
+			}
+			s = start()
+			applied := make(chan error, 1)
+			go func() { applied <- s.Apply(p) }()
+			looks := 0
+			for done := false; !done; looks++ {
+				select {
+				case err := <-applied:
+					if err != nil {
+						t.Fatal(err)
+					}
+					done = true
+				default:
+				}
+				if leads, knows := opened(t, h); leads && !knows {
+					t.Errorf("look %d: the route leads to the device, and the table does not know it", looks)
+					done = <-applied == nil
+				}
+			}
+			if looks < 5 {
+				t.Errorf("only %d looks meanwhile", looks)
+			}
+			if err := errors.Join(s.Undo(), s.Close()); err != nil {
+				t.Fatal(err)
+			}
+		})
+	}
+}
+
+// opened says whether the route of table 101 leads to a device, and then whether the nft
+// table gives its mark to what comes out of one.
+func opened(t *testing.T, h *labtest.Host) (leads, knows bool) {
+	t.Helper()
+	err := refOf(t, h).Do(func() error {
+		routes, err := netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Table: 101, Type: unix.RTN_UNICAST}, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_TYPE)
+		if leads = len(routes) > 0; err != nil || !leads {
+			return err
+		}
+		conn, err := nftables.New()
+		if err != nil {
+			return err
+		}
+		table := &nftables.Table{Family: nftables.TableFamilyINet, Name: "cgtun_101"}
+		rules, err := conn.GetRules(table, &nftables.Chain{Table: table, Name: "in"})
+		knows = len(rules) == 2
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return leads, knows
 }

@@ -33,6 +33,7 @@ type Steering struct {
 	dead  map[netip.Addr]bool
 	plain error // why the table is less than was asked for
 	made  bool  // something of ours may be in the kernel
+	shut  bool  // what a run before left, or a fence, blocks what is marked until the first Apply is through
 }
 
 // Open prepares the steering of the instance, which is the number of its
@@ -199,6 +200,7 @@ func (s *Steering) claim(p *Plan) error {
 	if err != nil {
 		return err
 	}
+	s.shut = mine && p.Closed
 	if !s.table.at.away {
 		if mine && !p.Closed {
 			// It cannot be made into one that ends with us. The routes block
@@ -231,14 +233,20 @@ func (s *Steering) create(p *Plan) error {
 
 // apply goes from the far end to the near: routes, ip rules, then the table
 // that makes packets take them. A mark that is not set any more loses its ip
-// rule last.
+// rule last. Where marks are set already, and blocked, it is opened when the table
+// knows the device: who has gone by an answer that comes out of it is told of by an
+// ICMP error of the kernel, which finds its way by the table alone.
 func (s *Steering) apply(p *Plan) error {
 	return withRoutes(s.ns, func(h *netlink.Handle) error {
 		w, err := s.findWay(h, p)
 		if err != nil {
 			return err
 		}
-		if _, err := setRoutes(h, p, w); err != nil {
+		first := w
+		if s.shut {
+			first = &way{down: errors.New("the table is not written yet")}
+		}
+		if _, err := setRoutes(h, p, first); err != nil {
 			return err
 		}
 		_, stale, err := setRules(h, p, w)
@@ -253,6 +261,12 @@ func (s *Steering) apply(p *Plan) error {
 		}
 		if err := s.table.apply(newRuleset(p, w, s.table.at)); err != nil {
 			return err
+		}
+		if s.shut {
+			if _, err := setRoutes(h, p, w); err != nil {
+				return err
+			}
+			s.shut = false
 		}
 		s.way = w
 		return delRules(h, stale)
