@@ -73,8 +73,10 @@ type race[T io.Closer] struct {
 type try struct {
 	*member
 	began  time.Time
+	until  time.Time // it may take
 	cancel context.CancelFunc
 	lost   atomic.Pointer[errPathLost] // the kernel's word was the cause
+	late   bool                        // that time was
 	done   bool
 	err    error
 	at     int // its place in path.inFlight
@@ -164,6 +166,7 @@ func (r *race[T]) loop(ctx context.Context) (conn T, m *member, err error) {
 	defer timer.Stop()
 	for {
 		now := time.Now()
+		r.endLate(now)
 		r.start(ctx, now)
 		if r.inFlight == 0 && len(r.queue) == 0 {
 			again, err := r.verdict()
@@ -229,12 +232,12 @@ func (r *race[T]) next(ctx context.Context, now time.Time) (*try, context.Contex
 	if r.until.Before(until) {
 		until = r.until
 	}
-	attempt, cancel := context.WithDeadline(ctx, until)
+	attempt, cancel := context.WithCancel(ctx) // loop has a timer already
 	t := &r.first
 	if t.member != nil {
 		t = new(try)
 	}
-	t.member, t.began, t.cancel = r.queue[0].member, now, cancel
+	t.member, t.began, t.until, t.cancel = r.queue[0].member, now, until, cancel
 	r.queue = r.queue[1:]
 	r.tries = append(r.tries, t)
 	r.inFlight++
@@ -244,6 +247,27 @@ func (r *race[T]) next(ctx context.Context, now time.Time) (*try, context.Contex
 	}
 	r.g.scores.begin(t)
 	return t, attempt
+}
+
+// endLate ends the attempts whose time is over.
+func (r *race[T]) endLate(now time.Time) {
+	for _, t := range r.tries {
+		if !t.done && !t.late && !now.Before(t.until) {
+			t.late = true
+			t.cancel()
+		}
+	}
+}
+
+// tooLate is how an attempt has ended that was ended for its time.
+func (r *race[T]) tooLate(t *try, err error) error {
+	late := &dialer.Error{Hop: t.path.name, Op: "connect", Addr: r.target.Addr}
+	var at *dialer.Error
+	if errors.As(err, &at) {
+		*late = *at
+	}
+	late.Reason, late.Err = flow.TimedOut, context.DeadlineExceeded
+	return late
 }
 
 // try makes an attempt.
@@ -282,6 +306,11 @@ func (r *race[T]) wake(now time.Time) time.Time {
 	if !r.answered.IsZero() && r.answered.Before(at) {
 		at = r.answered
 	}
+	for _, t := range r.tries {
+		if !t.done && !t.late && t.until.Before(at) {
+			at = t.until
+		}
+	}
 	return at
 }
 
@@ -289,6 +318,9 @@ func (r *race[T]) wake(now time.Time) time.Time {
 func (r *race[T]) took(res *result[T]) (now time.Time) {
 	now = time.Now()
 	t := res.try
+	if t.late && res.err != nil {
+		res.err = r.tooLate(t, res.err)
+	}
 	t.done, t.err = true, res.err
 	t.cancel()
 	r.inFlight--

@@ -50,6 +50,8 @@ const (
 	// maxGood bounds what a long good time is worth: a path that breaks must
 	// fall at once.
 	maxGood = 4.0
+	// stillMost is after what time what is left of that, and one more, is that again.
+	stillMost = 12 * time.Second
 	// together is within which time two paths to one destination are compared.
 	together = 10 * time.Second
 	// freshFailure is how long a failure takes away the benefit of the doubt.
@@ -205,6 +207,10 @@ func (s *share) age(now time.Time) {
 }
 
 func (s *share) success(now time.Time) {
+	if s.bad == 0 && s.good == maxGood && now.Sub(s.at) < stillMost {
+		s.at = now
+		return
+	}
 	s.age(now)
 	s.good = min(s.good+1, maxGood)
 	s.bad /= 2
