@@ -62,8 +62,20 @@ func (g *Group) Config() Config { return g.c }
 // DialStream implements dialer.Outbound: the members race, as far as the type of
 // the group wants.
 func (g *Group) DialStream(ctx context.Context, t dialer.Target) (*dialer.Conn, error) {
+	return g.DialStreamUntil(ctx, t, time.Time{}, nil)
+}
+
+// DialStreamUntil is DialStream for a flow that has time until then, where the deadline
+// of the group is not sooner; zero: it has that. begun, if there is one, is called before
+// anybody is asked, with what ends the call, and does nothing any more when that is over:
+// who may have to end it needs no context around those of the attempts.
+func (g *Group) DialStreamUntil(ctx context.Context, t dialer.Target, until time.Time, begun func(end context.CancelFunc)) (*dialer.Conn, error) {
 	r := streamRaces.Get().(*race[*dialer.Conn])
-	r.g, r.target, r.scored, r.dial = g, t, true, dialStream
+	r.g, r.target, r.scored, r.dial, r.until = g, t, true, dialStream, until
+	if begun != nil {
+		r.ending = new(ending)
+		begun(r.ending.end)
+	}
 	c, m, err := r.run(ctx)
 	*r = race[*dialer.Conn]{} // nothing of it is left
 	streamRaces.Put(r)
@@ -123,7 +135,7 @@ func (g *Group) openPackets(ctx context.Context, t dialer.Target, open func(cont
 // asked now, for a destination that nothing is known of.
 func (g *Group) Order() []string {
 	var names []string
-	for _, m := range g.rank(&dialer.Target{}, time.Now()) {
+	for _, m := range g.rank(nil, &dialer.Target{}, time.Now()) {
 		names = append(names, m.path.name)
 	}
 	return names
@@ -199,7 +211,7 @@ func canCarry(o dialer.Outbound, f *flow.Flow) bool {
 // words for the user.
 func (g *Group) Choose(t dialer.Target) (o dialer.Outbound, why string) {
 	now := time.Now()
-	list := slices.DeleteFunc(g.rank(&t, now), func(m ranked) bool { return !canCarry(m.out, t.Flow) })
+	list := slices.DeleteFunc(g.rank(nil, &t, now), func(m ranked) bool { return !canCarry(m.out, t.Flow) })
 	if len(list) == 0 {
 		return nil, fmt.Sprintf("group %q: no member is left", g.c.Name)
 	}

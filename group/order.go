@@ -75,14 +75,13 @@ type ranked struct {
 	breaks bool // flows, just now
 }
 
-// rank returns the members in the order in which to ask them for t, without
+// rank appends to list the members in the order in which to ask them for t, without
 // those that t avoids.
-func (g *Group) rank(t *dialer.Target, now time.Time) []ranked {
+func (g *Group) rank(list []ranked, t *dialer.Target, now time.Time) []ranked {
 	s := g.scores
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	d := s.dests[t.Addr]
-	list := make([]ranked, 0, len(g.members))
 	for _, m := range g.members {
 		if slices.Contains(t.Avoid, m.path.name) {
 			continue

@@ -284,7 +284,7 @@ func (s *Scores) setDown(p *path, why string) {
 			p.downSince = now
 			s.log.Warn("outbound is down", "outbound", p.name, "why", why)
 		}
-		for _, t := range p.inFlight {
+		for _, t := range p.inFlight.All() {
 			t.lost.Store(&errPathLost{why})
 			t.cancel()
 		}

@@ -14,6 +14,7 @@ import (
 
 	"cgtun/dialer"
 	"cgtun/flow"
+	"cgtun/internal/bag"
 )
 
 // A race, theory of operation.
@@ -51,7 +52,8 @@ type race[T io.Closer] struct {
 	dial   func(context.Context, dialer.Outbound, *dialer.Target) (T, error)
 	scored bool // what it tells is for the scores
 
-	until    time.Time // the deadline of it all
+	until    time.Time // the deadline of it all; before run that of the flow, or zero
+	ending   *ending   // nil: its contexts alone end it
 	stagger  time.Duration
 	queue    []ranked
 	tries    []*try // of this round
@@ -61,8 +63,9 @@ type race[T io.Closer] struct {
 	began    time.Time // of the round
 	answered time.Time // when the refused give up waiting for the others; zero: no refusal
 
-	first   try     // the first of all
-	room    [1]*try // for tries: nearly always it is enough
+	first   try       // the first of all
+	room    [1]*try   // for tries: nearly always it is enough
+	places  [4]ranked // for queue
 	making  sync.Once
 	results chan result[T] // by ended
 	wait    stagger
@@ -72,14 +75,14 @@ type race[T io.Closer] struct {
 // try is one member's attempt.
 type try struct {
 	*member
-	began  time.Time
-	until  time.Time // it may take
-	cancel context.CancelFunc
-	lost   atomic.Pointer[errPathLost] // the kernel's word was the cause
-	late   bool                        // that time was
-	done   bool
-	err    error
-	at     int // its place in path.inFlight
+	bag.Place // in path.inFlight
+	began     time.Time
+	until     time.Time // it may take
+	cancel    context.CancelFunc
+	lost      atomic.Pointer[errPathLost] // the kernel's word was the cause
+	late      bool                        // that time was
+	done      bool
+	err       error
 }
 
 type result[T any] struct {
@@ -105,7 +108,9 @@ func (e *errPathLost) FlowReason() flow.Reason { return flow.NetUnreachable }
 // of the race is left when it returns.
 func (r *race[T]) run(ctx context.Context) (conn T, m *member, err error) {
 	now := time.Now()
-	r.until = now.Add(r.g.c.Deadline)
+	if until := now.Add(r.g.c.Deadline); r.until.IsZero() || until.Before(r.until) {
+		r.until = until
+	}
 	r.round(now, now)
 	if len(r.queue) == 0 {
 		return conn, nil, r.fail(flow.HostUnreachable, errNobody)
@@ -128,7 +133,8 @@ func (r *race[T]) ended() chan result[T] {
 // there is to do. The others join when the stagger is over, or when it has failed.
 func (r *race[T]) alone(ctx context.Context, now time.Time) (conn T, m *member, err error) {
 	t, attempt := r.next(ctx, now)
-	r.wait.at, r.wait.over = r.nextAt, func() { r.join(ctx) }
+	r.ending.also(t.cancel)
+	r.wait.at, r.wait.over = sooner(r.nextAt, t.until), func() { r.join(ctx) }
 	r.g.scores.staggers.begin(&r.wait)
 	res := r.try(attempt, t)
 	if !r.g.scores.staggers.end(&r.wait) {
@@ -161,11 +167,17 @@ func (r *race[T]) join(ctx context.Context) {
 func (r *race[T]) loop(ctx context.Context) (conn T, m *member, err error) {
 	ctx, cancel := context.WithDeadline(ctx, r.until)
 	defer cancel()
+	r.ending.also(cancel)
 	results := r.ended()
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
 		now := time.Now()
+		if ctx.Err() != nil {
+			err := r.over(ctx)
+			r.settle(nil, now)
+			return conn, nil, err
+		}
 		r.endLate(now)
 		r.start(ctx, now)
 		if r.inFlight == 0 && len(r.queue) == 0 {
@@ -191,9 +203,6 @@ func (r *race[T]) loop(ctx context.Context) (conn T, m *member, err error) {
 				return conn, nil, err
 			}
 		case <-ctx.Done():
-			err := r.over(ctx)
-			r.settle(nil, time.Now())
-			return conn, nil, err
 		}
 	}
 }
@@ -205,9 +214,53 @@ func later(a, b time.Time) time.Time {
 	return b
 }
 
+func sooner(a, b time.Time) time.Time {
+	if a.Before(b) {
+		return a
+	}
+	return b
+}
+
+// ending lets somebody else end a race. It may outlive that.
+type ending struct {
+	mu    sync.Mutex
+	over  bool
+	first context.CancelFunc // of the first attempt
+	rest  context.CancelFunc // of all when others have joined
+}
+
+// end ends the race, which may be over already.
+func (e *ending) end() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.over = true
+	for _, cancel := range []context.CancelFunc{e.first, e.rest} {
+		if cancel != nil {
+			cancel()
+		}
+	}
+}
+
+// also has end call cancel. Nil is for nobody.
+func (e *ending) also(cancel context.CancelFunc) {
+	if e == nil {
+		return
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	switch {
+	case e.over:
+		cancel()
+	case e.first == nil:
+		e.first = cancel
+	default:
+		e.rest = cancel
+	}
+}
+
 // round asks all members again, from then on.
 func (r *race[T]) round(now, then time.Time) {
-	r.queue, r.tries = r.g.rank(&r.target, now), r.room[:0]
+	r.queue, r.tries = r.g.rank(r.places[:0], &r.target, now), r.room[:0]
 	r.began, r.nextAt = then, then
 }
 
@@ -228,10 +281,7 @@ func (r *race[T]) start(ctx context.Context, now time.Time) {
 
 // next begins the attempt of the next member.
 func (r *race[T]) next(ctx context.Context, now time.Time) (*try, context.Context) {
-	until := now.Add(r.g.c.Attempt)
-	if r.until.Before(until) {
-		until = r.until
-	}
+	until := sooner(now.Add(r.g.c.Attempt), r.until)
 	attempt, cancel := context.WithCancel(ctx) // loop has a timer already
 	t := &r.first
 	if t.member != nil {
@@ -490,21 +540,11 @@ func (s *Scores) begin(t *try) {
 	defer s.mu.Unlock()
 	t.path.dials++
 	t.path.used = t.began
-	t.at = len(t.path.inFlight)
-	t.path.inFlight = append(t.path.inFlight, t)
+	t.path.inFlight.Add(t)
 }
 
 func (s *Scores) end(t *try) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	t.path.end(t)
-}
-
-// end takes an attempt out of those in flight. Under Scores.mu.
-func (p *path) end(t *try) {
-	last := len(p.inFlight) - 1
-	p.inFlight[t.at] = p.inFlight[last]
-	p.inFlight[t.at].at = t.at
-	p.inFlight[last] = nil
-	p.inFlight = p.inFlight[:last]
+	t.path.inFlight.Remove(t)
 }

@@ -66,6 +66,61 @@ func TestRace(t *testing.T) {
 	}
 }
 
+// TestRaceIsEnded: by who may end it and by the time of the flow, whether others have
+// joined or not; afterwards nobody is asked, and to end it again does nothing.
+func TestRaceIsEnded(t *testing.T) {
+	for _, tt := range []struct {
+		name    string
+		stagger time.Duration
+		after   time.Duration // it is ended; 0: it is not
+		until   time.Duration // 0: no time of its own
+		took    time.Duration
+		reason  flow.Reason
+		asked   int
+	}{
+		{"at once, alone", 250 * ms, 1, 0, 1, flow.Canceled, 1},
+		{"alone", 250 * ms, 100 * ms, 0, 100 * ms, flow.Canceled, 1},
+		{"when another one has joined", 250 * ms, 300 * ms, 0, 300 * ms, flow.Canceled, 2},
+		{"when the first attempt is over", 250 * ms, 7 * time.Second, 0, 7 * time.Second, flow.Canceled, 4},
+		{"without a stagger", 0, 100 * ms, 0, 100 * ms, flow.Canceled, 2},
+		{"its time, alone", 250 * ms, 0, 100 * ms, 100 * ms, flow.TimedOut, 1},
+		{"its time, when another one has joined", 250 * ms, 0, 400 * ms, 400 * ms, flow.TimedOut, 2},
+		{"its time is longer than the group's", 250 * ms, 0, time.Hour, 30 * time.Second, flow.TimedOut, 12},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				a, b := &fake{name: "a", connect: in(never)}, &fake{name: "b", connect: in(never)}
+				c := settings("race")
+				c.Stagger = tt.stagger
+				g := newGroup(t, c, board(t), a, b)
+				var until time.Time
+				if tt.until > 0 {
+					until = time.Now().Add(tt.until)
+				}
+				var end context.CancelFunc
+				begun := func(e context.CancelFunc) {
+					if end = e; tt.after > 0 {
+						time.AfterFunc(tt.after, end)
+					}
+				}
+				start := time.Now()
+				_, err := g.DialStreamUntil(t.Context(), dst(1), until, begun)
+				if took := time.Since(start); took != tt.took || flow.ReasonOf(err) != tt.reason {
+					t.Errorf("after %v: %v (%v), want %v, %v", took, err, flow.ReasonOf(err), tt.took, tt.reason)
+				}
+				if n := a.asked() + b.asked(); n != tt.asked {
+					t.Errorf("%d were asked, want %d", n, tt.asked)
+				}
+				end()
+				b.set(in(ms))
+				if by, _, err := dial(t, g, dst(2)); by != "b" {
+					t.Errorf("the next one: %q, %v", by, err)
+				}
+			})
+		})
+	}
+}
+
 // TestRaceAsksOnce counts connects of a healthy group: no more than one beside
 // the flow's own on average, and after the first flows none.
 func TestRaceAsksOnce(t *testing.T) {

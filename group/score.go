@@ -11,6 +11,7 @@ import (
 
 	"cgtun/dialer"
 	"cgtun/flow"
+	"cgtun/internal/bag"
 )
 
 // Scores, theory of operation.
@@ -173,7 +174,7 @@ type path struct {
 	down      string    // why it cannot be used at all; empty: it can
 	downSince time.Time
 
-	inFlight []*try
+	inFlight bag.Bag[*try]
 
 	dials, failures uint64
 	hidden          [dialer.HiddenKinds]uint64
@@ -393,7 +394,7 @@ func (s *Scores) connected(t *try, dst netip.AddrPort, took time.Duration, now t
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	p := t.path
-	p.end(t)
+	p.inFlight.Remove(t)
 	p.times.add(took)
 	p.connect.add(took.Seconds())
 	p.live++

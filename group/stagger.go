@@ -1,8 +1,11 @@
 package group
 
 import (
+	"slices"
 	"sync"
 	"time"
+
+	"cgtun/internal/bag"
 )
 
 // staggers are the times after which others join the first attempt of a race. One timer
@@ -10,27 +13,26 @@ import (
 // use; the zero value is ready.
 type staggers struct {
 	mu    sync.Mutex
-	list  []*stagger // in no order
+	bag   bag.Bag[*stagger]
 	timer *time.Timer
 	rings time.Time // when the timer does; zero: it does not run
 }
 
 // stagger is one of them.
 type stagger struct {
-	at    time.Time
-	over  func() // called then, in a goroutine
-	place int    // in the list; -1: it is not there
+	bag.Place
+	at   time.Time
+	over func() // called then, in a goroutine
 }
 
-// leastPause is between two looks at the list.
+// leastPause is between two looks at them.
 const leastPause = time.Millisecond
 
 // begin has one waited for.
 func (s *staggers) begin(one *stagger) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	one.place = len(s.list)
-	s.list = append(s.list, one)
+	s.bag.Add(one)
 	if s.rings.IsZero() || one.at.Before(s.rings) {
 		s.ringAt(one.at)
 	}
@@ -40,20 +42,7 @@ func (s *staggers) begin(one *stagger) {
 func (s *staggers) end(one *stagger) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if one.place < 0 {
-		return false
-	}
-	s.remove(one)
-	return true
-}
-
-func (s *staggers) remove(one *stagger) {
-	last := len(s.list) - 1
-	s.list[one.place] = s.list[last]
-	s.list[one.place].place = one.place
-	s.list[last] = nil
-	s.list = s.list[:last]
-	one.place = -1
+	return s.bag.Remove(one)
 }
 
 func (s *staggers) ringAt(at time.Time) {
@@ -72,10 +61,10 @@ func (s *staggers) ring() {
 	now := time.Now()
 	s.rings = time.Time{}
 	var next time.Time
-	for i := len(s.list) - 1; i >= 0; i-- {
-		switch one := s.list[i]; {
+	for _, one := range slices.Backward(s.bag.All()) {
+		switch {
 		case !now.Before(one.at):
-			s.remove(one)
+			s.bag.Remove(one)
 			go one.over()
 		case next.IsZero() || one.at.Before(next):
 			next = one.at

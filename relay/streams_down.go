@@ -21,8 +21,8 @@ func (d *direct) down() {
 
 // downBytes returns true when the server has ended its direction in order.
 func (d *direct) downBytes() bool {
+	d.await()
 	for !d.isOver() {
-		d.await()
 		d.full, d.eof, d.gone, d.err = false, false, false, nil
 		if err := d.raw.Read(d.downFn); err != nil {
 			d.err = err
@@ -37,8 +37,11 @@ func (d *direct) downBytes() bool {
 // downEnded looks at what a wait has brought and says whether down is over.
 func (d *direct) downEnded() bool {
 	switch {
-	case flow.IsDeadline(d.err):
-		return d.silent() // or an end, or news of up
+	case flow.IsDeadline(d.err): // or an end, or news of up
+		if d.silent() {
+			return true
+		}
+		d.await()
 	case d.err != nil:
 		if !d.lost(d.err) {
 			d.end(Server, d.err)

@@ -7,6 +7,7 @@ import (
 	"sync"
 	"time"
 
+	"cgtun/dialer"
 	"cgtun/flow"
 )
 
@@ -97,6 +98,9 @@ func (d *dials) evict(of dialSource) {
 
 // end says whether the dial was evicted before.
 func (d *dials) end(one dialing) (evicted bool) {
+	if one.place == nil {
+		return false // it has not begun
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	evicted = one.place.Value == nil
@@ -134,6 +138,29 @@ func (d *dials) move(of dialSource, from, to int) {
 	if to > d.highest || d.having[d.highest] == nil {
 		d.highest = to // it was the only one with most, and has one less now
 	}
+}
+
+// dialStream connects a flow by an outbound, as a dial that counts, until then.
+func (r *Router) dialStream(ctx context.Context, f *flow.Flow, o dialer.Outbound, t dialer.Target, until time.Time) (c *dialer.Conn, err error) {
+	g, ok := o.(rescuer)
+	if !ok {
+		err = r.inFlight(ctx, until, f, func(ctx context.Context) (err error) {
+			c, err = o.DialStream(ctx, t)
+			return err
+		})
+		return c, err
+	}
+	// It has a context for each attempt, and another one around them would be a good
+	// part of what a group costs.
+	var one dialing
+	err = r.aside(func() (err error) {
+		c, err = g.DialStreamUntil(ctx, t, until, func(end context.CancelFunc) { one = r.dials.begin(f, end) })
+		return err
+	})
+	if r.dials.end(one) && err != nil {
+		err = errCrowded
+	}
+	return c, err
 }
 
 // inFlight runs a dial that counts, with a context that ends at a time, or where it

@@ -3,6 +3,7 @@ package router_test
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"net/netip"
 	"strings"
 	"testing"
@@ -10,6 +11,7 @@ import (
 
 	"cgtun/dialer"
 	"cgtun/flow"
+	"cgtun/group"
 	"cgtun/internal/labtest"
 	"cgtun/router"
 )
@@ -17,10 +19,29 @@ import (
 // One who dials into a black hole takes no place from others, however many
 // addresses of a /64 he has, and his oldest dials make room for his own.
 func TestDialsInFlightAreBounded(t *testing.T) {
-	out := &outbound{"up", func(ctx context.Context, _ dialer.Target) (flow.Conn, error) {
-		<-ctx.Done()
-		return nil, ctx.Err()
-	}}
+	hole := func(name string) *outbound {
+		return &outbound{name, func(ctx context.Context, _ dialer.Target) (flow.Conn, error) {
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}}
+	}
+	t.Run("one outbound", func(t *testing.T) { testDialsInFlight(t, hole("up")) })
+	for _, stagger := range []time.Duration{0, time.Millisecond, time.Minute} {
+		t.Run(fmt.Sprintf("a group with a stagger of %v", stagger), func(t *testing.T) {
+			c := group.Config{
+				Name: "up", Type: group.TypeRace, Outbounds: []string{"a", "b"},
+				Stagger: stagger, Attempt: 2 * time.Minute, Deadline: 2 * time.Minute,
+			}
+			g, err := group.New(c, []dialer.Outbound{hole("a"), hole("b")}, group.NewScores(slog.New(slog.DiscardHandler), nil))
+			if err != nil {
+				t.Fatal(err)
+			}
+			testDialsInFlight(t, g)
+		})
+	}
+}
+
+func testDialsInFlight(t *testing.T, out dialer.Outbound) {
 	r := route(t, router.Options{MaxDials: 8, MaxDialsPerSource: 5, MaxSockets: 1000}, out)
 	live := map[string][]*client{}
 	dial := func(who, attachment string, n int) {

@@ -10,6 +10,7 @@ import (
 
 	"cgtun/dialer"
 	"cgtun/flow"
+	"cgtun/internal/bag"
 )
 
 // Flows of groups that fall silent in the midst of something are asked for a sign
@@ -40,11 +41,13 @@ var errPathDown = fmt.Errorf("the path of the flow is down: %w", unix.ENETDOWN)
 // watched are the flows of groups that are under way.
 type watched struct {
 	mu    sync.Mutex
-	flows map[*entry]*quiet
+	flows bag.Bag[*quiet]
 }
 
 // quiet is what is known of one of them. Under watched.mu.
 type quiet struct {
+	bag.Place
+	of    *entry
 	conn  *dialer.Conn
 	by    rescuer // that has made conn
 	bytes int64
@@ -52,27 +55,24 @@ type quiet struct {
 	pulse dialer.Pulse
 }
 
-// watch begins to look after a flow by conn; who calls it calls unwatch.
-func (w *watched) watch(e *entry, c *dialer.Conn, by rescuer) {
+// watch begins to look after a flow by conn; who calls it calls unwatch, before conn is
+// closed.
+func (w *watched) watch(e *entry, c *dialer.Conn, by rescuer) *quiet {
+	q := &quiet{of: e, conn: c, by: by, looks: -1}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.flows == nil {
-		w.flows = make(map[*entry]*quiet)
-	}
-	w.flows[e] = &quiet{conn: c, by: by, looks: -1}
+	w.flows.Add(q)
+	return q
 }
 
-func (w *watched) unwatch(e *entry) {
+// unwatch ends that; nil is nobody.
+func (w *watched) unwatch(q *quiet) {
+	if q == nil {
+		return
+	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	delete(w.flows, e)
-}
-
-// unwatch is called before the ends of a flow are closed.
-func (r *Router) unwatch(e *entry, ends *streamEnds) {
-	if ends.watched {
-		r.quiets.unwatch(e)
-	}
+	w.flows.Remove(q)
 }
 
 // run looks at all of them, again and again, until ctx ends.
@@ -93,7 +93,8 @@ func (w *watched) look() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	pulsing := 0
-	for e, q := range w.flows {
+	for _, q := range w.flows.All() {
+		e := q.of
 		if q.look(e.up.Load()+e.down.Load(), pulsing < maxPulsing) {
 			pulsing++
 		}

@@ -14,6 +14,9 @@ import (
 type rescuer interface {
 	dialer.Outbound
 	several
+	// DialStreamUntil is DialStream that takes until then at most. It gives begun what
+	// ends it.
+	DialStreamUntil(ctx context.Context, t dialer.Target, until time.Time, begun func(end context.CancelFunc)) (*dialer.Conn, error)
 	// Replay says whether the client's bytes may be sent again elsewhere.
 	Replay() bool
 	// Usual is how long a first byte takes by one of its outbounds; 0: nobody
@@ -33,8 +36,7 @@ func (r *Router) watch(e *entry, ends *streamEnds) {
 		return
 	}
 	ends.unanswered = replay.NewWatch(ends.server, e.flow.Dst.Port(), helps(g))
-	ends.watched = true
-	r.quiets.watch(e, ends.server, g)
+	ends.quiet = r.quiets.watch(e, ends.server, g)
 }
 
 // helps says whether the flows of a group can be tried elsewhere.
@@ -45,7 +47,7 @@ func helps(g rescuer) bool { return g.Replay() && movable(g) }
 // returns false, the flow has ended.
 func (r *Router) untilAnswer(ctx context.Context, e *entry, ends *streamEnds, ended error) bool {
 	g, was := ends.by.(rescuer), ends.server
-	r.quiets.unwatch(e) // it is watched better here
+	r.quiets.unwatch(ends.quiet) // it is watched better here
 	o := replay.Options{
 		Budget: r.budget, First: ends.first, Up: &e.up, Down: &e.down,
 		Closed: func() { r.giveSockets(1) }, Usual: g.Usual, Hide: g.Hide,
@@ -69,7 +71,7 @@ func (r *Router) untilAnswer(ctx context.Context, e *entry, ends *streamEnds, en
 		e.end(res.Reason)
 		return false
 	}
-	r.quiets.watch(e, res.Server, g)
+	ends.quiet = r.quiets.watch(e, res.Server, g)
 	return true
 }
 
@@ -78,12 +80,9 @@ func (r *Router) redial(ctx context.Context, e *entry, o dialer.Outbound, avoid 
 	if err := r.takeSocket(); err != nil {
 		return nil, err
 	}
-	err = r.inFlight(ctx, time.Now().Add(r.opts.Deadline), e.flow, func(ctx context.Context) (err error) {
-		t := e.target()
-		t.Avoid = avoid
-		c, err = o.DialStream(ctx, t)
-		return err
-	})
+	t := e.target()
+	t.Avoid = avoid
+	c, err = r.dialStream(ctx, e.flow, o, t, time.Now().Add(r.opts.Deadline))
 	if err != nil {
 		r.giveSockets(1)
 		return nil, err

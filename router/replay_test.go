@@ -44,6 +44,11 @@ func (o *twoWays) Hide(outbound string, kind dialer.Hidden) {
 	o.hidden.Store(&text)
 }
 
+func (o *twoWays) DialStreamUntil(ctx context.Context, t dialer.Target, _ time.Time, begun func(context.CancelFunc)) (*dialer.Conn, error) {
+	begun(func() {})
+	return o.DialStream(ctx, t)
+}
+
 func (o *twoWays) DialStream(_ context.Context, t dialer.Target) (*dialer.Conn, error) {
 	for _, p := range o.paths {
 		if slices.Contains(t.Avoid, p) {

@@ -21,7 +21,7 @@ func (r *Router) ServeStream(ctx context.Context, s flow.Stream) {
 	e := r.begin(s.Flow())
 	var ends streamEnds
 	defer ends.close(r)
-	defer r.unwatch(e, &ends)
+	defer func() { r.quiets.unwatch(ends.quiet) }()
 	defer r.recovered(e, func() { ends.abort(s) })
 	if !r.connect(ctx, e, s, &ends) {
 		return
@@ -70,7 +70,7 @@ type streamEnds struct {
 	gone     error           // how client has ended after that; nil: it has not
 	broken   error           // a write to server has failed with it
 	shut     bool            // server was told that nothing more comes
-	watched  bool            // for silence
+	quiet    *quiet          // it is watched for silence; nil: it is not
 	since    time.Time       // that server is connected
 	outcome  dialer.Outcome  // what is told of server when it is closed
 
@@ -174,11 +174,7 @@ func (r *Router) dial(ctx context.Context, e *entry, o out, ends *streamEnds) (c
 		return nil, err
 	}
 	ends.place = true
-	err = r.inFlight(ctx, e.flow.Start.Add(r.opts.Deadline), e.flow, func(ctx context.Context) (err error) {
-		c, err = o.DialStream(ctx, e.target())
-		return err
-	})
-	return c, err
+	return r.dialStream(ctx, e.flow, o.Outbound, e.target(), e.flow.Start.Add(r.opts.Deadline))
 }
 
 // watchSocket has Run look after the server's end until the flow ends.
