@@ -93,19 +93,18 @@ func newLab(b *testing.B) *lab {
 	l.start(l.server, "server", "")
 	l.splice = l.start(l.router, "splice", "")
 	l.copy = l.start(l.router, "copy", "")
-	l.startCgtun()
+	l.cgtun = l.capture("cgtun", l.captured)
 	if l.raced != nil {
-		l.race, l.twin = l.start(l.router, "race", l.raced.Path), l.start(l.router, "cgtun", l.twinned.Path)
-		for _, h := range []*labtest.Host{l.raced, l.twinned} {
-			h.Run("ip", "route", "add", "default", "dev", "tun0")
-		}
+		l.race, l.twin = l.capture("race", l.raced), l.capture("cgtun", l.twinned)
 	}
 	return l
 }
 
-func (l *lab) startCgtun() {
-	l.cgtun = l.start(l.router, "cgtun", l.captured.Path)
-	l.captured.Run("ip", "route", "add", "default", "dev", "tun0")
+// capture starts a cgtun to which all goes that h sends.
+func (l *lab) capture(role string, h *labtest.Host) *program {
+	p := l.start(l.router, role, h.Path)
+	h.Run("ip", "route", "add", "default", "dev", "tun0")
+	return p
 }
 
 // program is a role that runs in the background.
@@ -428,12 +427,16 @@ func (l *lab) datagrams(c *cells) {
 // opened, and when it has had time to give back what only the opening needed.
 // 10,000 would need more descriptors than some systems allow.
 func (l *lab) memory(c *cells) {
-	for _, name := range []string{"splice", "cgtun"} {
+	for _, w := range l.ways() {
+		name := w.name
+		if name != "splice" && name != "cgtun" && name != "race" {
+			continue
+		}
 		for _, n := range []int{1000, 9000} {
 			if name == "splice" && n > 4000 {
 				continue // two sockets and two pipes each
 			}
-			w := l.fresh(name)
+			w.by = l.fresh(name)
 			base := w.by.rss()
 			if n == 1000 {
 				c.add("memory at start, MiB", name, base/1024)
@@ -452,18 +455,18 @@ func (l *lab) memory(c *cells) {
 const settleTime = 5 * time.Second
 
 // fresh restarts a relay: what earlier work left is not asked.
-func (l *lab) fresh(name string) way {
-	if name == "cgtun" {
+func (l *lab) fresh(name string) *program {
+	switch name {
+	case "cgtun":
 		l.cgtun.stop()
-		l.startCgtun()
-	} else {
-		l.splice.stop()
-		l.splice = l.start(l.router, "splice", "")
+		l.cgtun = l.capture(name, l.captured)
+		return l.cgtun
+	case "race":
+		l.race.stop()
+		l.race = l.capture(name, l.raced)
+		return l.race
 	}
-	for _, w := range l.ways() {
-		if w.name == name {
-			return w
-		}
-	}
-	return way{}
+	l.splice.stop()
+	l.splice = l.start(l.router, name, "")
+	return l.splice
 }
