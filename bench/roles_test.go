@@ -205,7 +205,7 @@ func (plain) ServeStream(ctx context.Context, s flow.Stream) {
 		return
 	}
 	defer client.Close()
-	relay.Streams(ctx, client, server, relay.Options{})
+	relay.Streams(ctx, client, server, &relay.Options{})
 }
 
 func (plain) ServePackets(_ context.Context, c flow.PacketConn) { c.Close() }

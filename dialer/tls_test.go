@@ -323,7 +323,7 @@ func TestChainOverTLS(t *testing.T) {
 	}()
 	_ = c.SetDeadline(time.Time{})
 	var up atomic.Int64
-	result := relay.Streams(t.Context(), flow.NewTCPConn(accepted.(*net.TCPConn)), c.Conn, relay.Options{Up: &up})
+	result := relay.Streams(t.Context(), flow.NewTCPConn(accepted.(*net.TCPConn)), c.Conn, &relay.Options{Up: &up})
 	<-sent
 	_ = accepted.Close()
 	if all := <-got; !bytes.Equal(all, data) || result.Reason != flow.Closed {

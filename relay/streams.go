@@ -125,8 +125,9 @@ const drainTime = 10 * time.Second
 // reset (the other is then reset, after it has got all bytes before), ctx ends
 // (both are reset at once). It ends no flow for its silence: keepalive finds the
 // dead, and the living may have nothing to say for days. It closes
-// neither end; all goroutines of its own are gone when it returns.
-func Streams(ctx context.Context, client, server flow.Conn, o Options) Result {
+// neither end; all goroutines of its own are gone when it returns, and o is its own
+// until then: on the stack it would be in the way of an idle flow (newDirect).
+func Streams(ctx context.Context, client, server flow.Conn, o *Options) Result {
 	if o.Up == nil {
 		o.Up = new(atomic.Int64)
 	}

@@ -26,7 +26,7 @@ const (
 // kernel sockets the kernel moves the bytes (splice(2)) and there is no buffer.
 type copier struct {
 	client, server flow.Conn
-	o              Options
+	o              *Options
 
 	once sync.Once
 	by   Side
@@ -41,7 +41,7 @@ type copier struct {
 	}
 }
 
-func relayCopy(ctx context.Context, client, server flow.Conn, o Options) Result {
+func relayCopy(ctx context.Context, client, server flow.Conn, o *Options) Result {
 	up, down := o.Up.Load(), o.Down.Load()
 	c := &copier{client: client, server: server, o: o, over: make(chan struct{})}
 	c.sides[Server].broken, c.sides[Server].shut = o.Broken, o.Shut

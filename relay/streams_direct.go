@@ -61,7 +61,7 @@ type direct struct {
 	client Direct
 	server *net.TCPConn
 	raw    syscall.RawConn
-	o      Options
+	o      *Options
 
 	up0, down0 int64       // what the counts began with
 	unwatch    func() bool // ends the watch on the context
@@ -99,7 +99,7 @@ type direct struct {
 // struct and not on the stack: a goroutine that waits with less than 2 KiB of
 // stack, all callers and the runtime's own part included, is given one of 4 KiB
 // by the next collection, and one of 8 KiB otherwise.
-func newDirect(client Direct, server *net.TCPConn, o Options) *direct {
+func newDirect(client Direct, server *net.TCPConn, o *Options) *direct {
 	d := &direct{
 		client: client, server: server, o: o,
 		up0: o.Up.Load(), down0: o.Down.Load(),

@@ -38,7 +38,7 @@ func relayed(t *testing.T, ctx context.Context, hide func(flow.Conn) flow.Conn) 
 	e := &ends{client: client, server: server, result: make(chan relay.Result, 1)}
 	go func() {
 		a, b := flow.NewTCPConn(in), flow.NewTCPConn(out)
-		r := relay.Streams(ctx, hide(a), hide(b), relay.Options{Up: &e.up, Down: &e.down, Half: func() { e.half.Add(1) }})
+		r := relay.Streams(ctx, hide(a), hide(b), &relay.Options{Up: &e.up, Down: &e.down, Half: func() { e.half.Add(1) }})
 		a.Close()
 		b.Close()
 		e.result <- r
@@ -222,7 +222,7 @@ func TestStreamsDeliverWhatARefusingServerSaid(t *testing.T) {
 	server := refusing{flow.NewTCPConn(out), make(chan string, 2)}
 	result := make(chan relay.Result, 1)
 	go func() {
-		result <- relay.Streams(context.Background(), plainConn{flow.NewTCPConn(in)}, server, relay.Options{})
+		result <- relay.Streams(context.Background(), plainConn{flow.NewTCPConn(in)}, server, &relay.Options{})
 	}()
 	if _, err := client.Write([]byte("a request")); err != nil {
 		t.Fatal(err)

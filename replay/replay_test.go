@@ -163,13 +163,13 @@ func (b *bed) run(client func(*net.TCPConn)) (heard []byte, err error) {
 		}
 		// As router does it.
 		w := replay.NewWatch(server, 80, true)
-		moved := relay.Streams(ctx, flowEnd, server.Conn, relay.Options{Watcher: w, First: o.First, Up: o.Up})
+		moved := relay.Streams(ctx, flowEnd, server.Conn, &relay.Options{Watcher: w, First: o.First, Up: o.Up})
 		b.left = moved.Left
 		if moved.Left {
 			res := replay.Begin(ctx, flowEnd, w, moved.Err, o)
 			b.result, server = res, res.Server
 			if !res.Over {
-				relay.Streams(ctx, flowEnd, server.Conn, relay.Options{First: res.Rest, Gone: res.Gone, Broken: res.Broken, Shut: res.Shut, Up: o.Up})
+				relay.Streams(ctx, flowEnd, server.Conn, &relay.Options{First: res.Rest, Gone: res.Gone, Broken: res.Broken, Shut: res.Shut, Up: o.Up})
 			}
 		}
 		_ = server.Close()

@@ -138,7 +138,7 @@ func TestAnswerToWhatWasTaken(t *testing.T) {
 		t.Fatal("an end after a request is left to relay")
 	}
 	_, _ = io.WriteString(far, "answer")
-	res := relay.Streams(t.Context(), client, server.Conn, relay.Options{Watcher: w})
+	res := relay.Streams(t.Context(), client, server.Conn, &relay.Options{Watcher: w})
 	got := make([]byte, len("answer"))
 	_ = near.SetReadDeadline(time.Now().Add(5 * time.Second))
 	if _, err := io.ReadFull(near, got); !res.Left || res.Err != nil || string(got) != "answer" || err != nil {

@@ -159,7 +159,7 @@ func (r *Router) dialLate(ctx context.Context, e *entry, ends *streamEnds, l lat
 		return err
 	}
 	ends.server, ends.by, ends.since = server, l.out.Outbound, time.Now()
-	ends.first = l.read
+	ends.how.First = l.read
 	if k := flow.Socket(server.Conn); k != nil {
 		e.watchSocket(k)
 	}

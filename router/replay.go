@@ -35,7 +35,7 @@ func (r *Router) watch(e *entry, ends *streamEnds) {
 	if !ok {
 		return
 	}
-	ends.unanswered = replay.NewWatch(ends.server, e.flow.Dst.Port(), helps(g))
+	ends.how.Watcher = replay.NewWatch(ends.server, e.flow.Dst.Port(), helps(g))
 	ends.quiet = r.quiets.watch(e, ends.server, g)
 }
 
@@ -47,9 +47,11 @@ func helps(g rescuer) bool { return g.Replay() && movable(g) }
 // returns false, the flow has ended.
 func (r *Router) untilAnswer(ctx context.Context, e *entry, ends *streamEnds, ended error) bool {
 	g, was := ends.by.(rescuer), ends.server
+	watch := ends.how.Watcher.(*replay.Watch)
+	ends.how.Watcher = nil
 	r.quiets.unwatch(ends.quiet) // it is watched better here
 	o := replay.Options{
-		Budget: r.budget, First: ends.first, Up: &e.up, Down: &e.down,
+		Budget: r.budget, First: ends.how.First, Up: &e.up, Down: &e.down,
 		Closed: func() { r.giveSockets(1) }, Usual: g.Usual, Hide: g.Hide,
 	}
 	if helps(g) {
@@ -57,9 +59,8 @@ func (r *Router) untilAnswer(ctx context.Context, e *entry, ends *streamEnds, en
 			return r.redial(ctx, e, g, avoid)
 		}
 	}
-	res := replay.Begin(ctx, ends.client, ends.unanswered, ended, o)
-	ends.unanswered = nil
-	ends.server, ends.first, ends.gone, ends.broken, ends.shut = res.Server, res.Rest, res.Gone, res.Broken, res.Shut
+	res := replay.Begin(ctx, ends.client, watch, ended, o)
+	ends.server, ends.how.First, ends.how.Gone, ends.how.Broken, ends.how.Shut = res.Server, res.Rest, res.Gone, res.Broken, res.Shut
 	e.replayed(res.Replays)
 	if res.Server != was {
 		ends.since = time.Now()

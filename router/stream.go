@@ -8,7 +8,6 @@ import (
 	"cgtun/dialer"
 	"cgtun/flow"
 	"cgtun/relay"
-	"cgtun/replay"
 )
 
 // ServeStream implements flow.Handler: whose is it, what do the rules say,
@@ -19,44 +18,37 @@ import (
 // that the collector can shrink the goroutine's stack.
 func (r *Router) ServeStream(ctx context.Context, s flow.Stream) {
 	e := r.begin(s.Flow())
-	var ends streamEnds
+	ends := new(streamEnds)
 	defer ends.close(r)
-	defer func() { r.quiets.unwatch(ends.quiet) }()
 	defer r.recovered(e, func() { ends.abort(s) })
-	if !r.connect(ctx, e, s, &ends) {
+	if !r.connect(ctx, e, s, ends) {
 		return
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	e.stoppedBy(cancel)
-	r.watch(e, &ends)
-	result := r.relay(ctx, e, &ends)
+	ends.how.Up, ends.how.Down, ends.how.Half, ends.how.Workers = &e.up, &e.down, e.closing, &r.pumps
+	r.watch(e, ends)
+	result := relay.Streams(ctx, ends.client, ends.server.Conn, &ends.how)
 	if result.Left {
-		if !r.untilAnswer(ctx, e, &ends, result.Err) {
+		if !r.untilAnswer(ctx, e, ends, result.Err) {
 			return
 		}
-		result = r.relay(ctx, e, &ends)
+		result = relay.Streams(ctx, ends.client, ends.server.Conn, &ends.how)
 	}
-	ends.outcome = dialer.Outcome{
-		Reason: result.Reason, ByServer: result.By == relay.Server,
-		Up: e.up.Load(), Down: e.down.Load(), Lasted: time.Since(ends.since),
-	}
-	if result.Reason == flow.Reset && e.ending() {
-		ends.outcome.Reason = flow.Closed // one side had said all: many servers end like that
-	}
-	e.end(result.Reason)
+	ends.over(e, &result)
 }
 
-// relay moves a flow to its end, or until somebody else is to go on with it.
-func (r *Router) relay(ctx context.Context, e *entry, ends *streamEnds) relay.Result {
-	o := relay.Options{
-		Up: &e.up, Down: &e.down, Half: e.closing, First: ends.first, Gone: ends.gone, Broken: ends.broken, Shut: ends.shut,
-		Workers: &r.pumps,
+// over notes how a flow has ended.
+func (s *streamEnds) over(e *entry, result *relay.Result) {
+	s.outcome = dialer.Outcome{
+		Reason: result.Reason, ByServer: result.By == relay.Server,
+		Up: e.up.Load(), Down: e.down.Load(), Lasted: time.Since(s.since),
 	}
-	if ends.unanswered != nil {
-		o.Watcher = ends.unanswered
+	if result.Reason == flow.Reset && e.ending() {
+		s.outcome.Reason = flow.Closed // one side had said all: many servers end like that
 	}
-	return relay.Streams(ctx, ends.client, ends.server.Conn, o)
+	e.end(result.Reason)
 }
 
 // streamEnds are the two ends of a flow, as far as they are there.
@@ -66,18 +58,14 @@ type streamEnds struct {
 	place    bool            // taken for the server's socket
 	answered bool            // Accept or Reject was called
 	by       dialer.Outbound // that has made server
-	first    []byte          // of client, and not sent on yet
-	gone     error           // how client has ended after that; nil: it has not
-	broken   error           // a write to server has failed with it
-	shut     bool            // server was told that nothing more comes
+	how      relay.Options   // the flow is moved
 	quiet    *quiet          // it is watched for silence; nil: it is not
 	since    time.Time       // that server is connected
 	outcome  dialer.Outcome  // what is told of server when it is closed
-
-	unanswered *replay.Watch // nil: nobody can help, or it has been done
 }
 
 func (s *streamEnds) close(r *Router) {
+	r.quiets.unwatch(s.quiet)
 	if s.place {
 		defer r.giveSockets(1)
 	}

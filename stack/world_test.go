@@ -118,7 +118,7 @@ func (r *relaying) ServeStream(ctx context.Context, s flow.Stream) {
 		return
 	}
 	defer in.Close()
-	r.note(relay.Streams(ctx, in, out, relay.Options{Half: func() { r.w.halves.Add(1) }}))
+	r.note(relay.Streams(ctx, in, out, &relay.Options{Half: func() { r.w.halves.Add(1) }}))
 }
 
 func (r *relaying) note(res relay.Result) {

@@ -44,7 +44,7 @@ func (w *world) faithful(addr string, config *tls.Config, ask asked) *labtest.Se
 		if _, err := io.WriteString(client, yes); err != nil {
 			return err
 		}
-		relay.Streams(context.Background(), client, flow.NewTCPConn(to.(*net.TCPConn)), relay.Options{})
+		relay.Streams(context.Background(), client, flow.NewTCPConn(to.(*net.TCPConn)), &relay.Options{})
 		return nil
 	})
 }
