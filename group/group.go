@@ -66,16 +66,11 @@ func (g *Group) DialStream(ctx context.Context, t dialer.Target) (*dialer.Conn, 
 }
 
 // DialStreamUntil is DialStream for a flow that has time until then, where the deadline
-// of the group is not sooner; zero: it has that. begun, if there is one, is called before
-// anybody is asked, with what ends the call, and does nothing any more when that is over:
-// who may have to end it needs no context around those of the attempts.
-func (g *Group) DialStreamUntil(ctx context.Context, t dialer.Target, until time.Time, begun func(end context.CancelFunc)) (*dialer.Conn, error) {
+// of the group is not sooner; zero: it has that. Who may have to end it by ending needs no
+// context around those of the attempts; nil: nobody does.
+func (g *Group) DialStreamUntil(ctx context.Context, t dialer.Target, until time.Time, ending *dialer.Ending) (*dialer.Conn, error) {
 	r := streamRaces.Get().(*race[*dialer.Conn])
-	r.g, r.target, r.scored, r.dial, r.until = g, t, true, dialStream, until
-	if begun != nil {
-		r.ending = new(ending)
-		begun(r.ending.end)
-	}
+	r.g, r.target, r.scored, r.dial, r.until, r.ending = g, t, true, dialStream, until, ending
 	c, m, err := r.run(ctx)
 	*r = race[*dialer.Conn]{} // nothing of it is left
 	streamRaces.Put(r)

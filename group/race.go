@@ -52,8 +52,8 @@ type race[T io.Closer] struct {
 	dial   func(context.Context, dialer.Outbound, *dialer.Target) (T, error)
 	scored bool // what it tells is for the scores
 
-	until    time.Time // the deadline of it all; before run that of the flow, or zero
-	ending   *ending   // nil: its contexts alone end it
+	until    time.Time      // the deadline of it all; before run that of the flow, or zero
+	ending   *dialer.Ending // nil: its context alone ends it
 	stagger  time.Duration
 	queue    []ranked
 	tries    []*try // of this round
@@ -69,6 +69,7 @@ type race[T io.Closer] struct {
 	making  sync.Once
 	results chan result[T] // by ended
 	wait    stagger
+	ctx     context.Context // of the caller, for join
 	joined  chan outcome[T] // of the goroutine in which the others have joined
 }
 
@@ -133,8 +134,9 @@ func (r *race[T]) ended() chan result[T] {
 // there is to do. The others join when the stagger is over, or when it has failed.
 func (r *race[T]) alone(ctx context.Context, now time.Time) (conn T, m *member, err error) {
 	t, attempt := r.next(ctx, now)
-	r.ending.also(t.cancel)
-	r.wait.at, r.wait.over = sooner(r.nextAt, t.until), func() { r.join(ctx) }
+	r.ending.By(t.cancel)
+	r.ctx = ctx
+	r.wait.at, r.wait.by = sooner(r.nextAt, t.until), r
 	r.g.scores.staggers.begin(&r.wait)
 	res := r.try(attempt, t)
 	if !r.g.scores.staggers.end(&r.wait) {
@@ -151,7 +153,7 @@ func (r *race[T]) alone(ctx context.Context, now time.Time) (conn T, m *member, 
 }
 
 // join is loop beside an attempt of alone.
-func (r *race[T]) join(ctx context.Context) {
+func (r *race[T]) join() {
 	r.ended()
 	var o outcome[T]
 	defer func() {
@@ -160,14 +162,14 @@ func (r *race[T]) join(ctx context.Context) {
 		}
 		r.joined <- o
 	}()
-	o.conn, o.m, o.err = r.loop(ctx)
+	o.conn, o.m, o.err = r.loop(r.ctx)
 }
 
 // loop sees the race to its end.
 func (r *race[T]) loop(ctx context.Context) (conn T, m *member, err error) {
 	ctx, cancel := context.WithDeadline(ctx, r.until)
 	defer cancel()
-	r.ending.also(cancel)
+	r.ending.By(cancel) // settle ends all attempts
 	results := r.ended()
 	timer := time.NewTimer(0)
 	defer timer.Stop()
@@ -219,43 +221,6 @@ func sooner(a, b time.Time) time.Time {
 		return a
 	}
 	return b
-}
-
-// ending lets somebody else end a race. It may outlive that.
-type ending struct {
-	mu    sync.Mutex
-	over  bool
-	first context.CancelFunc // of the first attempt
-	rest  context.CancelFunc // of all when others have joined
-}
-
-// end ends the race, which may be over already.
-func (e *ending) end() {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	e.over = true
-	for _, cancel := range []context.CancelFunc{e.first, e.rest} {
-		if cancel != nil {
-			cancel()
-		}
-	}
-}
-
-// also has end call cancel. Nil is for nobody.
-func (e *ending) also(cancel context.CancelFunc) {
-	if e == nil {
-		return
-	}
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	switch {
-	case e.over:
-		cancel()
-	case e.first == nil:
-		e.first = cancel
-	default:
-		e.rest = cancel
-	}
 }
 
 // round asks all members again, from then on.

@@ -97,21 +97,19 @@ func TestRaceIsEnded(t *testing.T) {
 				if tt.until > 0 {
 					until = time.Now().Add(tt.until)
 				}
-				var end context.CancelFunc
-				begun := func(e context.CancelFunc) {
-					if end = e; tt.after > 0 {
-						time.AfterFunc(tt.after, end)
-					}
+				ending := new(dialer.Ending)
+				if tt.after > 0 {
+					time.AfterFunc(tt.after, ending.End)
 				}
 				start := time.Now()
-				_, err := g.DialStreamUntil(t.Context(), dst(1), until, begun)
+				_, err := g.DialStreamUntil(t.Context(), dst(1), until, ending)
 				if took := time.Since(start); took != tt.took || flow.ReasonOf(err) != tt.reason {
 					t.Errorf("after %v: %v (%v), want %v, %v", took, err, flow.ReasonOf(err), tt.took, tt.reason)
 				}
 				if n := a.asked() + b.asked(); n != tt.asked {
 					t.Errorf("%d were asked, want %d", n, tt.asked)
 				}
-				end()
+				ending.End()
 				b.set(in(ms))
 				if by, _, err := dial(t, g, dst(2)); by != "b" {
 					t.Errorf("the next one: %q, %v", by, err)

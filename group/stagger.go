@@ -21,9 +21,12 @@ type staggers struct {
 // stagger is one of them.
 type stagger struct {
 	bag.Place
-	at   time.Time
-	over func() // called then, in a goroutine
+	at time.Time
+	by joiner
 }
+
+// joiner is told when a stagger is over, in a goroutine of its own.
+type joiner interface{ join() }
 
 // leastPause is between two looks at them.
 const leastPause = time.Millisecond
@@ -38,7 +41,7 @@ func (s *staggers) begin(one *stagger) {
 	}
 }
 
-// end says whether over has not been called, and will not be.
+// end says whether nobody was told, and will not be.
 func (s *staggers) end(one *stagger) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -65,7 +68,7 @@ func (s *staggers) ring() {
 		switch {
 		case !now.Before(one.at):
 			s.bag.Remove(one)
-			go one.over()
+			go one.by.join()
 		case next.IsZero() || one.at.Before(next):
 			next = one.at
 		}

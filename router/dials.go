@@ -98,9 +98,6 @@ func (d *dials) evict(of dialSource) {
 
 // end says whether the dial was evicted before.
 func (d *dials) end(one dialing) (evicted bool) {
-	if one.place == nil {
-		return false // it has not begun
-	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	evicted = one.place.Value == nil
@@ -152,14 +149,11 @@ func (r *Router) dialStream(ctx context.Context, f *flow.Flow, o dialer.Outbound
 	}
 	// It has a context for each attempt, and another one around them would be a good
 	// part of what a group costs.
-	var one dialing
-	err = r.aside(func() (err error) {
-		c, err = g.DialStreamUntil(ctx, t, until, func(end context.CancelFunc) { one = r.dials.begin(f, end) })
+	ending := new(dialer.Ending)
+	err = r.counted(f, ending.End, func() (err error) {
+		c, err = g.DialStreamUntil(ctx, t, until, ending)
 		return err
 	})
-	if r.dials.end(one) && err != nil {
-		err = errCrowded
-	}
 	return c, err
 }
 
@@ -168,8 +162,13 @@ func (r *Router) dialStream(ctx context.Context, f *flow.Flow, o dialer.Outbound
 func (r *Router) inFlight(ctx context.Context, until time.Time, f *flow.Flow, do func(context.Context) error) error {
 	ctx, cancel := context.WithDeadline(ctx, until)
 	defer cancel()
-	one := r.dials.begin(f, cancel)
-	err := r.aside(func() error { return do(ctx) })
+	return r.counted(f, cancel, func() error { return do(ctx) })
+}
+
+// counted runs a dial that counts, and that end ends where it has to make room.
+func (r *Router) counted(f *flow.Flow, end context.CancelFunc, do func() error) error {
+	one := r.dials.begin(f, end)
+	err := r.aside(do)
 	if r.dials.end(one) && err != nil {
 		return errCrowded
 	}

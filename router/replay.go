@@ -14,9 +14,8 @@ import (
 type rescuer interface {
 	dialer.Outbound
 	several
-	// DialStreamUntil is DialStream that takes until then at most. It gives begun what
-	// ends it.
-	DialStreamUntil(ctx context.Context, t dialer.Target, until time.Time, begun func(end context.CancelFunc)) (*dialer.Conn, error)
+	// DialStreamUntil is DialStream that takes until then at most, and that ending ends.
+	DialStreamUntil(ctx context.Context, t dialer.Target, until time.Time, ending *dialer.Ending) (*dialer.Conn, error)
 	// Replay says whether the client's bytes may be sent again elsewhere.
 	Replay() bool
 	// Usual is how long a first byte takes by one of its outbounds; 0: nobody

@@ -44,8 +44,7 @@ func (o *twoWays) Hide(outbound string, kind dialer.Hidden) {
 	o.hidden.Store(&text)
 }
 
-func (o *twoWays) DialStreamUntil(ctx context.Context, t dialer.Target, _ time.Time, begun func(context.CancelFunc)) (*dialer.Conn, error) {
-	begun(func() {})
+func (o *twoWays) DialStreamUntil(ctx context.Context, t dialer.Target, _ time.Time, _ *dialer.Ending) (*dialer.Conn, error) {
 	return o.DialStream(ctx, t)
 }
 
