@@ -78,10 +78,14 @@ type ranked struct {
 // rank appends to list the members in the order in which to ask them for t, without
 // those that t avoids.
 func (g *Group) rank(list []ranked, t *dialer.Target, now time.Time) []ranked {
-	s := g.scores
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	d := s.dests[t.Addr]
+	g.scores.mu.Lock()
+	defer g.scores.mu.Unlock()
+	return g.order(list, t, now)
+}
+
+// order is rank under Scores.mu.
+func (g *Group) order(list []ranked, t *dialer.Target, now time.Time) []ranked {
+	d := g.scores.dests[t.Addr]
 	for _, m := range g.members {
 		if slices.Contains(t.Avoid, m.path.name) {
 			continue

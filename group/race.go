@@ -112,15 +112,26 @@ func (r *race[T]) run(ctx context.Context) (conn T, m *member, err error) {
 	if until := now.Add(r.g.c.Deadline); r.until.IsZero() || until.Before(r.until) {
 		r.until = until
 	}
-	r.round(now, now)
-	if len(r.queue) == 0 {
+	if !r.line(now) {
 		return conn, nil, r.fail(flow.HostUnreachable, errNobody)
 	}
-	r.stagger = r.g.scores.stagger(r.queue[0].path, r.g.c.Stagger, now)
 	if r.stagger > 0 {
 		return r.alone(ctx, now)
 	}
 	return r.loop(ctx)
+}
+
+// line has the members stand in line, for the first time. False: there is nobody.
+func (r *race[T]) line(now time.Time) bool {
+	s := r.g.scores
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r.queue, r.tries = r.g.order(r.places[:0], &r.target, now), r.room[:0]
+	r.began, r.nextAt = now, now
+	if len(r.queue) > 0 {
+		r.stagger = r.queue[0].path.stagger(r.g.c.Stagger, now)
+	}
+	return len(r.queue) > 0
 }
 
 // ended is where attempts that have ended are told of; joined is made with it. Room for all that can be in
@@ -463,10 +474,9 @@ func exhausted(err error) bool {
 	return false
 }
 
-// stagger is how long the first member of a race is alone, most at most.
-func (s *Scores) stagger(p *path, most time.Duration, now time.Time) time.Duration {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+// stagger is how long it is alone as the first member of a race, most at most. Under
+// Scores.mu.
+func (p *path) stagger(most time.Duration, now time.Time) time.Duration {
 	if l := &p.level[connects]; !l.failedAt.IsZero() && now.Sub(l.failedAt) < freshFailure || p.down != "" {
 		return 0
 	}

@@ -55,6 +55,10 @@ const (
 	stillMost = 12 * time.Second
 	// together is within which time two paths to one destination are compared.
 	together = 10 * time.Second
+	// settled is for how long the last success by a path at a destination stands for
+	// those that follow. Where all goes well nothing is written for each flow, which
+	// the processors would have to hand to each other.
+	settled = 100 * time.Millisecond
 	// freshFailure is how long a failure takes away the benefit of the doubt.
 	freshFailure = 10 * time.Second
 
@@ -208,7 +212,7 @@ func (s *share) age(now time.Time) {
 }
 
 func (s *share) success(now time.Time) {
-	if s.bad == 0 && s.good == maxGood && now.Sub(s.at) < stillMost {
+	if s.whole() && now.Sub(s.at) < stillMost {
 		s.at = now
 		return
 	}
@@ -216,6 +220,9 @@ func (s *share) success(now time.Time) {
 	s.good = min(s.good+1, maxGood)
 	s.bad /= 2
 }
+
+// whole says whether one more success would change nothing.
+func (s *share) whole() bool { return s.bad == 0 && s.good == maxGood }
 
 func (s *share) failure(now time.Time) {
 	s.age(now)
@@ -236,12 +243,32 @@ func (l *level) success(now time.Time) {
 	l.row, l.failedAt, l.failedOn = 0, time.Time{}, netip.Addr{}
 }
 
+// flawless says the same of all levels up to that one.
+func flawless(l *[levels]level, at int) bool {
+	for k := range at + 1 {
+		if !l[k].ok.whole() || l[k].row > 0 || !l[k].failedAt.IsZero() {
+			return false
+		}
+	}
+	return true
+}
+
 // dest is what is known of one destination. Under Scores.mu.
 type dest struct {
 	used   time.Time
 	paths  map[*path]*[levels]level
 	good   [levels]event // the last success
 	failed [levels]event // the last failure that was not charged
+}
+
+// goesOn says whether a path has just succeeded there, and no other one waits for news.
+func (d *dest) goesOn(p *path, at int, now time.Time) bool {
+	for k := range at + 1 {
+		if d.good[k].path != p || now.Sub(d.good[k].at) >= settled || d.failed[k].path != nil {
+			return false
+		}
+	}
+	return true
 }
 
 type event struct {
@@ -272,7 +299,9 @@ func (s *Scores) dest(a netip.AddrPort, p *path, now time.Time) (*dest, *[levels
 		d = &dest{paths: make(map[*path]*[levels]level, 2)}
 		s.dests[a] = d
 	}
-	d.used = now
+	if now.Sub(d.used) > settled {
+		d.used = now
+	}
 	l := d.paths[p]
 	if l == nil {
 		l = new([levels]level)
@@ -301,6 +330,9 @@ func (s *Scores) forgetOne() {
 // succeeded notes a success of p at dst, at a level and those below.
 func (s *Scores) succeeded(p *path, dst netip.AddrPort, at int, now time.Time) {
 	d, own := s.dest(dst, p, now)
+	if d.goesOn(p, at, now) && flawless(own, at) && flawless(&p.level, at) && p.ejections == 0 && p.ejected.IsZero() {
+		return
+	}
 	for k := range at + 1 {
 		own[k].success(now)
 		d.good[k] = event{p, now}
