@@ -440,11 +440,15 @@ func (m *Manager) begin(ctx context.Context, work *sync.WaitGroup, cookie uint64
 		defer s.end()
 		number := m.number(s)
 		s.run(ctx)
+		// A picture that comes from now on and has it is of one that is there after all.
+		picked := m.picked.Load()
+		s.forget()
 		m.mu.Lock()
 		delete(m.numbers, number)
 		delete(m.sites, cookie)
-		m.left[cookie] = m.picked.Load()
+		m.left[cookie] = picked
 		m.mu.Unlock()
+		signal(m.again) // such a picture can have been looked at already
 	})
 }
 

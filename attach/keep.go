@@ -172,7 +172,7 @@ func (s *site) bring() (later <-chan time.Time, err error) {
 // up who takes it down, and makes the next one. Meanwhile nobody begins to send. What
 // does not go is undone a little later.
 func (s *site) ending() bool {
-	if !errors.Is(s.ref().Do(func() error { return nil }), netns.ErrGone) {
+	if s.there() {
 		return false
 	}
 	if s.ended.IsZero() {
@@ -197,9 +197,6 @@ func (s *site) over(e ended) error {
 		return s.lost(e.of)
 	case err == nil:
 		err = errors.New("it ended by itself")
-	case errors.Is(err, netns.ErrGone) && s.ref().Do(func() error { return nil }) == nil:
-		// The namespace is there: somebody inside has deleted the device.
-		err = errDeleted(e.of)
 	}
 	return fmt.Errorf("serve attachment %s: %w", s.id, err)
 }

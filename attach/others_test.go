@@ -29,6 +29,7 @@ import (
 type gate struct {
 	onOffline func() // called when a namespace is to be admitted as offline
 	onAdmit   func() // called when one is to be admitted otherwise
+	onForget  func() // called when one was forgotten
 	onLetGo   func() // called when no device of a namespace is to be guarded any more
 
 	mu     sync.Mutex
@@ -124,7 +125,13 @@ func (g *gate) Admit(ns netns.Ref, a cgroupsel.Admission) error {
 	return g.note(ns, "admitted")
 }
 func (g *gate) Deny(ns netns.Ref) error { return g.note(ns, "denied") }
-func (g *gate) Forget(ns netns.Ref)     { _ = g.note(ns, "forgotten") }
+
+func (g *gate) Forget(ns netns.Ref) {
+	_ = g.note(ns, "forgotten")
+	if g.onForget != nil {
+		g.onForget()
+	}
+}
 
 func (g *gate) words(ns netns.Ref) []string {
 	g.mu.Lock()

@@ -199,7 +199,6 @@ func closeAll(attached []*Attachment) error {
 func (s *site) run(ctx context.Context) {
 	log := s.m.opts.Logger.With("attachment", s.id)
 	defer s.decide()
-	defer s.forget()
 	failures := 0
 	for ctx.Err() == nil {
 		online, err := s.judge()
@@ -381,6 +380,10 @@ func (s *site) capture(ctx context.Context) error {
 	if !began.IsZero() {
 		s.lasted = time.Since(began)
 	}
+	if errors.Is(err, netns.ErrGone) && s.there() {
+		// Who serves the device, or looks around by it, takes it for the namespace.
+		err = errors.New("the device was deleted by somebody")
+	}
 	if !errors.Is(err, netns.ErrGone) {
 		err = errors.Join(err, s.shut())
 	}
@@ -388,6 +391,11 @@ func (s *site) capture(ctx context.Context) error {
 		s.m.opts.Logger.Warn("something is left in a namespace that is not attached any more", "attachment", s.id, "err", closeErr)
 	}
 	return err
+}
+
+// there says whether the namespace is there, and somebody in it.
+func (s *site) there() bool {
+	return !errors.Is(s.ref().Do(func() error { return nil }), netns.ErrGone)
 }
 
 // shut lets nobody send any more, until the next word or for good; when cgtun

@@ -81,3 +81,30 @@ func TestStaleLookAdmitsNobody(t *testing.T) {
 		}
 	})
 }
+
+// A namespace that is seen again while it is being let go of is attached anew, though
+// nothing else happens after that.
+func TestSeenAgainWhileItIsLetGo(t *testing.T) {
+	atHome(t, func(t *testing.T) {
+		r, g := others(t, nil)
+		i, other := newInner(t, 1), newInner(t, 2)
+		i.connect(1)
+		r.shows(i.namespace())
+		labtest.Eventually(t, soon, func() bool { return g.last(i.ref) == "admitted" })
+		g.onForget = func() {
+			g.onForget = nil
+			r.shows(i.namespace(), other.namespace())
+			labtest.Eventually(t, soon, func() bool { return r.state(other.ref) != "" }, "the picture is looked at")
+		}
+		r.shows()
+		labtest.Eventually(t, soon, func() bool {
+			return slices.Equal(g.words(i.ref), []string{"admitted", "forgotten", "admitted"})
+		}, "it is attached again: the gate was told %q", g.words(i.ref))
+		if got := r.state(i.ref); got != attach.StateUp {
+			t.Errorf("its state is %q", got)
+		}
+		if err := r.stop(); err != nil {
+			t.Error(err)
+		}
+	})
+}

@@ -6,7 +6,7 @@ import (
 )
 
 // Ending lets somebody end a dial who has no context around it. The zero value is for a
-// dial that has not begun. Safe for concurrent use; nil is for nobody.
+// dial that has not begun. Safe for concurrent use.
 type Ending struct {
 	mu     sync.Mutex
 	over   bool
@@ -24,7 +24,7 @@ func (e *Ending) End() {
 }
 
 // By is for who dials: End calls cancel from now on, and no earlier one. It is called at
-// once if the dial was ended.
+// once if the dial was ended. Of nil it does nothing: nobody else ends that dial.
 func (e *Ending) By(cancel context.CancelFunc) {
 	if e == nil {
 		return

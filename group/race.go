@@ -31,7 +31,7 @@ import (
 // until the deadline. ErrUnsupported and dialer.ErrAccount count as if the member
 // were not there.
 //
-// An attempt ends early when the kernel says that its path is gone.
+// An attempt has a time of its own, and ends early when the kernel says that its path is gone.
 
 const (
 	maxInFlight = 3
@@ -78,10 +78,8 @@ type try struct {
 	*member
 	bag.Place // in path.inFlight
 	began     time.Time
-	until     time.Time // it may take
 	cancel    context.CancelFunc
 	lost      atomic.Pointer[errPathLost] // the kernel's word was the cause
-	late      bool                        // that time was
 	done      bool
 	err       error
 }
@@ -147,7 +145,7 @@ func (r *race[T]) alone(ctx context.Context, now time.Time) (conn T, m *member, 
 	t, attempt := r.next(ctx, now)
 	r.ending.By(t.cancel)
 	r.ctx = ctx
-	r.wait.at, r.wait.by = sooner(r.nextAt, t.until), r
+	r.wait.at, r.wait.by = r.nextAt, r
 	r.g.scores.staggers.begin(&r.wait)
 	res := r.try(attempt, t)
 	if !r.g.scores.staggers.end(&r.wait) {
@@ -191,7 +189,6 @@ func (r *race[T]) loop(ctx context.Context) (conn T, m *member, err error) {
 			r.settle(nil, now)
 			return conn, nil, err
 		}
-		r.endLate(now)
 		r.start(ctx, now)
 		if r.inFlight == 0 && len(r.queue) == 0 {
 			again, err := r.verdict()
@@ -258,12 +255,12 @@ func (r *race[T]) start(ctx context.Context, now time.Time) {
 // next begins the attempt of the next member.
 func (r *race[T]) next(ctx context.Context, now time.Time) (*try, context.Context) {
 	until := sooner(now.Add(r.g.c.Attempt), r.until)
-	attempt, cancel := context.WithCancel(ctx) // loop has a timer already
+	attempt, cancel := context.WithDeadline(ctx, until)
 	t := &r.first
 	if t.member != nil {
 		t = new(try)
 	}
-	t.member, t.began, t.until, t.cancel = r.queue[0].member, now, until, cancel
+	t.member, t.began, t.cancel = r.queue[0].member, now, cancel
 	r.queue = r.queue[1:]
 	r.tries = append(r.tries, t)
 	r.inFlight++
@@ -273,27 +270,6 @@ func (r *race[T]) next(ctx context.Context, now time.Time) (*try, context.Contex
 	}
 	r.g.scores.begin(t)
 	return t, attempt
-}
-
-// endLate ends the attempts whose time is over.
-func (r *race[T]) endLate(now time.Time) {
-	for _, t := range r.tries {
-		if !t.done && !t.late && !now.Before(t.until) {
-			t.late = true
-			t.cancel()
-		}
-	}
-}
-
-// tooLate is how an attempt has ended that was ended for its time.
-func (r *race[T]) tooLate(t *try, err error) error {
-	late := &dialer.Error{Hop: t.path.name, Op: "connect", Addr: r.target.Addr}
-	var at *dialer.Error
-	if errors.As(err, &at) {
-		*late = *at
-	}
-	late.Reason, late.Err = flow.TimedOut, context.DeadlineExceeded
-	return late
 }
 
 // try makes an attempt.
@@ -332,11 +308,6 @@ func (r *race[T]) wake(now time.Time) time.Time {
 	if !r.answered.IsZero() && r.answered.Before(at) {
 		at = r.answered
 	}
-	for _, t := range r.tries {
-		if !t.done && !t.late && t.until.Before(at) {
-			at = t.until
-		}
-	}
 	return at
 }
 
@@ -344,9 +315,6 @@ func (r *race[T]) wake(now time.Time) time.Time {
 func (r *race[T]) took(res *result[T]) (now time.Time) {
 	now = time.Now()
 	t := res.try
-	if t.late && res.err != nil {
-		res.err = r.tooLate(t, res.err)
-	}
 	t.done, t.err = true, res.err
 	t.cancel()
 	r.inFlight--
@@ -442,6 +410,9 @@ func (r *race[T]) settle(winner *try, now time.Time) {
 		res := <-r.results
 		r.inFlight--
 		r.g.scores.end(res.try)
+		if res.err != nil && !errors.Is(res.err, context.Canceled) {
+			res.done, res.try.err = true, res.err // in the same moment, and by itself
+		}
 		if res.err == nil {
 			_ = res.conn.Close()
 		}

@@ -513,3 +513,49 @@ func TestLoadIsGivenBack(t *testing.T) {
 		}
 	})
 }
+
+// TestSilenceOfTheFirstIsLearned: a first member that is silent is not asked first again,
+// also where nobody joins before its time is over, or that of the race, or of a race
+// around this one.
+func TestSilenceOfTheFirstIsLearned(t *testing.T) {
+	for _, tt := range []struct {
+		name             string
+		attempt, within  time.Duration
+		stagger          time.Duration
+		nested, reachesB bool // by the first flow
+	}{
+		{"its time", 5 * time.Second, 30 * time.Second, 10 * time.Second, false, true},
+		{"that of the race", 5 * time.Second, 5 * time.Second, 10 * time.Second, false, false},
+		{"that of a race around it", 5 * time.Second, 30 * time.Second, 10 * time.Second, true, true},
+		{"after another one has joined", 5 * time.Second, 5 * time.Second, time.Second, true, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				a, b := &fake{name: "a", connect: in(never)}, &fake{name: "b", connect: in(10 * ms)}
+				s := board(t)
+				c := settings("fallback")
+				c.Attempt, c.Deadline, c.Stagger = tt.attempt, tt.within, tt.stagger
+				var g dialer.Outbound = newGroup(t, c, s, a, b)
+				if tt.nested {
+					c.Name, c.Outbounds = "outer", []string{g.Name()}
+					outer, err := group.New(c, []dialer.Outbound{g}, s)
+					if err != nil {
+						t.Fatal(err)
+					}
+					g = outer
+				}
+				if c, err := g.DialStream(t.Context(), dst(1)); (err == nil) != tt.reachesB {
+					t.Errorf("the first flow: %v", err)
+				} else if err == nil {
+					_ = c.Close()
+				}
+				start := time.Now()
+				conn, err := g.DialStream(t.Context(), dst(2))
+				if err != nil || time.Since(start) > time.Second {
+					t.Fatalf("the next flow, after %v: %v", time.Since(start), err)
+				}
+				_ = conn.Close()
+			})
+		})
+	}
+}

@@ -51,7 +51,9 @@ const (
 	// maxGood bounds what a long good time is worth: a path that breaks must
 	// fall at once.
 	maxGood = 4.0
-	// stillMost is after what time what is left of that, and one more, is that again.
+	// leastBad is what is forgotten of failures when so little is left.
+	leastBad = 1.0 / 1024
+	// stillMost is for how long what is left of that is that again with one more, at most.
 	stillMost = 12 * time.Second
 	// together is within which time two paths to one destination are compared.
 	together = 10 * time.Second
@@ -59,6 +61,9 @@ const (
 	// those that follow. Where all goes well nothing is written for each flow, which
 	// the processors would have to hand to each other.
 	settled = 100 * time.Millisecond
+	// timesEvery is the least time between two connects that are timed, for the same
+	// reason.
+	timesEvery = 2 * time.Millisecond
 	// freshFailure is how long a failure takes away the benefit of the doubt.
 	freshFailure = 10 * time.Second
 
@@ -162,9 +167,10 @@ type path struct {
 	level [levels]level
 
 	times    times // of connects
-	connect  ewma  // seconds
-	first    ewma  // seconds to the first byte
-	speed    ewma  // bytes a second, of flows that said something
+	timedAt  time.Time
+	connect  ewma // seconds
+	first    ewma // seconds to the first byte
+	speed    ewma // bytes a second, of flows that said something
 	speedAt  time.Time
 	brokenAt int64     // bytes that a flow had brought when it broke; 0: none since carried
 	quiet    time.Time // a flow was silent in the middle of something
@@ -218,10 +224,12 @@ func (s *share) success(now time.Time) {
 	}
 	s.age(now)
 	s.good = min(s.good+1, maxGood)
-	s.bad /= 2
+	if s.bad /= 2; s.bad < leastBad {
+		s.bad = 0
+	}
 }
 
-// whole says whether one more success would change nothing.
+// whole says whether one more success soon after the last would change nothing.
 func (s *share) whole() bool { return s.bad == 0 && s.good == maxGood }
 
 func (s *share) failure(now time.Time) {
@@ -246,7 +254,7 @@ func (l *level) success(now time.Time) {
 // flawless says the same of all levels up to that one.
 func flawless(l *[levels]level, at int) bool {
 	for k := range at + 1 {
-		if !l[k].ok.whole() || l[k].row > 0 || !l[k].failedAt.IsZero() {
+		if !l[k].ok.whole() || l[k].row > 0 || !l[k].failedAt.IsZero() || l[k].failedOn.IsValid() {
 			return false
 		}
 	}
@@ -264,7 +272,9 @@ type dest struct {
 // goesOn says whether a path has just succeeded there, and no other one waits for news.
 func (d *dest) goesOn(p *path, at int, now time.Time) bool {
 	for k := range at + 1 {
-		if d.good[k].path != p || now.Sub(d.good[k].at) >= settled || d.failed[k].path != nil {
+		failed := d.failed[k].path
+		waits := failed != nil && failed != p && now.Sub(d.failed[k].at) <= together
+		if waits || d.good[k].path != p || now.Sub(d.good[k].at) >= settled {
 			return false
 		}
 	}
@@ -427,8 +437,11 @@ func (s *Scores) connected(t *try, dst netip.AddrPort, took time.Duration, now t
 	defer s.mu.Unlock()
 	p := t.path
 	p.inFlight.Remove(t)
-	p.times.add(took)
-	p.connect.add(took.Seconds())
+	if now.Sub(p.timedAt) >= timesEvery {
+		p.timedAt = now
+		p.times.add(took)
+		p.connect.add(took.Seconds())
+	}
 	p.live++
 	s.succeeded(p, dst, connects, now)
 }

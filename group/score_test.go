@@ -480,3 +480,31 @@ func TestUsualConnectTime(t *testing.T) {
 		}
 	}
 }
+
+// TestRefusalsAreCountedAcrossQuickSuccesses: between two contradicted refusals a success,
+// however soon after the last one, shows that they were not the path's.
+func TestRefusalsAreCountedAcrossQuickSuccesses(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		refuses := map[netip.AddrPort]bool{dst(5).Addr: true, dst(6).Addr: true}
+		a := &fake{name: "a", connect: func(d netip.AddrPort) (time.Duration, error) {
+			if refuses[d] {
+				return 0, errRefused
+			}
+			return 0, nil
+		}}
+		b := &fake{name: "b", connect: in(0)}
+		s := board(t)
+		g := newGroup(t, settings("fallback"), s, a, b)
+		for range 10 {
+			_, _, _ = dial(t, g, dst(1))
+		}
+		for _, n := range []int{5, 1, 6} {
+			if _, _, err := dial(t, g, dst(n)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got := s.Stats()["a"].Score; got != 1 {
+			t.Errorf("score %v", got)
+		}
+	})
+}

@@ -3,6 +3,7 @@ package router
 import (
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"sync"
 	"time"
 
@@ -93,7 +94,9 @@ func (w *watched) look() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	pulsing := 0
-	for _, q := range w.flows.All() {
+	all := w.flows.All()
+	for i, first := 0, rand.IntN(max(len(all), 1)); i < len(all); i++ {
+		q := all[(first+i)%len(all)] // not always the same ones are above the bound
 		e := q.of
 		if q.look(e.up.Load()+e.down.Load(), pulsing < maxPulsing) {
 			pulsing++

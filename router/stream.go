@@ -39,18 +39,6 @@ func (r *Router) ServeStream(ctx context.Context, s flow.Stream) {
 	ends.over(e, &result)
 }
 
-// over notes how a flow has ended.
-func (s *streamEnds) over(e *entry, result *relay.Result) {
-	s.outcome = dialer.Outcome{
-		Reason: result.Reason, ByServer: result.By == relay.Server,
-		Up: e.up.Load(), Down: e.down.Load(), Lasted: time.Since(s.since),
-	}
-	if result.Reason == flow.Reset && e.ending() {
-		s.outcome.Reason = flow.Closed // one side had said all: many servers end like that
-	}
-	e.end(result.Reason)
-}
-
 // streamEnds are the two ends of a flow, as far as they are there.
 type streamEnds struct {
 	client   flow.Conn
@@ -78,6 +66,18 @@ func (s *streamEnds) close(r *Router) {
 		s.server.Tell(s.outcome)
 		_ = s.server.Close()
 	}
+}
+
+// over notes how a flow has ended.
+func (s *streamEnds) over(e *entry, result *relay.Result) {
+	s.outcome = dialer.Outcome{
+		Reason: result.Reason, ByServer: result.By == relay.Server,
+		Up: e.up.Load(), Down: e.down.Load(), Lasted: time.Since(s.since),
+	}
+	if result.Reason == flow.Reset && e.ending() {
+		s.outcome.Reason = flow.Closed // one side had said all: many servers end like that
+	}
+	e.end(result.Reason)
 }
 
 func (s *streamEnds) accepted(r *Router, client flow.Conn) {

@@ -203,7 +203,8 @@ func TestClosedIsOpenedByItsTable(t *testing.T) {
 				}
 				if leads, knows := opened(t, h); leads && !knows {
 					t.Errorf("look %d: the route leads to the device, and the table does not know it", looks)
-					done = <-applied == nil
+					<-applied
+					done = true
 				}
 			}
 			if looks < 5 {
@@ -213,6 +214,55 @@ func TestClosedIsOpenedByItsTable(t *testing.T) {
 				t.Fatal(err)
 			}
 		})
+	}
+}
+
+// Another way than our device leads on after a kill, and while the next run takes it over.
+func TestClosedWayLeadsOnAcrossAStart(t *testing.T) {
+	labtest.Need(t, labtest.Root, labtest.Tool("nft"), labtest.Tool("ip"))
+	lab := labtest.New(t)
+	h := lab.Host("home")
+	link := lab.Link(h, lab.Host("next"), "10.6.0.9/24", "10.6.0.1/24", "", "")
+	p := plan()
+	p.Closed, p.Device, p.Via = true, "", steer.Via{Dev: link.A}
+	for i := range 5000 {
+		p.Bypass = append(p.Bypass, netip.PrefixFrom(netip.AddrFrom4([4]byte{100, byte(i >> 8), byte(i), 1}), 32))
+	}
+	open := func() *steer.Steering {
+		s, err := steer.OpenHome(refOf(t, h), 101)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.WithoutOwner() // so that nothing shows that the first one is still there
+		return s
+	}
+	killed := open()
+	if err := killed.Apply(p); err != nil {
+		t.Fatal(err)
+	}
+	s := open()
+	applied := make(chan error, 1)
+	go func() { applied <- s.Apply(p) }()
+	gaps := 0
+	for done := false; !done; {
+		select {
+		case err := <-applied:
+			if err != nil {
+				t.Error(err)
+			}
+			done = true
+		default:
+			if leads, _ := opened(t, h); !leads {
+				gaps++
+			}
+		}
+	}
+	if gaps > 0 {
+		t.Errorf("the way was gone in %d looks", gaps)
+	}
+	_ = killed.Close() // what it knows is not so any more
+	if err := errors.Join(s.Undo(), s.Close()); err != nil {
+		t.Fatal(err)
 	}
 }
 

@@ -200,7 +200,7 @@ func (s *Steering) claim(p *Plan) error {
 	if err != nil {
 		return err
 	}
-	s.shut = mine && p.Closed
+	s.shut = mine && p.Closed && p.byTun() // another way leads on without us
 	if !s.table.at.away {
 		if mine && !p.Closed {
 			// It cannot be made into one that ends with us. The routes block
