@@ -260,6 +260,45 @@ func TestErrorsOfOthersLoseNothing(t *testing.T) {
 	}
 }
 
+// Whatever is told of others while it is sent, a datagram goes out: each error that is
+// read makes the socket tell of the next one to who sends.
+func TestManyErrorsOfOthersLoseNothing(t *testing.T) {
+	srv, to := sink(t, "127.0.0.1:0")
+	gone, refusing := sink(t, "127.0.0.1:0")
+	gone.Close()
+	bad := make([]flow.Datagram, 50)
+	for i := range bad {
+		bad[i] = flow.Datagram{Peer: refusing, Data: []byte("no")}
+	}
+	for round := range 100 {
+		conn := openPackets(t, nil, dialer.Config{}, to)
+		for range len(bad) {
+			_, _ = conn.WriteBatch(bad)
+		}
+		read := make(chan struct{})
+		go func() {
+			defer close(read)
+			for {
+				_, err := conn.ReadBatch([]flow.Datagram{{Data: make([]byte, 10)}})
+				var peer *flow.PeerError
+				if !errors.As(err, &peer) {
+					return // closed
+				}
+			}
+		}()
+		for i := range 50 {
+			if _, err := conn.WriteBatch([]flow.Datagram{{Peer: to, Data: []byte{byte(i)}}}); err != nil {
+				t.Fatalf("round %d, datagram %d: %v", round, i, err)
+			}
+			if got, _ := readAll(t, srv, 1); got[0][0] != byte(i) {
+				t.Fatalf("round %d: got %d, want %d", round, got[0][0], i)
+			}
+		}
+		conn.Close()
+		<-read
+	}
+}
+
 // client (10.9.0.1) ──── router ──── server (10.8.0.2), the far link with a
 // smaller MTU than the near one.
 func TestJoinedDatagramsLargerThanThePathArriveSingly(t *testing.T) {

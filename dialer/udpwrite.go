@@ -13,8 +13,9 @@ import (
 
 const (
 	// sendTries bounds how often a message is sent again because the socket
-	// had the ICMP error of another one to tell.
-	sendTries = 4
+	// had the ICMP error of another one to tell: each error that is read makes it tell
+	// of the next one. A refusal is never of what is being sent; the others can be.
+	sendTries, refusedTries = 16, 1000
 	// joinAgain is when a size that was refused is joined again: path MTUs are
 	// forgotten after ten minutes, routes change.
 	joinAgain = time.Minute
@@ -246,7 +247,7 @@ func (s *udpSocket) flush(dgs []flow.Datagram) (int, error) {
 			}
 			s.sent++
 			tries = 0
-		case pending(errno) && tries < sendTries:
+		case pending(errno) && tries < sendTries, errno == unix.ECONNREFUSED && tries < refusedTries:
 			tries++
 		default:
 			return p.to - 1, s.sendError(&dgs[p.from], errno)
