@@ -138,8 +138,8 @@ func TestWhereContainersAreIsNotReached(t *testing.T) {
 		}
 	}
 	changed("before the next look")
-	labtest.Background(t, "judge", func(ctx context.Context) error { return home.Do(func() error { return j.Run(ctx) }) })
 	was = j.Version()
+	labtest.Background(t, "judge", func(ctx context.Context) error { return home.Do(func() error { return j.Run(ctx) }) })
 	labtest.Eventually(t, 5*time.Second, func() bool { return j.Version() != was }, "no look at home after a change")
 	changed("after it")
 	if !j.Has(netip.MustParseAddr("10.1.0.77")) || !j.Has(netip.MustParseAddr("::ffff:10.1.0.2")) || j.Has(netip.MustParseAddr("10.1.0.78")) {
