@@ -173,6 +173,9 @@ func (w *world) startCommand(cmd *exec.Cmd) *daemon {
 	return d
 }
 
+// stopTime is what docker gives a container.
+const stopTime = 10 * time.Second
+
 // stop ends cgtun by SIGTERM.
 func (d *daemon) stop() {
 	d.w.t.Helper()
@@ -180,8 +183,10 @@ func (d *daemon) stop() {
 	if err != nil {
 		d.w.t.Errorf("cgtun ended with %v:\n%s", err, d.Output())
 	}
-	if took > 2*time.Second && !raceEnabled {
-		d.w.t.Errorf("SIGTERM took %v, want 2 s at most", took)
+	// A tenth of a second where nothing else goes on. Here other tests make and end
+	// hundreds of namespaces meanwhile, under locks of the kernel that a stop needs.
+	if took > stopTime && !raceEnabled {
+		d.w.t.Errorf("SIGTERM took %v, want %v at most", took, stopTime)
 	}
 }
 
