@@ -181,9 +181,7 @@ func TestClosedIsOpenedByItsTable(t *testing.T) {
 			}
 			p := plan()
 			p.Closed = true
-			for i := range 5000 { // so that the table takes its time
-				p.Bypass = append(p.Bypass, netip.PrefixFrom(netip.AddrFrom4([4]byte{100, byte(i >> 8), byte(i), 1}), 32))
-			}
+			p.Bypass = many()
 			s := start()
 			if err := errors.Join(s.Apply(p), s.Close()); err != nil {
 				t.Fatal(err)
@@ -225,9 +223,7 @@ func TestClosedWayLeadsOnAcrossAStart(t *testing.T) {
 	link := lab.Link(h, lab.Host("next"), "10.6.0.9/24", "10.6.0.1/24", "", "")
 	p := plan()
 	p.Closed, p.Device, p.Via = true, "", steer.Via{Dev: link.A}
-	for i := range 5000 {
-		p.Bypass = append(p.Bypass, netip.PrefixFrom(netip.AddrFrom4([4]byte{100, byte(i >> 8), byte(i), 1}), 32))
-	}
+	p.Bypass = many()
 	open := func() *steer.Steering {
 		s, err := steer.OpenHome(refOf(t, h), 101)
 		if err != nil {
@@ -264,6 +260,14 @@ func TestClosedWayLeadsOnAcrossAStart(t *testing.T) {
 	if err := errors.Join(s.Undo(), s.Close()); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// many are so many prefixes that the table takes its time.
+func many() (prefixes []netip.Prefix) {
+	for i := range 5000 {
+		prefixes = append(prefixes, netip.PrefixFrom(netip.AddrFrom4([4]byte{100, byte(i >> 8), byte(i), 1}), 32))
+	}
+	return prefixes
 }
 
 // opened says whether the route of table 101 leads to a device, and then whether the nft
