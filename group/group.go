@@ -130,7 +130,7 @@ func (g *Group) openPackets(ctx context.Context, t dialer.Target, open func(cont
 // asked now, for a destination that nothing is known of.
 func (g *Group) Order() []string {
 	var names []string
-	for _, m := range g.rank(nil, &dialer.Target{}, time.Now()) {
+	for _, m := range g.rank(&dialer.Target{}, time.Now()) {
 		names = append(names, m.path.name)
 	}
 	return names
@@ -206,7 +206,7 @@ func canCarry(o dialer.Outbound, f *flow.Flow) bool {
 // words for the user.
 func (g *Group) Choose(t dialer.Target) (o dialer.Outbound, why string) {
 	now := time.Now()
-	list := slices.DeleteFunc(g.rank(nil, &t, now), func(m ranked) bool { return !canCarry(m.out, t.Flow) })
+	list := slices.DeleteFunc(g.rank(&t, now), func(m ranked) bool { return !canCarry(m.out, t.Flow) })
 	if len(list) == 0 {
 		return nil, fmt.Sprintf("group %q: no member is left", g.c.Name)
 	}

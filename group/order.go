@@ -75,15 +75,15 @@ type ranked struct {
 	breaks bool // flows, just now
 }
 
-// rank appends to list the members in the order in which to ask them for t, without
+// rank returns the members in the order in which to ask them for t, without
 // those that t avoids.
-func (g *Group) rank(list []ranked, t *dialer.Target, now time.Time) []ranked {
+func (g *Group) rank(t *dialer.Target, now time.Time) []ranked {
 	g.scores.mu.Lock()
 	defer g.scores.mu.Unlock()
-	return g.order(list, t, now)
+	return g.order(nil, t, now)
 }
 
-// order is rank under Scores.mu.
+// order appends to list what rank returns. Under Scores.mu.
 func (g *Group) order(list []ranked, t *dialer.Target, now time.Time) []ranked {
 	d := g.scores.dests[t.Addr]
 	for _, m := range g.members {

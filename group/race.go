@@ -124,8 +124,7 @@ func (r *race[T]) line(now time.Time) bool {
 	s := r.g.scores
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	r.queue, r.tries = r.g.order(r.places[:0], &r.target, now), r.room[:0]
-	r.began, r.nextAt = now, now
+	r.stand(now, now)
 	if len(r.queue) > 0 {
 		r.stagger = r.queue[0].path.stagger(r.g.c.Stagger, now)
 	}
@@ -233,7 +232,14 @@ func sooner(a, b time.Time) time.Time {
 
 // round asks all members again, from then on.
 func (r *race[T]) round(now, then time.Time) {
-	r.queue, r.tries = r.g.rank(r.places[:0], &r.target, now), r.room[:0]
+	r.g.scores.mu.Lock()
+	defer r.g.scores.mu.Unlock()
+	r.stand(now, then)
+}
+
+// stand puts the members in their order, for a round that begins then. Under Scores.mu.
+func (r *race[T]) stand(now, then time.Time) {
+	r.queue, r.tries = r.g.order(r.places[:0], &r.target, now), r.room[:0]
 	r.began, r.nextAt = then, then
 }
 
