@@ -434,12 +434,15 @@ func TestFloodLeavesRoomForOthers(t *testing.T) {
 	l.gate.Run("ip", "route", "add", "blackhole", "10.66.0.0/16")
 	scan := large(t, l.client.ListenPacket("udp4", "0.0.0.0:0").(*net.UDPConn))
 	const peers, sources = 30000, 10000
-	for n := range peers {
-		to := netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 66, byte(n >> 8), byte(n)}), 9)
-		if _, err := scan.WriteToUDPAddrPort([]byte("scan"), to); err != nil && !errors.Is(err, unix.EINVAL) {
-			t.Fatal(err)
+	labtest.Eventually(t, time.Minute, func() bool { // a busy machine drops most of it in front of the router
+		for n := range peers {
+			to := netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 66, byte(n >> 8), byte(n)}), 9)
+			if _, err := scan.WriteToUDPAddrPort([]byte("scan"), to); err != nil && !errors.Is(err, unix.EINVAL) {
+				t.Fatal(err)
+			}
 		}
-	}
+		return l.router.Counters().PeersEvicted > 0
+	}, "a scan makes no room")
 	for range sources {
 		err := l.client.Do(func() error {
 			c, err := net.Dial("udp", "10.66.0.1:9")
@@ -475,8 +478,8 @@ func TestFloodLeavesRoomForOthers(t *testing.T) {
 	if mem.HeapInuse > 256<<20 {
 		t.Errorf("%d MiB of heap: idle sessions hold buffers", mem.HeapInuse>>20)
 	}
-	if st.Evicted == 0 || n.PeersEvicted == 0 {
-		t.Errorf("nothing made room: %+v, %+v", st, n)
+	if st.Evicted == 0 {
+		t.Errorf("no session made room: %+v", st)
 	}
 }
 
