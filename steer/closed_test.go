@@ -215,6 +215,51 @@ func TestClosedIsOpenedByItsTable(t *testing.T) {
 	}
 }
 
+// What a run before has closed stays closed where the next one cannot begin.
+func TestClosedStaysSoWhereTheNextStartFails(t *testing.T) {
+	h := host(t)
+	before := state(h)
+	p := plan()
+	p.Closed = true
+	apply := func() (*steer.Steering, error) {
+		s, err := steer.OpenHome(refOf(t, h), 101)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s, s.Apply(p)
+	}
+	s, err := apply()
+	if err := errors.Join(err, s.Close()); err != nil {
+		t.Fatal(err)
+	}
+	device, mark := p.Device, p.Mark
+	p.Device, p.Mark = "tun9", 111 // the device is not there
+	for _, closed := range []bool{true, false} {
+		p.Closed = closed
+		s, err := apply()
+		if err == nil {
+			t.Error("a way by no device")
+		}
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+		blocks := strings.Contains(h.Run("ip", "route", "show", "table", "101"), "unreachable default") &&
+			strings.Contains(h.Run("ip", "rule"), "fwmark 0x6f lookup 101") &&
+			strings.Contains(h.Run("nft", "list", "ruleset"), "table inet cgtun_101")
+		if blocks != closed {
+			t.Errorf("closed %v: blocks %v", closed, blocks)
+		}
+	}
+	if after := state(h); after != before {
+		t.Errorf("left:\n%s\nwas:\n%s", after, before)
+	}
+	p.Device, p.Mark, p.Closed = device, mark, true
+	s, err = apply()
+	if err := errors.Join(err, s.Undo(), s.Close()); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // Another way than our device leads on after a kill, and while the next run takes it over.
 func TestClosedWayLeadsOnAcrossAStart(t *testing.T) {
 	labtest.Need(t, labtest.Root, labtest.Tool("nft"), labtest.Tool("ip"))

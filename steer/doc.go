@@ -94,7 +94,7 @@
 // A closed plan leaves on purpose what blocks: a table that is persistent as
 // well as owned (Linux 6.9; before, a plain one), guard included, the ip rules,
 // what throws, and a route that blocks. The next start takes it over without a
-// gap, Remove opens it. A family without a way out (Plan.No4, No6) is fenced
+// gap, and leaves it if it fails; Remove opens it. A family without a way out (Plan.No4, No6) is fenced
 // then: what is marked goes by the routes of the main table, but by no default
 // route that comes, and loses its mark in chain post. Once its owner is dead, "nft
 // flush ruleset" takes the table; the programs that cgroupsel pins still hold then.

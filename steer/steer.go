@@ -33,6 +33,7 @@ type Steering struct {
 	dead  map[netip.Addr]bool
 	plain error // why the table is less than was asked for
 	made  bool  // something of ours may be in the kernel
+	over  bool  // it is taken over from a closed run before
 	shut  bool  // what a run before left, or a fence, blocks what is marked until the first Apply is through
 }
 
@@ -171,7 +172,7 @@ func (s *Steering) tableTaken() error {
 //
 // The first Apply returns a *TakenError, and has changed nothing, if something
 // is in use. On another error what the last good Apply made is in force again,
-// or nothing.
+// or nothing; what a run before has closed stays closed, if the plan is.
 func (s *Steering) Apply(p Plan) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -188,10 +189,16 @@ func (s *Steering) Apply(p Plan) error {
 		s.plan = &p
 		return nil
 	}
-	if s.plan == nil {
-		return errors.Join(err, s.undo())
+	switch {
+	case s.plan != nil:
+		return errors.Join(err, s.apply(s.plan))
+	case s.over && p.Closed && s.before != 0:
+		return err // it blocks, as it did while the Steering before was in force
+	case s.over && p.Closed:
+		s.shut = p.byTun()
+		return errors.Join(err, s.block(&p))
 	}
-	return errors.Join(err, s.apply(s.plan))
+	return errors.Join(err, s.undo())
 }
 
 // claim takes the number: in home by making the empty table.
@@ -200,7 +207,8 @@ func (s *Steering) claim(p *Plan) error {
 	if err != nil {
 		return err
 	}
-	s.shut = mine && p.Closed && p.byTun() // another way leads on without us
+	s.over = mine && p.Closed
+	s.shut = s.over && p.byTun() // another way leads on without us
 	if !s.table.at.away {
 		if mine && !p.Closed {
 			// It cannot be made into one that ends with us. The routes block
@@ -350,19 +358,18 @@ func (s *Steering) undo() error {
 	if errors.Is(err, netns.ErrGone) {
 		err = nil // and all with it
 	}
-	s.made = err != nil
+	s.made, s.over = err != nil, false
 	return err
 }
 
 // block leaves nothing but what blocks: marked packets, and no way for them.
-func (s *Steering) block() error {
+func (s *Steering) block(p *Plan) error {
 	err := withRoutes(s.ns, func(h *netlink.Handle) error {
 		w := &way{down: errors.New("cgtun does not run")}
-		if err := s.table.apply(newRuleset(s.plan, w, s.table.at)); err != nil {
-			return err
-		}
-		_, err := setRoutes(h, s.plan, w)
-		return err
+		_, routes := setRoutes(h, p, w)
+		_, stale, rules := setRules(h, p, w)
+		table := s.table.apply(newRuleset(p, w, s.table.at)) // if not, that of before marks
+		return errors.Join(routes, rules, table, delRules(h, stale))
 	})
 	if errors.Is(err, netns.ErrGone) {
 		return nil
@@ -404,8 +411,12 @@ func (s *Steering) Close() error {
 	if s.table == nil {
 		return nil
 	}
-	if s.plan != nil && s.plan.Closed {
-		err := errors.Join(s.block(), s.table.close())
+	if p := s.plan; p != nil && p.Closed || p == nil && s.over {
+		var err error
+		if p != nil {
+			err = s.block(p)
+		}
+		err = errors.Join(err, s.table.close())
 		s.table = nil
 		return err
 	}
