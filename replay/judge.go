@@ -3,7 +3,6 @@ package replay
 import (
 	"bytes"
 	"encoding/binary"
-	"strings"
 )
 
 // Verdict is what may be done with the first bytes of a client.
@@ -176,6 +175,8 @@ func (r *reader) uint16() int {
 	return n
 }
 
+var lineEnd = []byte("\r\n")
+
 var safeMethods = []string{"GET ", "HEAD ", "OPTIONS "}
 
 // judgeHTTP takes one head after the other (RFC 9112 §2).
@@ -191,12 +192,12 @@ func judgeHTTP(b []byte) Verdict {
 		head, rest, whole := bytes.Cut(b, []byte("\r\n\r\n"))
 		if !whole {
 			// What is there already can speak against it.
-			if i := bytes.LastIndex(head, []byte("\r\n")); i >= 0 && !safeHead(string(head[:i])) {
+			if i := bytes.LastIndex(head, []byte("\r\n")); i >= 0 && !safeHead(head[:i]) {
 				return Unsafe
 			}
 			return Undecided
 		}
-		if !safeHead(string(head)) {
+		if !safeHead(head) {
 			return Unsafe
 		}
 		b = rest
@@ -206,25 +207,25 @@ func judgeHTTP(b []byte) Verdict {
 
 // safeHead looks at a request line and fields. Whatever two servers could read in
 // two ways is not safe.
-func safeHead(head string) bool {
-	line, fields, more := strings.Cut(head, "\r\n")
-	if !strings.HasSuffix(line, " HTTP/1.1") && !strings.HasSuffix(line, " HTTP/1.0") || !clean(line) || strings.Count(line, " ") != 2 {
+func safeHead(head []byte) bool {
+	line, fields, more := bytes.Cut(head, lineEnd)
+	if !bytes.HasSuffix(line, []byte(" HTTP/1.1")) && !bytes.HasSuffix(line, []byte(" HTTP/1.0")) || !clean(line) || bytes.Count(line, []byte(" ")) != 2 {
 		return false
 	}
 	if !more {
 		return true
 	}
-	for field := range strings.SplitSeq(fields, "\r\n") {
-		name, value, ok := strings.Cut(field, ":")
-		if !ok || name == "" || strings.ContainsAny(name, " \t") || !clean(field) {
+	for field := range bytes.SplitSeq(fields, lineEnd) {
+		name, value, ok := bytes.Cut(field, []byte(":"))
+		if !ok || len(name) == 0 || bytes.ContainsAny(name, " \t") || !clean(field) {
 			return false
 		}
 		switch {
-		case strings.EqualFold(name, "content-length"):
-			if strings.Trim(value, " \t") != "0" {
+		case bytes.EqualFold(name, []byte("content-length")):
+			if string(bytes.Trim(value, " \t")) != "0" {
 				return false
 			}
-		case strings.EqualFold(name, "transfer-encoding"), strings.EqualFold(name, "expect"), strings.EqualFold(name, "upgrade"):
+		case bytes.EqualFold(name, []byte("transfer-encoding")), bytes.EqualFold(name, []byte("expect")), bytes.EqualFold(name, []byte("upgrade")):
 			return false
 		}
 	}
@@ -232,7 +233,7 @@ func safeHead(head string) bool {
 }
 
 // clean says that text has no line ends or zeros in it.
-func clean(s string) bool { return !strings.ContainsAny(s, "\r\n\x00") }
+func clean(b []byte) bool { return !bytes.ContainsAny(b, "\r\n\x00") }
 
 const maxBanner = 255 // RFC 4253 §4.2, the line's end included
 
