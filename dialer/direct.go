@@ -119,7 +119,7 @@ func (d *Direct) DialStream(ctx context.Context, t Target) (*Conn, error) {
 		c, err = dialer.DialTCP(ctx, "tcp", w.local(), dst)
 	}
 	if err != nil {
-		failed := d.fail("connect", dst, err)
+		failed := d.fail("connect", dst, WhyEnded(ctx, err))
 		if !t.isProbe() {
 			// What somebody on this path has said is not what the target says.
 			failed.Reason = flow.ReasonOf(failed.Err)

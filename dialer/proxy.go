@@ -229,7 +229,7 @@ func (p *Proxy) reach(ctx context.Context) (*Conn, netip.AddrPort, error) {
 	defer cancel()
 	c, addr, err := p.server.dial(ctx, p.next)
 	if err != nil {
-		return nil, addr, p.unreached(addr, err)
+		return nil, addr, p.unreached(addr, WhyEnded(ctx, err))
 	}
 	greeted := c.Conn
 	err = during(ctx, c.Conn, func(ctx context.Context) (err error) {
@@ -270,7 +270,7 @@ func during(ctx context.Context, c flow.Conn, do func(context.Context) error) er
 	stop := context.AfterFunc(ctx, func() { _ = c.SetDeadline(flow.Past) })
 	err := do(ctx)
 	if !stop() {
-		return ctx.Err()
+		return WhyEnded(ctx, ctx.Err())
 	}
 	if err != nil {
 		return err

@@ -284,11 +284,6 @@ func (s *Scores) setDown(p *path, why string) {
 			p.downSince = now
 			s.log.Warn("outbound is down", "outbound", p.name, "why", why)
 		}
-		for _, t := range p.inFlight.All() {
-			t.lost.Store(&errPathLost{why})
-			t.cancel()
-		}
+		s.endAll(p, &dialer.Cause{Reason: flow.NetUnreachable, Why: "path lost: " + why})
 	}
 }
-
-var _ flow.Reasoner = (*errPathLost)(nil)

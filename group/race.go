@@ -7,14 +7,12 @@ import (
 	"io"
 	"runtime/debug"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"cgtun/dialer"
 	"cgtun/flow"
-	"cgtun/internal/bag"
 )
 
 // A race, theory of operation.
@@ -31,7 +29,8 @@ import (
 // until the deadline. ErrUnsupported and dialer.ErrAccount count as if the member
 // were not there.
 //
-// An attempt has a time of its own, and ends early when the kernel says that its path is gone.
+// An attempt has a time of its own, and ends early when the kernel says that its path is
+// gone: its context is ended for that cause, which groups and proxies inside find there.
 
 const (
 	maxInFlight = 3
@@ -67,21 +66,9 @@ type race[T io.Closer] struct {
 	room    [1]*try   // for tries: nearly always it is enough
 	places  [4]ranked // for queue
 	making  sync.Once
-	results chan result[T] // by ended
-	wait    stagger
+	results chan result[T]  // by ended
 	ctx     context.Context // of the caller, for join
 	joined  chan outcome[T] // of the goroutine in which the others have joined
-}
-
-// try is one member's attempt.
-type try struct {
-	*member
-	bag.Place // in path.inFlight
-	began     time.Time
-	cancel    context.CancelFunc
-	lost      atomic.Pointer[errPathLost] // the kernel's word was the cause
-	done      bool
-	err       error
 }
 
 type result[T any] struct {
@@ -97,12 +84,6 @@ type outcome[T any] struct {
 	err  error
 }
 
-// errPathLost is why an attempt ends when the kernel says that its path is gone.
-type errPathLost struct{ why string }
-
-func (e *errPathLost) Error() string           { return "path lost: " + e.why }
-func (e *errPathLost) FlowReason() flow.Reason { return flow.NetUnreachable }
-
 // run returns the conn of the first member to connect, and that member. Nothing
 // of the race is left when it returns.
 func (r *race[T]) run(ctx context.Context) (conn T, m *member, err error) {
@@ -110,25 +91,33 @@ func (r *race[T]) run(ctx context.Context) (conn T, m *member, err error) {
 	if until := now.Add(r.g.c.Deadline); r.until.IsZero() || until.Before(r.until) {
 		r.until = until
 	}
-	if !r.line(now) {
-		return conn, nil, r.fail(flow.HostUnreachable, errNobody)
+	r.ctx = ctx
+	attempt, cancel := context.WithCancelCause(ctx)
+	r.ending.By(cancel)
+	if t := r.line(now, cancel); t != nil {
+		return r.alone(attempt, t)
 	}
-	if r.stagger > 0 {
-		return r.alone(ctx, now)
+	cancel(nil)
+	if len(r.queue) == 0 {
+		return conn, nil, r.fail(flow.HostUnreachable, errNobody)
 	}
 	return r.loop(ctx)
 }
 
-// line has the members stand in line, for the first time. False: there is nobody.
-func (r *race[T]) line(now time.Time) bool {
+// line has the members stand in line, for the first time, and begins the attempt of the
+// first one if that is to be alone for a while; else it returns nil.
+func (r *race[T]) line(now time.Time, cancel context.CancelCauseFunc) *try {
 	s := r.g.scores
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	r.stand(now, now)
-	if len(r.queue) > 0 {
-		r.stagger = r.queue[0].path.stagger(r.g.c.Stagger, now)
+	if len(r.queue) == 0 {
+		return nil
 	}
-	return len(r.queue) > 0
+	if r.stagger = r.queue[0].path.stagger(r.g.c.Stagger, now); r.stagger == 0 {
+		return nil
+	}
+	return r.next(now, cancel, r)
 }
 
 // ended is where attempts that have ended are told of; joined is made with it. Room for all that can be in
@@ -140,24 +129,19 @@ func (r *race[T]) ended() chan result[T] {
 
 // alone asks the first member in the caller's goroutine: nearly always that is all
 // there is to do. The others join when the stagger is over, or when it has failed.
-func (r *race[T]) alone(ctx context.Context, now time.Time) (conn T, m *member, err error) {
-	t, attempt := r.next(ctx, now)
-	r.ending.By(t.cancel)
-	r.ctx = ctx
-	r.wait.at, r.wait.by = r.nextAt, r
-	r.g.scores.staggers.begin(&r.wait)
+func (r *race[T]) alone(attempt context.Context, t *try) (conn T, m *member, err error) {
 	res := r.try(attempt, t)
-	if !r.g.scores.staggers.end(&r.wait) {
+	if !t.alone.CompareAndSwap(true, false) {
 		r.ended() <- res
 		o := <-r.joined
 		return o.conn, o.m, o.err
 	}
-	now = r.took(&res)
+	now := r.took(&res)
 	if res.err == nil {
 		r.settle(t, now)
 		return res.conn, t.member, nil
 	}
-	return r.loop(ctx)
+	return r.loop(r.ctx)
 }
 
 // join is loop beside an attempt of alone.
@@ -177,7 +161,7 @@ func (r *race[T]) join() {
 func (r *race[T]) loop(ctx context.Context) (conn T, m *member, err error) {
 	ctx, cancel := context.WithDeadline(ctx, r.until)
 	defer cancel()
-	r.ending.By(cancel) // settle ends all attempts
+	r.ending.By(func(error) { cancel() }) // settle ends all attempts
 	results := r.ended()
 	timer := time.NewTimer(0)
 	defer timer.Stop()
@@ -253,20 +237,22 @@ func (r *race[T]) start(ctx context.Context, now time.Time) {
 			}
 			r.extra++
 		}
-		t, attempt := r.next(ctx, now)
+		attempt, cancel := context.WithCancelCause(ctx)
+		r.g.scores.mu.Lock()
+		t := r.next(now, cancel, nil)
+		r.g.scores.mu.Unlock()
 		go func() { r.results <- r.try(attempt, t) }()
 	}
 }
 
-// next begins the attempt of the next member.
-func (r *race[T]) next(ctx context.Context, now time.Time) (*try, context.Context) {
-	until := sooner(now.Add(r.g.c.Attempt), r.until)
-	attempt, cancel := context.WithDeadline(ctx, until)
+// next begins the attempt of the next member, that others are to join; nil: nobody.
+// Under Scores.mu.
+func (r *race[T]) next(now time.Time, cancel context.CancelCauseFunc, others joiner) *try {
 	t := &r.first
 	if t.member != nil {
 		t = new(try)
 	}
-	t.member, t.began, t.cancel = r.queue[0].member, now, cancel
+	t.member, t.began, t.until, t.cancel = r.queue[0].member, now, sooner(now.Add(r.g.c.Attempt), r.until), cancel
 	r.queue = r.queue[1:]
 	r.tries = append(r.tries, t)
 	r.inFlight++
@@ -274,17 +260,16 @@ func (r *race[T]) next(ctx context.Context, now time.Time) (*try, context.Contex
 	if len(r.queue) > 0 && r.queue[0].breaks {
 		r.nextAt = now.Add(r.g.c.Stagger)
 	}
+	t.joinAt, t.others = r.nextAt, others
+	t.alone.Store(others != nil)
 	r.g.scores.begin(t)
-	return t, attempt
+	return t
 }
 
 // try makes an attempt.
 func (r *race[T]) try(ctx context.Context, t *try) result[T] {
 	conn, err := r.safely(ctx, t.out)
-	if lost := t.lost.Load(); err != nil && lost != nil {
-		err = lost
-	}
-	return result[T]{t, conn, err}
+	return result[T]{t, conn, dialer.WhyEnded(ctx, err)}
 }
 
 // safely is dial in a goroutine that nobody else guards: what a server says may
@@ -322,7 +307,7 @@ func (r *race[T]) took(res *result[T]) (now time.Time) {
 	now = time.Now()
 	t := res.try
 	t.done, t.err = true, res.err
-	t.cancel()
+	t.cancel(nil)
 	r.inFlight--
 	took := now.Sub(t.began)
 	if res.err == nil && r.scored {
@@ -388,8 +373,8 @@ func (r *race[T]) verdict() (again bool, err error) {
 
 // over is the error of a race whose time is up, or whose client has left.
 func (r *race[T]) over(ctx context.Context) error {
-	if !errors.Is(ctx.Err(), context.DeadlineExceeded) {
-		return r.fail(flow.ReasonOf(ctx.Err()), ctx.Err())
+	if err := dialer.WhyEnded(ctx, ctx.Err()); flow.ReasonOf(err) != flow.TimedOut {
+		return r.fail(flow.ReasonOf(err), err)
 	}
 	err := fmt.Errorf("no outbound has connected in time: %w", context.DeadlineExceeded)
 	for _, t := range r.tries {
@@ -409,7 +394,7 @@ func (r *race[T]) fail(why flow.Reason, err error) error {
 func (r *race[T]) settle(winner *try, now time.Time) {
 	if r.inFlight > 0 {
 		for _, t := range r.tries {
-			t.cancel()
+			t.end(now)
 		}
 	}
 	for r.inFlight > 0 {
@@ -484,19 +469,4 @@ func (s *Scores) answerWait(members []*member) time.Duration {
 		wait = max(wait, 2*m.path.times.p95())
 	}
 	return wait
-}
-
-// begin and end stand around an attempt.
-func (s *Scores) begin(t *try) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	t.path.dials++
-	t.path.used = t.began
-	t.path.inFlight.Add(t)
-}
-
-func (s *Scores) end(t *try) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	t.path.inFlight.Remove(t)
 }

@@ -2,6 +2,7 @@ package group_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -9,6 +10,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"cgtun/dialer"
 	"cgtun/flow"
@@ -309,25 +312,28 @@ func TestDownIsTold(t *testing.T) {
 	})
 }
 
-// TestCanceledRaceLeavesNothing: the client has gone.
+// TestCanceledRaceLeavesNothing: the client has gone, or cgtun stops for whatever it may
+// be. That is nobody's failure, also before the others have joined the first.
 func TestCanceledRaceLeavesNothing(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		a, b := &fake{name: "a", connect: in(never)}, &fake{name: "b", connect: in(never)}
-		s := board(t)
-		g := newGroup(t, settings("race"), s, a, b)
-		ctx, cancel := context.WithTimeoutCause(context.Background(), time.Second, context.Canceled)
-		defer cancel()
-		ctx, leave := context.WithCancel(ctx)
-		time.AfterFunc(500*ms, leave)
-		if _, err := g.DialStream(ctx, dst(1)); flow.ReasonOf(err) != flow.Canceled {
-			t.Errorf("got %v", err)
+	for _, after := range []time.Duration{10 * ms, 500 * ms} {
+		for _, cause := range []error{nil, errors.New("the device was deleted"), unix.EPERM} {
+			synctest.Test(t, func(t *testing.T) {
+				a, b := &fake{name: "a", connect: in(never)}, &fake{name: "b", connect: in(never)}
+				s := board(t)
+				g := newGroup(t, settings("race"), s, a, b)
+				ctx, leave := context.WithCancelCause(t.Context())
+				time.AfterFunc(after, func() { leave(cause) })
+				if _, err := g.DialStream(ctx, dst(1)); flow.ReasonOf(err) != flow.Canceled {
+					t.Errorf("got %v", err)
+				}
+				for name, st := range s.Stats() {
+					if st.Score != 1 || st.FailuresTotal != 0 {
+						t.Errorf("%s is blamed for a client that left (%v): %+v", name, cause, st)
+					}
+				}
+			})
 		}
-		for name, st := range s.Stats() {
-			if st.Score != 1 || st.FailuresTotal != 0 {
-				t.Errorf("%s is blamed for a client that left: %+v", name, st)
-			}
-		}
-	})
+	}
 }
 
 // TestAvoid: what failed a flow is not asked again for it.

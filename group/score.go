@@ -11,7 +11,6 @@ import (
 
 	"cgtun/dialer"
 	"cgtun/flow"
-	"cgtun/internal/bag"
 )
 
 // Scores, theory of operation.
@@ -91,11 +90,10 @@ type known struct {
 	meter dialer.Meter // nil: nobody
 	room  Room         // nil: no bound
 
-	staggers staggers
-
-	mu    sync.Mutex
-	dests map[netip.AddrPort]*dest
-	good  recent
+	mu       sync.Mutex
+	attempts attempts
+	dests    map[netip.AddrPort]*dest
+	good     recent
 }
 
 // NewScores returns Scores that know nothing. meter is told of each attempt of a
@@ -183,8 +181,6 @@ type path struct {
 	ejections int       // since it was last good
 	down      string    // why it cannot be used at all; empty: it can
 	downSince time.Time
-
-	inFlight bag.Bag[*try]
 
 	dials, failures uint64
 	hidden          [dialer.HiddenKinds]uint64
@@ -436,7 +432,7 @@ func (s *Scores) connected(t *try, dst netip.AddrPort, took time.Duration, now t
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	p := t.path
-	p.inFlight.Remove(t)
+	s.attempts.remove(t)
 	if now.Sub(p.timedAt) >= timesEvery {
 		p.timedAt = now
 		p.times.add(took)

@@ -40,13 +40,21 @@ func sourceOf(f *flow.Flow) dialSource {
 	return dialSource{f.Attachment, a}
 }
 
+// ender is a dial, to who ends it.
+type ender interface{ End() }
+
+// End implements ender.
+func (cancel canceler) End() { cancel() }
+
+type canceler context.CancelFunc
+
 // dials are those in flight.
 type dials struct {
 	most, mostPerSource int
 
 	mu      sync.Mutex
 	total   int
-	sources map[dialSource]*list.List   // of context.CancelFunc, the oldest first
+	sources map[dialSource]*list.List   // of ender, the oldest first
 	having  map[int]map[dialSource]bool // the sources that have so many
 	highest int                         // of having
 	evicted uint64
@@ -60,7 +68,7 @@ type dialing struct {
 
 // begin counts a dial, and ends another one that is too many. Who calls it calls
 // end.
-func (d *dials) begin(f *flow.Flow, cancel context.CancelFunc) dialing {
+func (d *dials) begin(f *flow.Flow, one ender) dialing {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.sources == nil {
@@ -84,14 +92,14 @@ func (d *dials) begin(f *flow.Flow, cancel context.CancelFunc) dialing {
 		d.sources[of] = mine
 	}
 	d.move(of, mine.Len(), mine.Len()+1)
-	return dialing{of, mine.PushBack(cancel)}
+	return dialing{of, mine.PushBack(one)}
 }
 
 // evict ends the oldest dial of a source. Its place is free at once: end finds
 // it taken.
 func (d *dials) evict(of dialSource) {
 	oldest := d.sources[of].Front()
-	oldest.Value.(context.CancelFunc)()
+	oldest.Value.(ender).End()
 	d.remove(of, oldest)
 	d.evicted++
 }
@@ -139,22 +147,28 @@ func (d *dials) move(of dialSource, from, to int) {
 
 // dialStream connects a flow by an outbound, as a dial that counts, until then.
 func (r *Router) dialStream(ctx context.Context, f *flow.Flow, o dialer.Outbound, t dialer.Target, until time.Time) (c *dialer.Conn, err error) {
-	g, ok := o.(rescuer)
-	if !ok {
-		err = r.inFlight(ctx, until, f, func(ctx context.Context) (err error) {
-			c, err = o.DialStream(ctx, t)
-			return err
-		})
-		return c, err
+	if g, ok := o.(rescuer); ok {
+		return r.dialGroup(ctx, f, g, t, until)
 	}
-	// It has a context for each attempt, and another one around them would be a good
-	// part of what a group costs.
-	ending := new(dialer.Ending)
-	err = r.counted(f, ending.End, func() (err error) {
-		c, err = g.DialStreamUntil(ctx, t, until, ending)
+	err = r.inFlight(ctx, until, f, func(ctx context.Context) (err error) {
+		c, err = o.DialStream(ctx, t)
 		return err
 	})
 	return c, err
+}
+
+// dialGroup is dialStream by a group. It has a context for each attempt, and another one
+// around them would be a good part of what it costs.
+func (r *Router) dialGroup(ctx context.Context, f *flow.Flow, g rescuer, t dialer.Target, until time.Time) (*dialer.Conn, error) {
+	var dial struct {
+		dialer.Ending
+		conn *dialer.Conn
+	}
+	err := r.counted(f, &dial, func() (err error) {
+		dial.conn, err = g.DialStreamUntil(ctx, t, until, &dial.Ending)
+		return err
+	})
+	return dial.conn, err
 }
 
 // inFlight runs a dial that counts, with a context that ends at a time, or where it
@@ -162,12 +176,12 @@ func (r *Router) dialStream(ctx context.Context, f *flow.Flow, o dialer.Outbound
 func (r *Router) inFlight(ctx context.Context, until time.Time, f *flow.Flow, do func(context.Context) error) error {
 	ctx, cancel := context.WithDeadline(ctx, until)
 	defer cancel()
-	return r.counted(f, cancel, func() error { return do(ctx) })
+	return r.counted(f, canceler(cancel), func() error { return do(ctx) })
 }
 
-// counted runs a dial that counts, and that end ends where it has to make room.
-func (r *Router) counted(f *flow.Flow, end context.CancelFunc, do func() error) error {
-	one := r.dials.begin(f, end)
+// counted runs a dial that counts, and that is ended where it has to make room.
+func (r *Router) counted(f *flow.Flow, dial ender, do func() error) error {
+	one := r.dials.begin(f, dial)
 	err := r.aside(do)
 	if r.dials.end(one) && err != nil {
 		return errCrowded

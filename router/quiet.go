@@ -4,14 +4,12 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
-	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"cgtun/dialer"
 	"cgtun/flow"
-	"cgtun/internal/bag"
 )
 
 // Flows of groups that fall silent in the midst of something are asked for a sign
@@ -39,16 +37,9 @@ const (
 // errPathDown ends a flow whose path has been down for that long.
 var errPathDown = fmt.Errorf("the path of the flow is down: %w", unix.ENETDOWN)
 
-// watched are the flows of groups that are under way.
-type watched struct {
-	mu    sync.Mutex
-	flows bag.Bag[*quiet]
-}
-
-// quiet is what is known of one of them. Under watched.mu.
+// quiet is what is known of one of them, from the first look on. Who looks has it; its
+// flow may have ended meanwhile, or have another server.
 type quiet struct {
-	bag.Place
-	of    *entry
 	conn  *dialer.Conn
 	by    rescuer // that has made conn
 	bytes int64
@@ -56,54 +47,77 @@ type quiet struct {
 	pulse dialer.Pulse
 }
 
-// watch begins to look after a flow by conn; who calls it calls unwatch, before conn is
-// closed.
-func (w *watched) watch(e *entry, c *dialer.Conn, by rescuer) *quiet {
-	q := &quiet{of: e, conn: c, by: by, looks: -1}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.flows.Add(q)
-	return q
-}
-
-// unwatch ends that; nil is nobody.
-func (w *watched) unwatch(q *quiet) {
-	if q == nil {
-		return
+// watchQuiet begins to look after a flow, whose server is by a rescuer, until its end.
+func (e *entry) watchQuiet(ends *streamEnds) {
+	if !e.r.quiets.Load() { // nearly never: all processors read it
+		e.r.quiets.Store(true)
 	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.flows.Remove(q)
+	e.mu.Lock()
+	e.watched, ends.quiet = ends, nil
+	e.mu.Unlock()
 }
 
-// run looks at all of them, again and again, until ctx ends.
-func (w *watched) run(ctx context.Context) {
+// unwatchQuiet ends that before.
+func (e *entry) unwatchQuiet() {
+	e.mu.Lock()
+	e.watched = nil
+	e.mu.Unlock()
+}
+
+// lookForQuiet looks at all of them, again and again, until ctx ends.
+func (r *Router) lookForQuiet(ctx context.Context) {
 	tick := time.NewTicker(quietEvery)
 	defer tick.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case <-tick.C:
-			w.look()
+		case now := <-tick.C:
+			if r.quiets.Load() {
+				r.lookAtQuiet(now)
+			}
 		}
 	}
 }
 
-func (w *watched) look() {
-	w.mu.Lock()
-	defer w.mu.Unlock()
+func (r *Router) lookAtQuiet(now time.Time) {
+	live := r.table.alive(now)
 	pulsing := 0
-	all := w.flows.All()
-	for i, first := 0, rand.IntN(max(len(all), 1)); i < len(all); i++ {
-		q := all[(first+i)%len(all)] // not always the same ones are above the bound
-		e := q.of
+	for i, first := 0, rand.IntN(max(len(live), 1)); i < len(live); i++ {
+		e := live[(first+i)%len(live)] // not always the same ones are above the bound
+		q := e.quiet()
+		if q == nil {
+			continue
+		}
 		if q.look(e.up.Load()+e.down.Load(), pulsing < maxPulsing) {
 			pulsing++
 		}
 		if q.looks > quietAfter && q.by.Down(q.conn.Path[len(q.conn.Path)-1]) >= lostAfter {
-			e.stop(errPathDown)
+			e.stopQuiet(q)
 		}
+	}
+}
+
+// quiet returns what is known of the flow, if it is watched.
+func (e *entry) quiet() *quiet {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	ends := e.watched
+	if ends == nil {
+		return nil
+	}
+	if ends.quiet == nil { // most flows end before
+		ends.quiet = &quiet{conn: ends.server, by: ends.by.(rescuer), looks: -1}
+	}
+	return ends.quiet
+}
+
+// stopQuiet ends the flow, if it still goes by the path that is lost.
+func (e *entry) stopQuiet(q *quiet) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.watched != nil && e.watched.quiet == q && e.cancel != nil {
+		e.cancel(errPathDown)
 	}
 }
 

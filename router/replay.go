@@ -35,7 +35,7 @@ func (r *Router) watch(e *entry, ends *streamEnds) {
 		return
 	}
 	ends.how.Watcher = replay.NewWatch(ends.server, e.flow.Dst.Port(), helps(g))
-	ends.quiet = r.quiets.watch(e, ends.server, g)
+	e.watchQuiet(ends)
 }
 
 // helps says whether the flows of a group can be tried elsewhere.
@@ -48,7 +48,7 @@ func (r *Router) untilAnswer(ctx context.Context, e *entry, ends *streamEnds, en
 	g, was := ends.by.(rescuer), ends.server
 	watch := ends.how.Watcher.(*replay.Watch)
 	ends.how.Watcher = nil
-	r.quiets.unwatch(ends.quiet) // it is watched better here
+	e.unwatchQuiet() // it is watched better here
 	o := replay.Options{
 		Budget: r.budget, First: ends.how.First, Up: &e.up, Down: &e.down,
 		Closed: func() { r.giveSockets(1) }, Usual: g.Usual, Hide: g.Hide,
@@ -71,7 +71,7 @@ func (r *Router) untilAnswer(ctx context.Context, e *entry, ends *streamEnds, en
 		e.end(res.Reason)
 		return false
 	}
-	ends.quiet = r.quiets.watch(e, res.Server, g)
+	e.watchQuiet(ends)
 	return true
 }
 

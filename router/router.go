@@ -164,7 +164,6 @@ type Router struct {
 	ways   ways
 	dials  dials
 	budget *replay.Budget
-	quiets watched
 	asides flow.Workers // of aside
 	pumps  flow.Workers // of relays and replays
 
@@ -173,6 +172,7 @@ type Router struct {
 	livePeers atomic.Int64 // of all PacketConns
 	sockets   atomic.Int64 // places taken, at most MaxSockets
 	streams   atomic.Int64 // connections, answered and not ended
+	quiets    atomic.Bool  // some flow is, or was, watched for silence
 	full      atomic.Bool  // that there was none is said, once a spell
 
 	turnedAway atomic.Bool // a flow, for want of room, since shed looked
@@ -240,7 +240,7 @@ func (r *Router) Run(ctx context.Context) error {
 	var others sync.WaitGroup
 	defer others.Wait()
 	others.Go(func() { r.watchMemory(ctx) })
-	others.Go(func() { r.quiets.run(ctx) })
+	others.Go(func() { r.lookForQuiet(ctx) })
 	others.Go(func() { r.asides.Run(ctx) })
 	others.Go(func() { r.pumps.Run(ctx) })
 	tick := time.NewTicker(dialer.PatienceEvery)
@@ -250,7 +250,7 @@ func (r *Router) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case now := <-tick.C:
-			live, _ := r.table.entries(now)
+			live := r.table.alive(now)
 			for _, e := range live {
 				e.lookAfter()
 				e.moves(now)

@@ -47,13 +47,12 @@ type streamEnds struct {
 	answered bool            // Accept or Reject was called
 	by       dialer.Outbound // that has made server
 	how      relay.Options   // the flow is moved
-	quiet    *quiet          // it is watched for silence; nil: it is not
+	quiet    *quiet          // of server, under the mu of the entry; nil: nobody has looked yet
 	since    time.Time       // that server is connected
 	outcome  dialer.Outcome  // what is told of server when it is closed
 }
 
 func (s *streamEnds) close(r *Router) {
-	r.quiets.unwatch(s.quiet)
 	if s.place {
 		defer r.giveSockets(1)
 	}

@@ -67,6 +67,7 @@ type entry struct {
 	cancel   context.CancelCauseFunc // ends the flow; nil: its ends are not connected
 	kernel   *net.TCPConn            // the server's end, if it is a kernel socket
 	patience dialer.Patience
+	watched  *streamEnds // for silence; nil: it is not
 
 	moved   int64 // bytes, and 1, as of movedAt; Run's
 	movedAt time.Time
@@ -155,7 +156,7 @@ func (e *entry) end(why flow.Reason) {
 		return
 	}
 	e.state, e.reason, e.ended = flow.StateClosed, why, time.Now()
-	e.kernel, e.cancel = nil, nil
+	e.kernel, e.cancel, e.watched = nil, nil, nil
 	way, outbound := e.way, e.use
 	e.mu.Unlock()
 	if way != nil {
@@ -207,17 +208,30 @@ func (t *table) forget(then time.Time) {
 	}
 }
 
+// alive returns the live flows, the oldest first, and forgets closed ones.
+func (t *table) alive(now time.Time) []*entry {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.forget(now.Add(-t.keep))
+	return t.living()
+}
+
+// living returns them. Under t.mu.
+func (t *table) living() []*entry {
+	live := make([]*entry, 0, t.count)
+	for e := t.live.next; e != &t.live; e = e.next {
+		live = append(live, e)
+	}
+	return live
+}
+
 // entries returns the live flows and those that closed lately, in the order
 // in which they began and ended.
 func (t *table) entries(now time.Time) (live, closed []*entry) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	live = make([]*entry, 0, t.count)
-	for e := t.live.next; e != &t.live; e = e.next {
-		live = append(live, e)
-	}
 	t.forget(now.Add(-t.keep))
-	return live, append(closed, t.closed[t.first:]...)
+	return t.living(), append(closed, t.closed[t.first:]...)
 }
 
 // Flows returns a snapshot: the closed flows that are still remembered, the

@@ -34,7 +34,7 @@ func (r *Router) Watch(ctx context.Context, f func(flow.Event)) {
 	ws.add(w)
 	defer ws.remove(w)
 	now := time.Now()
-	live, _ := r.table.entries(now)
+	live := r.table.alive(now)
 	for _, e := range live {
 		if ctx.Err() != nil {
 			return
