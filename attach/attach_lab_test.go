@@ -281,8 +281,9 @@ func TestWhatIsTakenIsNamed(t *testing.T) {
 	})
 }
 
-// within is how soon the steering follows what changes around it.
-const within = time.Second
+// within is how soon the steering follows what changes around it, on a busy machine. Only
+// what the kernel tells of is looked at: what is missed stays for good.
+const within = 10 * time.Second
 
 // Addresses that come and go on an uplink are local, and their prefixes left
 // alone, within a second.

@@ -3,6 +3,7 @@ package cgroupsel_test
 import (
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"syscall"
 	"testing"
@@ -114,6 +115,10 @@ func TestDefaultBounds(t *testing.T) {
 			if err != nil && !errors.Is(err, syscall.ESRCH) {
 				t.Error(err)
 			}
+			labtest.Eventually(t, time.Minute, func() bool {
+				left, err := os.ReadFile(c.Dir + "/cgroup.procs")
+				return err == nil && len(left) == 0
+			}, "those who were killed have gone")
 		})
 	}
 	enter(cgroups[0], 257)

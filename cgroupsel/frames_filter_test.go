@@ -56,7 +56,7 @@ func TestFilters(t *testing.T) {
 				t.Fatal(err)
 			}
 			s.Forget(ref)
-			labtest.Eventually(t, time.Second, func() bool { return sendsIn(t, space, sel) == saysOfFrames(nil, unix.EPERM) }, "it does nothing")
+			labtest.Eventually(t, 10*time.Second, func() bool { return sendsIn(t, space, sel) == saysOfFrames(nil, unix.EPERM) }, "it does nothing")
 		}, true, ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -162,7 +162,7 @@ func TestFiltersOfTheDead(t *testing.T) {
 		t.Fatal(err)
 	}
 	free := saysOfFrames(nil, unix.EPERM)
-	labtest.Eventually(t, time.Second, func() bool { return sendsIn(t, space, sel) == free }, "what is left does nothing")
+	labtest.Eventually(t, 10*time.Second, func() bool { return sendsIn(t, space, sel) == free }, "what is left does nothing")
 	removed(1)
 	if left := space.Run("tc", "qdisc", "show", "dev", "eth0"); strings.Contains(left, "clsact") {
 		t.Errorf("left: %s", left)
@@ -185,6 +185,6 @@ func TestFiltersOfTheDead(t *testing.T) {
 	_ = visitor.Process.Kill()
 	_ = visitor.Wait()
 	s.Forget(by)
-	labtest.Eventually(t, time.Second, func() bool { return sendsIn(t, space, sel) == free }, "what was let go does nothing")
+	labtest.Eventually(t, 10*time.Second, func() bool { return sendsIn(t, space, sel) == free }, "what was let go does nothing")
 	removed(1)
 }

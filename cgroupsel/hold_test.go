@@ -352,8 +352,8 @@ func TestWhoIsLetGoBeforeTheSignalGoesOn(t *testing.T) {
 		}
 	})
 	says(t, p, "opened")
-	// Some were let go before, and did not stop at all.
-	if n := s.Counters().Held; n < 50 || n > 950 {
+	// How many were let go before, and did not stop at all, is a matter of chance.
+	if n := s.Counters().Held; n < 50 {
 		t.Errorf("it was stopped %d times at 1000 sockets", n)
 	}
 }

@@ -261,7 +261,7 @@ func TestSOCKS5SlowProxyIsLeft(t *testing.T) {
 	})
 	p := proxyTo(t, Config{Type: TypeSOCKS5}, addr)
 	t.Run("deadline", func(t *testing.T) {
-		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
 		_, err := p.DialStream(ctx, Target{Addr: netip.MustParseAddrPort("192.0.2.7:443")})
 		checkError(t, err, "relay", "ask", flow.TimedOut, "")
@@ -269,7 +269,7 @@ func TestSOCKS5SlowProxyIsLeft(t *testing.T) {
 	})
 	t.Run("canceled", func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
-		time.AfterFunc(50*time.Millisecond, cancel)
+		time.AfterFunc(time.Second, cancel)
 		_, err := p.DialStream(ctx, Target{Addr: netip.MustParseAddrPort("192.0.2.7:443")})
 		checkError(t, err, "relay", "ask", flow.Canceled, "")
 		<-left

@@ -395,8 +395,8 @@ func TestPulse(t *testing.T) {
 			t.Errorf("after %v a peer that is there is taken for dead", time.Duration(i+1)*every)
 		}
 	}
-	u.router.Run("nft", "add table inet hole; add chain inet hole f { type filter hook forward priority 0; }; add rule inet hole f drop")
 	began := time.Now()
+	u.router.Run("nft", "add table inet hole; add chain inet hole f { type filter hook forward priority 0; }; add rule inet hole f drop")
 	labtest.Eventually(t, 10*time.Second, func() bool { return p.Dead(socket) }, "the path is dead")
 	if took := time.Since(began); took < 300*time.Millisecond {
 		t.Errorf("after %v the path is taken for dead", took)

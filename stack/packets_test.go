@@ -86,9 +86,9 @@ func (w *wire) burst(pkts ...wirePacket) {
 	}
 }
 
-// answer returns the first packet out that matches, within a second.
+// answer returns the first packet out that matches, within two seconds.
 func (w *wire) answer(match func(pkt []byte) bool) []byte {
-	late := time.After(time.Second)
+	late := time.After(2 * time.Second)
 	for {
 		select {
 		case pkt := <-w.out:

@@ -44,7 +44,7 @@ func (d *dockers) testReaches() {
 	}
 	try := func(lines []string) (all map[string]answer) {
 		d.t.Helper()
-		out := d.docker(slices.Concat([]string{"exec", box, "/usr/bin/env"}, probeArgs(probe{Do: "reach", To: strings.Join(lines, "\n"), Wait: 1e9}))...)
+		out := d.docker(slices.Concat([]string{"exec", box, "/usr/bin/env"}, probeArgs(probe{Do: "reach", To: strings.Join(lines, "\n"), Wait: 3e9}))...)
 		if err := json.Unmarshal([]byte(out), &all); err != nil {
 			d.t.Fatalf("%v: %s", err, out)
 		}

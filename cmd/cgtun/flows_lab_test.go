@@ -390,8 +390,12 @@ func TestTruthOfErrors(t *testing.T) {
 		if got.Errno != want.Errno || got.Errno == "" {
 			t.Errorf("%s to %s: %s, without cgtun %s", q.Network, q.To, got.Errno, want.Errno)
 		}
-		if got.Took > want.Took+200*time.Millisecond && !raceEnabled {
-			t.Errorf("%s to %s took %v, without cgtun %v", q.Network, q.To, got.Took, want.Took)
+		for try := 1; got.Took > want.Took+200*time.Millisecond && !raceEnabled; try++ { // the machine may be busy
+			if try == 5 {
+				t.Errorf("%s to %s took %v, without cgtun %v", q.Network, q.To, got.Took, want.Took)
+				break
+			}
+			got = w.probe(inside, q)
 		}
 	}
 }

@@ -155,7 +155,7 @@ func TestDeviceTakenAwayLeaksNothing(t *testing.T) {
 			w.noLeak(strings.Join(cut, " ") + " " + far)
 		}
 	}
-	labtest.Eventually(t, 5*time.Second, func() bool {
+	labtest.Eventually(t, patience(), func() bool {
 		return w.probe(inside, probe{Do: "dial", Network: "tcp", To: port(far4, 7000), Say: "x", Wait: 500 * time.Millisecond}).Heard == "x"
 	}, "captured connections work again")
 	w.noLeak("device back")
@@ -201,9 +201,9 @@ func TestConnectedPrefixesAreFollowed(t *testing.T) {
 	w.router.Sysctl("net.ipv4.conf.eth0.proxy_arp", "1")
 	w.machine.Run("ip", "addr", "add", "203.0.113.250/24", "dev", "eth0")
 	w.router.Run("ip", "route", "add", "203.0.113.250", "dev", "eth0")
-	labtest.Eventually(t, 5*time.Second, func() bool { return !connect() && w.leaks.Packets() > 0 }, "a connected prefix is bypassed")
+	labtest.Eventually(t, patience(), func() bool { return !connect() && w.leaks.Packets() > 0 }, "a connected prefix is bypassed")
 	w.machine.Run("ip", "addr", "del", "203.0.113.250/24", "dev", "eth0")
-	labtest.Eventually(t, 5*time.Second, connect, "captured again")
+	labtest.Eventually(t, patience(), connect, "captured again")
 	w.leaks.Reset()
 	if !connect() {
 		t.Error("not captured in the end")

@@ -224,14 +224,16 @@ func forge(q probe) error {
 	return nil
 }
 
-// With v6 only as a destination and no v6 way out, the client is told at once.
+// With v6 only as a destination and no v6 way out, the client is told, and does not wait for
+// its SYNs to time out. An ICMP error that finds connect() holding its socket is a soft one:
+// that of a later SYN counts then.
 func TestNoWayOutIsUnreachableAtOnce(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	w.start(w.config("\n[[outbound]]\nname = \"only4\"\ntype = \"direct\"\nsource = \"10.2.0.2\"\n\n[[rule]]\nuse = \"only4\"\n"))
-	a := w.probe(inside, probe{Do: "dial", Network: "tcp", To: port(far6, 7000)})
-	if (a.Errno != "ENETUNREACH" && a.Errno != "EHOSTUNREACH") || a.Took > 50*time.Millisecond {
-		t.Errorf("tcp: %+v, want unreachable within 50 ms", a)
+	a := w.probe(inside, probe{Do: "dial", Network: "tcp", To: port(far6, 7000), Wait: 20 * time.Second})
+	if (a.Errno != "ENETUNREACH" && a.Errno != "EHOSTUNREACH") || a.Took > 10*time.Second {
+		t.Errorf("tcp: %+v, want unreachable within 10 s", a)
 	}
 	w.noLeak("v6 without a way out")
 	a = w.probe(inside, probe{Do: "dial", Network: "udp", To: port(far6, 7000), Say: "x"})
@@ -313,7 +315,7 @@ func TestFlushedRulesetLeaksNothing(t *testing.T) {
 		{"ip", "-6", "route", "flush", "table", fmt.Sprint(w.number)},
 	} {
 		_, _ = w.machine.Try(break_[0], break_[1:]...)
-		labtest.Eventually(t, time.Second, func() bool {
+		labtest.Eventually(t, patience(), func() bool {
 			return strings.Contains(w.machine.Run("nft", "list", "tables"), table) &&
 				strings.Contains(w.machine.Run("ip", "rule"), "10101:") && strings.Contains(w.machine.Run("ip", "-6", "rule"), "10101:") &&
 				strings.Contains(w.machine.Run("ip", "route", "show", "table", fmt.Sprint(w.number)), "default dev tun0") &&

@@ -84,7 +84,7 @@ func TestOutOfDescriptors(t *testing.T) {
 	w.status() // the control socket answers
 	p.Signal(syscall.SIGKILL)
 	_ = p.Wait()
-	labtest.Eventually(t, 5*time.Second, func() bool {
+	labtest.Eventually(t, patience(), func() bool {
 		return w.probe(inside, probe{Do: "dial", Network: "tcp", To: port(far4, 7000), Say: "x", Wait: 500 * time.Millisecond}).Heard == "x"
 	}, "new connections when descriptors are free again")
 	if old.Exited() {

@@ -240,7 +240,7 @@ func TestRulesByName(t *testing.T) {
 	for _, tt := range []struct{ do, want, name string }{
 		{"curl -sS -m 5 http://name.example/", "hello", "name.example dns"},
 		{"curl -sS -m 5 http://www.blocked.example/", "curl: (7)", "www.blocked.example dns"}, // the connection is refused
-		{"curl -sS -m 1 http://www.listed.example/", "curl: (28)", "www.listed.example dns"},
+		{"curl -sS -m 5 http://www.listed.example/", "curl: (28)", "www.listed.example dns"},
 		{"curl -sS -m 5 --resolve host.other:80:203.0.113.12 http://host.other/", "hello", "host.other host"},
 		{"curl -sS -m 5 --resolve www.blocked.test:80:203.0.113.12 http://forbidden.blocked.test/ -H 'Host: x.forbidden.test' --connect-to ::203.0.113.12:80", "curl: (56)", "x.forbidden.test host"},
 		{"curl -sSk -m 5 --resolve a.blocked.example:443:203.0.113.12 https://a.blocked.example/", "curl: (35)", "a.blocked.example sni"},

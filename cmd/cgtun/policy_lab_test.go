@@ -105,7 +105,7 @@ func TestContainerReachesNoMoreThanBefore(t *testing.T) {
 	add("7001", "[64:ff9b::7f00:1]", "[64:ff9b::a01:2]", "[64:ff9b::ac12:2]", "[2002:7f00:1::]", "[2002:ac12:2::1]", "[::127.0.0.1]", "[::172.18.0.2]")
 	tryAll := func(lines []string) (all map[string]answer) {
 		t.Helper()
-		out := box.Run("env", probeArgs(probe{Do: "reach", To: strings.Join(lines, "\n"), Wait: 1e9})...)
+		out := box.Run("env", probeArgs(probe{Do: "reach", To: strings.Join(lines, "\n"), Wait: 3e9})...)
 		if err := json.Unmarshal([]byte(out), &all); err != nil {
 			t.Fatal(err)
 		}

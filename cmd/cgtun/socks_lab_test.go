@@ -110,7 +110,7 @@ func TestProgramsThroughSOCKS5(t *testing.T) {
 
 // datagramTrials are the trials of a way with UDP.
 func datagramTrials(first bool) []trial {
-	bulk := iperf3 + " -u -b 20M -l 1200 -n 300K"
+	bulk := iperf3 + " -u -b 2M -l 1200 -n 300K"
 	list := []trial{
 		{"dig", "dig +notcp +short +tries=1 +time=3 -p $((P+1)) @$F name.example", "192.0.2.77"},
 		{"iperf3 with datagrams", bulk, "bits_per_second"},

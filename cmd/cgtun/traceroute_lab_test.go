@@ -52,6 +52,11 @@ func TestRoutersOnThePathAreSeen(t *testing.T) {
 		} {
 			args := append(strings.Fields(command), far)
 			out, err := w.try(inside, args[0], args[1:]...)
+			for range 3 { // a busy machine may be too late for one
+				if err != nil || !seesHops(out, hops) {
+					out, err = w.try(inside, args[0], args[1:]...)
+				}
+			}
 			if err != nil || !seesHops(out, hops) {
 				t.Errorf("%s %s: %v: want %v\n%s", command, far, err, hops, out)
 			}

@@ -245,7 +245,7 @@ func (w *world) hearsNo(list []refusal) {
 			if strings.HasPrefix(tt.what, "a wrong") && far == far6 {
 				want = "EACCES"
 			}
-			if a := w.probe(inside, probe{Do: "dial", Network: tt.network, To: port(far, tt.port), Say: "x"}); a.Errno != want || a.Took > 2*time.Second {
+			if a := w.probe(inside, probe{Do: "dial", Network: tt.network, To: port(far, tt.port), Say: "x", Wait: 20 * time.Second}); a.Errno != want || a.Took > 10*time.Second {
 				w.t.Errorf("%s at %s: %+v, want %s", tt.what, far, a, want)
 			}
 		}

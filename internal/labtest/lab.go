@@ -19,7 +19,7 @@ var labs atomic.Int32 // numbers the labs of this process
 
 // goneWithin is how long the kernel may take to let go of a namespace: it does so
 // in the background, all namespaces of the machine in turn.
-var goneWithin = 10 * time.Second
+var goneWithin = time.Minute
 
 // Lab is one test's network. Its methods fail the test when something cannot
 // be made; they are to be called from the test's goroutine.
