@@ -292,7 +292,7 @@ func TestEndsBeforeAWord(t *testing.T) {
 				func(c *net.TCPConn) { _, _ = io.WriteString(c, "220 hello\r\n"); b.read(1, len(post), c) },
 			}
 			heard, err := b.run(func(c *net.TCPConn) {
-				time.Sleep(100 * time.Millisecond)
+				time.Sleep(time.Second)
 				_, _ = io.WriteString(c, post)
 			})
 			if string(heard) != "220 hello\r\n" || string(b.got[1]) != post || err != nil {

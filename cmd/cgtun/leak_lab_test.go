@@ -224,16 +224,20 @@ func forge(q probe) error {
 	return nil
 }
 
-// With v6 only as a destination and no v6 way out, the client is told, and does not wait for
-// its SYNs to time out. An ICMP error that finds connect() holding its socket is a soft one:
-// that of a later SYN counts then.
+// With v6 only as a destination and no v6 way out, the client is told at once, but for an
+// ICMP error that finds connect() holding its socket: that is a soft one, and that of the next
+// SYN counts.
 func TestNoWayOutIsUnreachableAtOnce(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	w.start(w.config("\n[[outbound]]\nname = \"only4\"\ntype = \"direct\"\nsource = \"10.2.0.2\"\n\n[[rule]]\nuse = \"only4\"\n"))
+	const soon = 300 * time.Millisecond
 	a := w.probe(inside, probe{Do: "dial", Network: "tcp", To: port(far6, 7000), Wait: 20 * time.Second})
-	if (a.Errno != "ENETUNREACH" && a.Errno != "EHOSTUNREACH") || a.Took > 10*time.Second {
-		t.Errorf("tcp: %+v, want unreachable within 10 s", a)
+	for try := 1; try < 5 && a.Took > soon; try++ {
+		a = w.probe(inside, probe{Do: "dial", Network: "tcp", To: port(far6, 7000), Wait: 20 * time.Second})
+	}
+	if (a.Errno != "ENETUNREACH" && a.Errno != "EHOSTUNREACH") || a.Took > soon {
+		t.Errorf("tcp: %+v, want unreachable within %v", a, soon)
 	}
 	w.noLeak("v6 without a way out")
 	a = w.probe(inside, probe{Do: "dial", Network: "udp", To: port(far6, 7000), Say: "x"})
@@ -306,6 +310,7 @@ func TestFlushedRulesetLeaksNothing(t *testing.T) {
 	w.start(w.config(second))
 	p := w.startProbe(inside, probe{Do: "every", Network: "tcp", To: port(far4, 7000)})
 	table := fmt.Sprintf("cgtun_%d", w.number)
+	fastest := time.Hour
 	for _, break_ := range [][]string{
 		{"nft", "flush", "ruleset"},
 		{"nft", "delete", "table", "inet", table}, // refused while it is owned
@@ -315,18 +320,25 @@ func TestFlushedRulesetLeaksNothing(t *testing.T) {
 		{"ip", "-6", "route", "flush", "table", fmt.Sprint(w.number)},
 	} {
 		_, _ = w.machine.Try(break_[0], break_[1:]...)
+		began := time.Now()
 		labtest.Eventually(t, patience(), func() bool {
 			return strings.Contains(w.machine.Run("nft", "list", "tables"), table) &&
 				strings.Contains(w.machine.Run("ip", "rule"), "10101:") && strings.Contains(w.machine.Run("ip", "-6", "rule"), "10101:") &&
 				strings.Contains(w.machine.Run("ip", "route", "show", "table", fmt.Sprint(w.number)), "default dev tun0") &&
 				strings.Contains(w.machine.Run("ip", "-6", "route", "show", "table", fmt.Sprint(w.number)), "default dev tun0")
 		}, "all is back after %v", break_)
+		if break_[0] == "ip" { // the table is its owner's alone
+			fastest = min(fastest, time.Since(began))
+		}
 		for _, far := range []string{far4, far6} {
 			if a := w.probe(inside, probe{Do: "dial", Network: "tcp", To: port(far, 7000), Say: "x"}); a.Heard != "x" {
 				t.Errorf("after %v: %+v", break_, a)
 			}
 		}
 		w.noLeak(strings.Join(break_, " "))
+	}
+	if fastest > time.Second { // the machine may be busy
+		t.Errorf("the fastest was back after %v", fastest)
 	}
 	p.Signal(unix.SIGTERM)
 	_ = p.Wait()
