@@ -75,11 +75,7 @@ func (s *known) begin(t *try) {
 	t.path.dials++
 	t.path.used = t.began
 	s.attempts.add(t)
-	at := t.until
-	if t.others != nil {
-		at = sooner(at, t.joinAt)
-	}
-	if s.attempts.rings.IsZero() || at.Before(s.attempts.rings) {
+	if at := t.next(t.began); s.attempts.rings.IsZero() || at.Before(s.attempts.rings) {
 		s.ringAt(at)
 	}
 }
@@ -139,6 +135,11 @@ func (t *try) due(now time.Time) time.Time {
 		t.over = true
 		t.end(now)
 	}
+	return t.next(now)
+}
+
+// next is when something is to be done.
+func (t *try) next(now time.Time) time.Time {
 	at := t.until
 	if t.over {
 		at = now.Add(time.Hour)

@@ -67,7 +67,7 @@ type race[T io.Closer] struct {
 	places  [4]ranked // for queue
 	making  sync.Once
 	results chan result[T]  // by ended
-	ctx     context.Context // of the caller, for join
+	ctx     context.Context // of the caller
 	joined  chan outcome[T] // of the goroutine in which the others have joined
 }
 
@@ -101,7 +101,7 @@ func (r *race[T]) run(ctx context.Context) (conn T, m *member, err error) {
 	if len(r.queue) == 0 {
 		return conn, nil, r.fail(flow.HostUnreachable, errNobody)
 	}
-	return r.loop(ctx)
+	return r.loop()
 }
 
 // line has the members stand in line, for the first time, and begins the attempt of the
@@ -141,7 +141,7 @@ func (r *race[T]) alone(attempt context.Context, t *try) (conn T, m *member, err
 		r.settle(t, now)
 		return res.conn, t.member, nil
 	}
-	return r.loop(r.ctx)
+	return r.loop()
 }
 
 // join is loop beside an attempt of alone.
@@ -154,12 +154,12 @@ func (r *race[T]) join() {
 		}
 		r.joined <- o
 	}()
-	o.conn, o.m, o.err = r.loop(r.ctx)
+	o.conn, o.m, o.err = r.loop()
 }
 
 // loop sees the race to its end.
-func (r *race[T]) loop(ctx context.Context) (conn T, m *member, err error) {
-	ctx, cancel := context.WithDeadline(ctx, r.until)
+func (r *race[T]) loop() (conn T, m *member, err error) {
+	ctx, cancel := context.WithDeadline(r.ctx, r.until)
 	defer cancel()
 	r.ending.By(func(error) { cancel() }) // settle ends all attempts
 	results := r.ended()
