@@ -187,24 +187,15 @@ func TestClosedIsOpenedByItsTable(t *testing.T) {
 				t.Fatal(err)
 			}
 			s = start()
-			applied := make(chan error, 1)
-			go func() { applied <- s.Apply(p) }()
 			looks := 0
-			for done := false; !done; looks++ {
-				select {
-				case err := <-applied:
-					if err != nil {
-						t.Fatal(err)
-					}
-					done = true
-				default:
-				}
+			look := func() {
+				looks++
 				if leads, knows := opened(t, h); leads && !knows {
 					t.Errorf("look %d: the route leads to the device, and the table does not know it", looks)
-					<-applied
-					done = true
 				}
 			}
+			whileApplying(t, s, p, look)
+			look()
 			if looks < 5 {
 				t.Errorf("only %d looks meanwhile", looks)
 			}
@@ -282,28 +273,36 @@ func TestClosedWayLeadsOnAcrossAStart(t *testing.T) {
 		t.Fatal(err)
 	}
 	s := open()
-	applied := make(chan error, 1)
-	go func() { applied <- s.Apply(p) }()
 	gaps := 0
-	for done := false; !done; {
-		select {
-		case err := <-applied:
-			if err != nil {
-				t.Error(err)
-			}
-			done = true
-		default:
-			if leads, _ := opened(t, h); !leads {
-				gaps++
-			}
+	whileApplying(t, s, p, func() {
+		if leads, _ := opened(t, h); !leads {
+			gaps++
 		}
-	}
+	})
 	if gaps > 0 {
 		t.Errorf("the way was gone in %d looks", gaps)
 	}
 	_ = killed.Close() // what it knows is not so any more
 	if err := errors.Join(s.Undo(), s.Close()); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// whileApplying applies a plan, and calls look again and again until that is done.
+func whileApplying(t *testing.T, s *steer.Steering, p steer.Plan, look func()) {
+	t.Helper()
+	applied := make(chan error, 1)
+	go func() { applied <- s.Apply(p) }()
+	for {
+		select {
+		case err := <-applied:
+			if err != nil {
+				t.Error(err)
+			}
+			return
+		default:
+			look()
+		}
 	}
 }
 

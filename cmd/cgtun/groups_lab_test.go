@@ -120,12 +120,8 @@ func TestGroupsConnectByTheGoodPath(t *testing.T) {
 	w.failInTheMiddle(t)
 	connect := func(t *testing.T, to int) answer {
 		t.Helper()
-		var a answer
-		for range 3 { // the machine may be busy; a path that is waited for makes all of them slow
-			if a = w.probe(inside, probe{Do: "dial", Network: "tcp", To: port(far4, to), Say: "hello"}); a.Took <= soon {
-				break
-			}
-		}
+		// A path that is waited for makes all of them slow.
+		a := w.promptly(inside, probe{Do: "dial", Network: "tcp", To: port(far4, to), Say: "hello"}, soon, 3)
 		if a.Errno != "" || a.Heard != "hello" {
 			t.Errorf("port %d: %+v", to, a)
 		}

@@ -232,10 +232,7 @@ func TestNoWayOutIsUnreachableAtOnce(t *testing.T) {
 	w := newWorld(t)
 	w.start(w.config("\n[[outbound]]\nname = \"only4\"\ntype = \"direct\"\nsource = \"10.2.0.2\"\n\n[[rule]]\nuse = \"only4\"\n"))
 	const soon = 300 * time.Millisecond
-	a := w.probe(inside, probe{Do: "dial", Network: "tcp", To: port(far6, 7000), Wait: 20 * time.Second})
-	for try := 1; try < 5 && a.Took > soon; try++ {
-		a = w.probe(inside, probe{Do: "dial", Network: "tcp", To: port(far6, 7000), Wait: 20 * time.Second})
-	}
+	a := w.promptly(inside, probe{Do: "dial", Network: "tcp", To: port(far6, 7000), Wait: 20 * time.Second}, soon, 5)
 	if (a.Errno != "ENETUNREACH" && a.Errno != "EHOSTUNREACH") || a.Took > soon {
 		t.Errorf("tcp: %+v, want unreachable within %v", a, soon)
 	}
