@@ -235,16 +235,19 @@ func Eventually(t testing.TB, timeout time.Duration, ok func() bool, msg ...any)
 	t.Fatalf("not within %v: %s", timeout, what)
 }
 
-// eventually asks often at first, then every 20 ms.
+// eventually asks often at first, then every 20 ms. It rests for at least three times
+// as long as asking takes: many conditions run programs, and what is waited for
+// needs the processors, too.
 func eventually(timeout time.Duration, ok func() bool) bool {
 	deadline := time.Now().Add(timeout)
 	for pause := time.Millisecond; ; pause = min(2*pause, 20*time.Millisecond) {
+		asked := time.Now()
 		if ok() {
 			return true
 		}
 		if time.Now().After(deadline) {
 			return false
 		}
-		time.Sleep(pause)
+		time.Sleep(max(pause, min(3*time.Since(asked), 200*time.Millisecond)))
 	}
 }
