@@ -64,6 +64,7 @@ var addr = netip.MustParseAddr
 // The way may be a router, or whoever is behind a device; nobody else is
 // reached by it, and nothing else by who is selected.
 func TestSelectedTakeTheRouter(t *testing.T) {
+	t.Parallel()
 	gw4, gw6 := []netip.Addr{addr("10.6.0.1")}, []netip.Addr{addr("fd06::1")}
 	tests := []struct {
 		name   string
@@ -143,6 +144,7 @@ func TestWayComesAndGoes(t *testing.T) {
 // Of several gateways the first that answers is taken, and taken again when it
 // is back.
 func TestFirstGatewayThatIsAlive(t *testing.T) {
+	t.Parallel()
 	w := newRouters(t)
 	s := w.steer(w.plan(steer.Via{
 		Gateway: []netip.Addr{addr("10.6.0.1"), addr("10.6.0.2")}, Gateway6: []netip.Addr{addr("fd06::1"), addr("fd06::2")}, Dev: w.dev,
@@ -206,6 +208,7 @@ func TestTwoRoutesWithTwoWays(t *testing.T) {
 // nobody else: all addresses are local on this way, and home has a service on
 // the port that is asked.
 func TestSelectedTakeTheTransparentProxy(t *testing.T) {
+	t.Parallel()
 	labtest.Need(t, labtest.Tool("ss-redir"), labtest.Tool("ss-server"))
 	for _, tt := range []struct {
 		via, listen string
@@ -221,6 +224,7 @@ func TestSelectedTakeTheTransparentProxy(t *testing.T) {
 		{"127.0.0.1:12345", "127.0.0.2", "0", ""}, // it is not there
 	} {
 		t.Run(fmt.Sprintf("%s to %s, rp_filter %s", tt.via, tt.listen, tt.rpFilter), func(t *testing.T) {
+			t.Parallel()
 			w := newWorld(t)
 			w.home.Sysctl("net.ipv4.conf.all.rp_filter", tt.rpFilter)
 			config := filepath.Join(t.TempDir(), "ss.json")
@@ -277,6 +281,7 @@ func TestSelectedTakeTheTransparentProxy(t *testing.T) {
 // A listener without an address of its own hears both families, if it listens
 // for both.
 func TestListenerOfBothFamilies(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	heard := make(chan string, 100)
 	var pc net.PacketConn

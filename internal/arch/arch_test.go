@@ -61,11 +61,11 @@ var imports = map[string][]string{
 // the others. A prefix of an import path stands for all below it.
 var owners = map[string][]string{
 	"gvisor.dev/gvisor":                   {"stack"},
-	"github.com/google/nftables":          {"steer"},
+	"github.com/google/nftables":          {"steer", "internal/labtest"},
 	"github.com/mdlayher/netlink":         {"steer"},
 	"github.com/songgao/water":            {"tun"},
 	"github.com/cilium/ebpf":              {"cgroupsel"},
-	"github.com/vishvananda/netlink":      {"steer", "attach", "tun", "cgroupsel", "dialer", "policy"},
+	"github.com/vishvananda/netlink":      {"steer", "attach", "tun", "cgroupsel", "dialer", "policy", "internal/labtest"},
 	"github.com/vishvananda/netns":        {"steer", "attach", "tun", "dialer", "internal/netns"},
 	"github.com/BurntSushi/toml":          {"config"},
 	"github.com/gaissmai/bart":            {"rules", "policy"},

@@ -42,10 +42,6 @@ func (h *Host) Command(ctx context.Context, name string, args ...string) *exec.C
 	return exec.CommandContext(ctx, "nsenter", append([]string{"--net=" + h.Path, "--", name}, args...)...)
 }
 
-func (h *Host) command(name string, args ...string) *exec.Cmd {
-	return h.Command(context.Background(), name, args...)
-}
-
 // Run runs a program inside the namespace and returns its stdout. It fails the
 // test if the program does.
 func (h *Host) Run(name string, args ...string) string {
@@ -62,7 +58,13 @@ func (h *Host) Run(name string, args ...string) string {
 func (h *Host) Try(name string, args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	return finish(h.Command(ctx, name, args...))
+	return h.finish(exec.CommandContext(ctx, name, args...))
+}
+
+// finish runs cmd inside the namespace: it is born there, as a child of a thread
+// that is, which takes one program less than Command.
+func (h *Host) finish(cmd *exec.Cmd) (string, error) {
+	return finish(cmd, func(cmd *exec.Cmd) error { return h.Do(cmd.Start) })
 }
 
 // Sysctl sets a sysctl of the namespace: "net.ipv4.ip_forward", "1".

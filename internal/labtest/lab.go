@@ -1,18 +1,21 @@
 package labtest
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
+	"net"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 var labs atomic.Int32 // numbers the labs of this process
@@ -58,7 +61,7 @@ func (l *Lab) Host(name string) *Host {
 	// a second, and states seen in that second unlike later ones.
 	h.Sysctl("net.ipv6.conf.default.accept_dad", "0")
 	h.Sysctl("net.ipv6.conf.all.accept_dad", "0")
-	l.ip("-n", h.Name, "link", "set", "lo", "up")
+	h.up("lo")
 	return h
 }
 
@@ -76,47 +79,89 @@ func (l *Lab) Link(a, b *Host, addrs ...string) *Link {
 		l.t.Fatalf("link %s %s: addresses come in pairs, these are %d", a.Name, b.Name, len(addrs))
 	}
 	k := &Link{A: a.nextDevice(), B: b.nextDevice()}
-	l.ip("-n", a.Name, "link", "add", k.A, "type", "veth", "peer", "name", k.B, "netns", b.Name)
-	l.ip("-n", a.Name, "link", "set", k.A, "up")
-	l.ip("-n", b.Name, "link", "set", k.B, "up")
-	for i, addr := range addrs {
-		if i%2 == 0 {
-			a.address(k.A, addr)
-		} else {
-			b.address(k.B, addr)
-		}
+	if err := pair(a, k.A, b, k.B); err != nil {
+		l.t.Fatalf("link %s %s: %v", a.Name, b.Name, err)
 	}
+	var ours, theirs []string
+	for i := 0; i < len(addrs); i += 2 {
+		ours, theirs = append(ours, addrs[i]), append(theirs, addrs[i+1])
+	}
+	a.up(k.A, ours...)
+	b.up(k.B, theirs...)
 	a.Settled(k.A)
 	b.Settled(k.B)
 	return k
+}
+
+// pair makes a veth pair with one end in either namespace.
+func pair(a *Host, nameA string, b *Host, nameB string) error {
+	there, err := os.Open(b.Path)
+	if err != nil {
+		return fmt.Errorf("open namespace: %w", err)
+	}
+	defer there.Close()
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = nameA
+	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: nameB, PeerNamespace: netlink.NsFd(there.Fd())}
+	return a.Do(func() error { return netlink.LinkAdd(veth) })
+}
+
+// up sets a device up and gives it addresses; "" is none.
+func (h *Host) up(dev string, addrs ...string) {
+	h.lab.t.Helper()
+	err := h.Do(func() error {
+		link, err := netlink.LinkByName(dev)
+		if err != nil {
+			return err
+		}
+		if err := netlink.LinkSetUp(link); err != nil {
+			return err
+		}
+		for _, text := range addrs {
+			if text == "" {
+				continue
+			}
+			addr, err := netlink.ParseAddr(text)
+			if err != nil {
+				return err
+			}
+			if addr.IP.To4() == nil {
+				addr.Flags = unix.IFA_F_NODAD
+			}
+			addr.Broadcast = net.IPv4zero // none
+			if err := netlink.AddrAdd(link, addr); err != nil {
+				return fmt.Errorf("address %s: %w", text, err)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		h.lab.t.Fatalf("set up %s in %s: %v", dev, h.Name, err)
+	}
 }
 
 // Settled waits until the v6 addresses of a device are in force, which they are
 // a moment after it is up, and slower on a busy machine.
 func (h *Host) Settled(dev string) {
 	h.lab.t.Helper()
-	Eventually(h.lab.t, 10*time.Second, func() bool {
-		addrs, err := exec.Command("ip", "-n", h.Name, "-6", "-o", "addr", "show", "dev", dev).Output()
-		routes, errRoutes := exec.Command("ip", "-n", h.Name, "-6", "-o", "route", "show", "table", "local", "type", "local", "dev", dev).Output()
-		return err == nil && errRoutes == nil && !bytes.Contains(addrs, []byte("tentative")) &&
-			bytes.Count(routes, []byte("\n")) >= bytes.Count(addrs, []byte("inet6"))
+	Eventually(h.lab.t, 10*time.Second, func() (settled bool) {
+		err := h.Do(func() error {
+			link, err := netlink.LinkByName(dev)
+			if err != nil {
+				return err
+			}
+			addrs, err := netlink.AddrList(link, netlink.FAMILY_V6)
+			if err != nil {
+				return err
+			}
+			local := &netlink.Route{LinkIndex: link.Attrs().Index, Table: unix.RT_TABLE_LOCAL, Type: unix.RTN_LOCAL}
+			routes, err := netlink.RouteListFiltered(netlink.FAMILY_V6, local, netlink.RT_FILTER_OIF|netlink.RT_FILTER_TABLE|netlink.RT_FILTER_TYPE)
+			tentative := slices.ContainsFunc(addrs, func(a netlink.Addr) bool { return a.Flags&unix.IFA_F_TENTATIVE != 0 })
+			settled = !tentative && len(routes) >= len(addrs)
+			return err
+		})
+		return err == nil && settled
 	}, "the addresses of %s in %s are in force", dev, h.Name)
-}
-
-func (h *Host) address(dev, addr string) {
-	h.lab.t.Helper()
-	if addr == "" {
-		return
-	}
-	p, err := netip.ParsePrefix(addr)
-	if err != nil {
-		h.lab.t.Fatalf("address of %s: %v", h.Name, err)
-	}
-	args := []string{"-n", h.Name, "addr", "add", addr, "dev", dev}
-	if p.Addr().Is6() {
-		args = append(args, "nodad")
-	}
-	h.lab.ip(args...)
 }
 
 // onClose registers what is to be undone before the namespaces go.
@@ -141,8 +186,14 @@ func (l *Lab) close() {
 		if h.dirty {
 			continue
 		}
-		for _, r := range residue("nsenter", "--net="+h.Path) {
-			l.t.Errorf("left in namespace %s: %s", h.Name, r)
+		err := h.Do(func() error {
+			for _, r := range residue() {
+				l.t.Errorf("left in namespace %s: %s", h.Name, r)
+			}
+			return nil
+		})
+		if err != nil {
+			l.t.Error(err)
 		}
 	}
 	if tree != nil {
@@ -167,36 +218,68 @@ func removeNamespaces(prefix string, hosts []*Host) (err error) {
 	if len(hosts) == 0 {
 		return nil
 	}
-	witness := prefix + "-witness"
-	if _, err := output("ip", "netns", "add", witness); err != nil {
+	witness := &Host{Name: prefix + "-witness", Path: "/run/netns/" + prefix + "-witness"}
+	if _, err := output("ip", "netns", "add", witness.Name); err != nil {
 		return err
 	}
 	defer func() {
-		_, e := output("ip", "netns", "del", witness)
+		_, e := output("ip", "netns", "del", witness.Name)
 		err = errors.Join(err, e)
 	}()
 	for i, h := range hosts {
-		end := fmt.Sprintf("w%d", i)
-		_, e := output("ip", "-n", witness, "link", "add", end, "type", "veth", "peer", "name", "labwitness", "netns", h.Name)
-		// A kernel that cannot end them says so.
-		_, _ = output("ip", "netns", "exec", h.Name, "ss", "-K", "state", "fin-wait-1", "state", "closing", "state", "last-ack")
+		e := pair(witness, fmt.Sprintf("w%d", i), h, "labwitness")
+		if nobodys(h) {
+			// A kernel that cannot end them says so.
+			_, _ = h.Try("ss", "-K", "state", "fin-wait-1", "state", "closing", "state", "last-ack")
+		}
 		_, e2 := output("ip", "netns", "del", h.Name)
 		err = errors.Join(err, e, e2)
 	}
-	var left string
+	var left []string
 	gone := eventually(goneWithin, func() bool {
-		left, _ = output("ip", "-n", witness, "-o", "link", "show", "type", "veth")
-		return left == ""
+		var e error
+		left, e = witness.ends()
+		return e == nil && len(left) == 0
 	})
 	if gone {
 		return err
 	}
 	for i, h := range hosts {
-		if strings.Contains(left, fmt.Sprintf("w%d@", i)) {
+		if slices.Contains(left, fmt.Sprintf("w%d", i)) {
 			err = errors.Join(err, fmt.Errorf("namespace %s outlives the test: a socket, a tun, a process or a descriptor of it is still open", h.Name))
 		}
 	}
 	return err
+}
+
+// ends lists the veth ends in a namespace.
+func (h *Host) ends() (names []string, err error) {
+	err = h.Do(func() error {
+		links, err := dumped(netlink.LinkList)
+		for _, l := range links {
+			if l.Type() == "veth" {
+				names = append(names, l.Attrs().Name)
+			}
+		}
+		return err
+	})
+	return names, err
+}
+
+// nobodys tells whether a namespace has connections whose FIN waits for an answer:
+// tcp_states.h numbers them.
+func nobodys(h *Host) (found bool) {
+	const finWait1, lastAck, closing = " 04 ", " 09 ", " 0B "
+	_ = h.Do(func() error {
+		for _, file := range []string{"tcp", "tcp6"} {
+			text, _ := os.ReadFile("/proc/thread-self/net/" + file)
+			for _, state := range []string{finWait1, lastAck, closing} {
+				found = found || strings.Contains(string(text), state)
+			}
+		}
+		return nil
+	})
+	return found
 }
 
 func (l *Lab) ip(args ...string) {
@@ -209,13 +292,18 @@ func (l *Lab) ip(args ...string) {
 // output runs a program in the namespace of the test and returns its stdout;
 // the error holds the stderr.
 func output(name string, args ...string) (string, error) {
-	return finish(exec.CommandContext(context.Background(), name, args...))
+	return finish(exec.CommandContext(context.Background(), name, args...), func(cmd *exec.Cmd) error { return cmd.Start() })
 }
 
-func finish(cmd *exec.Cmd) (string, error) {
+// finish starts cmd, by start, and waits for its end.
+func finish(cmd *exec.Cmd, start func(*exec.Cmd) error) (string, error) {
 	var out, errs strings.Builder
 	cmd.Stdout, cmd.Stderr = &out, &errs
-	if err := cmd.Run(); err != nil {
+	err := start(cmd)
+	if err == nil {
+		err = cmd.Wait()
+	}
+	if err != nil {
 		return out.String(), fmt.Errorf("run %s: %w: %s", strings.Join(cmd.Args, " "), err, strings.TrimSpace(errs.String()))
 	}
 	return out.String(), nil

@@ -1,7 +1,9 @@
 package labtest
 
 import (
+	"context"
 	"fmt"
+	"os/exec"
 	"strings"
 )
 
@@ -57,9 +59,9 @@ func (h *Host) MeterMatch(matches ...string) *Meter {
 		fmt.Fprintf(&b, "\t\tiifname != \"lo\" %s counter name seen accept\n", match)
 	}
 	b.WriteString("\t}\n}\n")
-	cmd := h.command("nft", "-f", "-")
+	cmd := exec.CommandContext(context.Background(), "nft", "-f", "-")
 	cmd.Stdin = strings.NewReader(b.String())
-	if _, err := finish(cmd); err != nil {
+	if _, err := h.finish(cmd); err != nil {
 		h.lab.t.Fatalf("%v\n%s", err, b.String())
 	}
 	return m

@@ -1,62 +1,73 @@
 package labtest
 
 import (
-	"encoding/json"
+	"errors"
 	"fmt"
-	"os/exec"
 	"strings"
+
+	"github.com/google/nftables"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // Protocol is the route protocol number that marks cgtun's ip rules and routes.
 const Protocol = 197
 
-// residue lists what a cgtun has left in a namespace: enter is the command that
-// goes into it, empty for the test's own.
-func residue(enter ...string) (left []string) {
-	in := func(args ...string) string {
-		// Without nft nobody here has looked at a table either.
-		if _, err := exec.LookPath(args[0]); err != nil {
-			return ""
-		}
-		full := append(append([]string{}, enter...), args...)
-		out, err := output(full[0], full[1:]...)
-		if err != nil {
+// residue lists what a cgtun has left in the namespace of the thread.
+func residue() (left []string) {
+	look := func(err error) {
+		// Without nf_tables in the kernel nobody here has made a table either.
+		if err != nil && !errors.Is(err, unix.EPROTONOSUPPORT) {
 			left = append(left, "cannot look: "+err.Error())
 		}
-		return out
 	}
-	for line := range strings.Lines(in("nft", "list", "tables")) {
-		if strings.Contains(line, " cgtun_") {
-			left = append(left, "nft "+strings.TrimSpace(line))
-		}
-	}
-	proto := fmt.Sprintf("proto %d", Protocol)
-	for _, family := range []string{"-4", "-6"} {
-		for line := range strings.Lines(in("ip", family, "rule", "show")) {
-			if strings.Contains(line, proto) {
-				left = append(left, "ip rule "+strings.TrimSpace(line))
-			}
-		}
-		for line := range strings.Lines(in("ip", family, "route", "show", "table", "all")) {
-			if strings.Contains(line, proto) {
-				left = append(left, "route "+strings.TrimSpace(line))
+	conn, err := nftables.New()
+	if err == nil {
+		var tables []*nftables.Table
+		tables, err = conn.ListTables()
+		for _, t := range tables {
+			if strings.HasPrefix(t.Name, "cgtun_") {
+				left = append(left, "nft table "+t.Name)
 			}
 		}
 	}
-	var links []struct {
-		Name string `json:"ifname"`
-		Info struct {
-			Kind string `json:"info_kind"`
-		} `json:"linkinfo"`
+	look(err)
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		rules, err := dumped(func() ([]netlink.Rule, error) { return netlink.RuleList(family) })
+		look(err)
+		for _, r := range rules {
+			if r.Protocol == Protocol {
+				left = append(left, r.String())
+			}
+		}
+		// Of all tables: one that is asked for without a number.
+		routes, err := dumped(func() ([]netlink.Route, error) {
+			return netlink.RouteListFiltered(family, &netlink.Route{Protocol: Protocol}, netlink.RT_FILTER_PROTOCOL|netlink.RT_FILTER_TABLE)
+		})
+		look(err)
+		for _, r := range routes {
+			left = append(left, "route "+r.String())
+		}
 	}
-	text := in("ip", "-d", "-j", "link", "show")
-	if err := json.Unmarshal([]byte(text), &links); err != nil && text != "" {
-		left = append(left, "cannot look at links: "+err.Error())
-	}
+	links, err := dumped(netlink.LinkList)
+	look(err)
 	for _, l := range links {
-		if l.Info.Kind == "tun" {
-			left = append(left, "device "+l.Name)
+		if l.Type() == "tuntap" {
+			left = append(left, "device "+l.Attrs().Name)
 		}
 	}
 	return left
+}
+
+// dumped asks the kernel for a list, once more where it changed meanwhile.
+func dumped[T any](list func() ([]T, error)) (all []T, err error) {
+	for range 10 {
+		if all, err = list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			break
+		}
+	}
+	if err != nil {
+		err = fmt.Errorf("list: %w", err)
+	}
+	return all, err
 }
