@@ -173,7 +173,11 @@ func (c *call) printReport(w io.Writer, r *report.Report) error {
 	fmt.Fprintf(w, "from %s to %s\n", r.Since.Format(time.DateTime+" UTC"), r.Until.Format(time.DateTime+" UTC"))
 	for i := range r.Units {
 		u := &r.Units[i]
-		fmt.Fprintf(w, "\n%s: %d flows, up %s, down %s\n", text(u.Cgroup), u.FlowsTotal, size(u.UpBytes), size(u.DownBytes))
+		flows := fmt.Sprintf("%d flows", u.FlowsTotal)
+		if u.FlowsTotal == 1 {
+			flows = "1 flow"
+		}
+		fmt.Fprintf(w, "\n%s: %s, up %s, down %s\n", text(u.Cgroup), flows, size(u.UpBytes), size(u.DownBytes))
 		t := newTable(w)
 		t.row("  HOST", "FLOWS", "UP", "DOWN", "PATHS")
 		for _, h := range u.Hosts {
