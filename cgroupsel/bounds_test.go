@@ -16,6 +16,7 @@ import (
 // Namespaces above the bounds are counted, shown, and left to on_exit at once;
 // they harm nobody else. When there is room they are attached.
 func TestNamespacesAreBounded(t *testing.T) {
+	labtest.Alone(t)
 	for closed, left := range map[bool]string{false: "sent", true: denied} {
 		t.Run(fmt.Sprintf("closed %v", closed), func(t *testing.T) {
 			lab, _, _ := newLab(t)

@@ -210,6 +210,7 @@ func TestMissingGateIsSaid(t *testing.T) {
 // leaves the gate shut. With an old sign of life it stays so while the process
 // lives; without any it is open for who is to be open, and for nobody else.
 func TestGateWithoutASignOfLife(t *testing.T) {
+	labtest.Alone(t)
 	lab, _, _ := newLab(t)
 	open, closed := lab.Cgroup("open"), lab.Cgroup("closed")
 	sels := append(one(open.Path), one(closed.Path)...)

@@ -120,6 +120,7 @@ func TestDoubtHolds(t *testing.T) {
 // Nobody decides in time: the task goes on, nothing leaves before somebody does, and
 // nobody else is held.
 func TestHeldTaskGoesOnInTime(t *testing.T) {
+	labtest.Alone(t)
 	for _, closed := range []bool{false, true} {
 		t.Run(fmt.Sprintf("closed %v", closed), func(t *testing.T) {
 			lab, _, _ := newLab(t)

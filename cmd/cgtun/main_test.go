@@ -37,7 +37,7 @@ func TestMain(m *testing.M) {
 //	exits CODE PROGRAM ARG…    the program ends with exactly this code
 //	daemon SOCKET              something that answers as a daemon would
 func TestScripts(t *testing.T) {
-	labtest.Alone(t) // without a daemon the commands say what the dead of the whole machine block
+	labtest.Alone(t) // without a daemon the commands say what dead instances block here
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)

@@ -73,26 +73,24 @@ func newWorld(t *testing.T, tools ...string) *world {
 	lab := labtest.New(t)
 	w := &world{t: t, lab: lab, machine: lab.Host("machine"), router: lab.Host("router"), server: lab.Host("server"), dir: t.TempDir()}
 	// Numbers of the process's own: cgroups are known machine-wide by them.
-	w.number = 1_000_000 + os.Getpid()%100_000*100 + int(worlds.Add(1))
+	w.number = 1_000_000 + os.Getpid()%100_000*1000 + int(worlds.Add(1))
 	w.socket = filepath.Join(w.dir, "s")
 	lab.Link(w.machine, w.router, "10.1.0.2/24", near4+"/24", "fd01::2/64", near6+"/64")
 	lab.Link(w.machine, w.router, "10.2.0.2/24", "10.2.0.1/24", "fd02::2/64", "fd02::1/64")
 	lab.Link(w.router, w.server, "10.9.0.1/24", "10.9.0.2/24", "fd09::1/64", "fd09::2/64")
 	w.router.Forward()
-	for _, s := range []string{
-		"machine route add default via 10.1.0.1", "machine route add default via fd01::1",
-		"machine route add default via 10.2.0.1 metric 2000", "machine route add default via fd02::1 metric 2000",
+	w.machine.IP(
+		"route add default via 10.1.0.1", "route add default via fd01::1",
+		"route add default via 10.2.0.1 metric 2000", "route add default via fd02::1 metric 2000",
 		// Without these the kernel answers for a socket of eth1 that is gone by
 		// the uplink.
-		"machine route add default via 10.2.0.1 table 102", "machine rule add from 10.2.0.2 lookup 102 priority 20000",
-		"machine -6 route add default via fd02::1 table 102", "machine -6 rule add from fd02::2 lookup 102 priority 20000",
-		"server route add default via 10.9.0.1", "server route add default via fd09::1",
-		"server addr add 203.0.113.10/32 dev lo", "server addr add 2001:db8::10/128 dev lo nodad",
-		"router route add 203.0.113.0/24 via 10.9.0.2", "router route add 2001:db8::/64 via fd09::2",
-	} {
-		words := strings.Fields(s)
-		map[string]*labtest.Host{"machine": w.machine, "router": w.router, "server": w.server}[words[0]].Run("ip", words[1:]...)
-	}
+		"route add default via 10.2.0.1 table 102", "rule add from 10.2.0.2 lookup 102 priority 20000",
+		"route add default via fd02::1 table 102")
+	w.machine.Run("ip", "-6", "rule", "add", "from", "fd02::2", "lookup", "102", "priority", "20000")
+	w.server.IP(
+		"route add default via 10.9.0.1", "route add default via fd09::1",
+		"addr add 203.0.113.10/32 dev lo", "addr add 2001:db8::10/128 dev lo nodad")
+	w.router.IP("route add 203.0.113.0/24 via 10.9.0.2", "route add 2001:db8::/64 via fd09::2")
 	w.server.Settled("lo")
 	w.sel, w.self = lab.Cgroup("sel"), lab.Cgroup("daemon")
 	w.leaks = w.router.MeterMatch(

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -114,17 +115,30 @@ func (t *cgroupTree) remove() (left []string) {
 	for _, c := range t.made {
 		c.dir.Close()
 	}
-	var dirs []string
+	dirs := t.dirs()
+	for i := len(dirs) - 1; i >= 0; i-- {
+		left = append(left, t.removeOne(dirs[i])...)
+	}
+	return left
+}
+
+// dirs lists the lab's cgroups, each before those below it.
+func (t *cgroupTree) dirs() (dirs []string) {
 	_ = filepath.WalkDir(t.base, func(path string, d fs.DirEntry, err error) error {
 		if err == nil && d.IsDir() {
 			dirs = append(dirs, path)
 		}
 		return nil
 	})
-	for i := len(dirs) - 1; i >= 0; i-- {
-		left = append(left, t.removeOne(dirs[i])...)
-	}
-	return left
+	return dirs
+}
+
+// empty tells whether no process is in any of them.
+func (t *cgroupTree) empty() bool {
+	return !slices.ContainsFunc(t.dirs(), func(dir string) bool {
+		procs, _ := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+		return len(procs) > 0
+	})
 }
 
 func (t *cgroupTree) removeOne(dir string) (left []string) {

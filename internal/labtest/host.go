@@ -61,8 +61,18 @@ func (h *Host) Try(name string, args ...string) (string, error) {
 	return h.finish(exec.CommandContext(ctx, name, args...))
 }
 
-// finish runs cmd inside the namespace: it is born there, as a child of a thread
-// that is, which takes one program less than Command.
+// IP runs commands of ip(8) in one go: "route add default via 10.1.0.1", without options.
+func (h *Host) IP(commands ...string) {
+	h.lab.t.Helper()
+	cmd := exec.CommandContext(context.Background(), "ip", "-batch", "-")
+	cmd.Stdin = strings.NewReader(strings.Join(commands, "\n"))
+	if _, err := h.finish(cmd); err != nil {
+		h.lab.t.Fatalf("%v, of:\n%s", err, strings.Join(commands, "\n"))
+	}
+}
+
+// finish runs cmd inside the namespace: it is the child of a thread that is inside, so
+// that nsenter is not needed.
 func (h *Host) finish(cmd *exec.Cmd) (string, error) {
 	return finish(cmd, func(cmd *exec.Cmd) error { return h.Do(cmd.Start) })
 }
@@ -201,28 +211,33 @@ func (h *Host) DialWith(d *net.Dialer, network, addr string) (conn net.Conn, err
 	return conn, err
 }
 
-// endProcesses kills the processes that are still in the namespace, apart from
-// the test's own threads, and returns their names.
-func endProcesses(h *Host) []string {
+// endProcesses kills the processes that are still in the namespace and returns their names.
+func endProcesses(h *Host) (left []string) {
+	for _, pid := range h.processes() {
+		comm, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
+		left = append(left, fmt.Sprintf("%d (%s)", pid, strings.TrimSpace(string(comm))))
+		_ = unix.Kill(pid, unix.SIGKILL)
+	}
+	return left
+}
+
+// processes lists those in the namespace, apart from the test itself.
+func (h *Host) processes() (pids []int) {
 	want, err := netnsID(h.Path)
 	if err != nil {
 		return nil
 	}
-	var left []string
 	entries, _ := os.ReadDir("/proc")
 	for _, e := range entries {
 		pid, err := strconv.Atoi(e.Name())
 		if err != nil || pid == os.Getpid() {
 			continue
 		}
-		if id, err := netnsID("/proc/" + e.Name() + "/ns/net"); err != nil || id != want {
-			continue
+		if id, err := netnsID("/proc/" + e.Name() + "/ns/net"); err == nil && id == want {
+			pids = append(pids, pid)
 		}
-		comm, _ := os.ReadFile("/proc/" + e.Name() + "/comm")
-		left = append(left, fmt.Sprintf("%d (%s)", pid, strings.TrimSpace(string(comm))))
-		_ = unix.Kill(pid, unix.SIGKILL)
 	}
-	return left
+	return pids
 }
 
 // netnsID identifies the namespace behind a path.

@@ -82,12 +82,16 @@ func (l *Lab) Link(a, b *Host, addrs ...string) *Link {
 	if err := pair(a, k.A, b, k.B); err != nil {
 		l.t.Fatalf("link %s %s: %v", a.Name, b.Name, err)
 	}
+	a.up(k.A)
+	b.up(k.B)
 	var ours, theirs []string
 	for i := 0; i < len(addrs); i += 2 {
 		ours, theirs = append(ours, addrs[i]), append(theirs, addrs[i+1])
 	}
-	a.up(k.A, ours...)
-	b.up(k.B, theirs...)
+	a.give(k.A, ours)
+	b.give(k.B, theirs)
+	a.carries(k.A)
+	b.carries(k.B)
 	a.Settled(k.A)
 	b.Settled(k.B)
 	return k
@@ -102,19 +106,32 @@ func pair(a *Host, nameA string, b *Host, nameB string) error {
 	defer there.Close()
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = nameA
-	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: nameB, PeerNamespace: netlink.NsFd(there.Fd())}
+	veth := netlink.NewVeth(attrs)
+	veth.PeerName, veth.PeerNamespace = nameB, netlink.NsFd(there.Fd())
 	return a.Do(func() error { return netlink.LinkAdd(veth) })
 }
 
-// up sets a device up and gives it addresses; "" is none.
-func (h *Host) up(dev string, addrs ...string) {
+// up sets a device up.
+func (h *Host) up(dev string) {
 	h.lab.t.Helper()
 	err := h.Do(func() error {
 		link, err := netlink.LinkByName(dev)
 		if err != nil {
 			return err
 		}
-		if err := netlink.LinkSetUp(link); err != nil {
+		return netlink.LinkSetUp(link)
+	})
+	if err != nil {
+		h.lab.t.Fatalf("set up %s in %s: %v", dev, h.Name, err)
+	}
+}
+
+// give gives a device addresses; "" is none.
+func (h *Host) give(dev string, addrs []string) {
+	h.lab.t.Helper()
+	err := h.Do(func() error {
+		link, err := netlink.LinkByName(dev)
+		if err != nil {
 			return err
 		}
 		for _, text := range addrs {
@@ -128,7 +145,7 @@ func (h *Host) up(dev string, addrs ...string) {
 			if addr.IP.To4() == nil {
 				addr.Flags = unix.IFA_F_NODAD
 			}
-			addr.Broadcast = net.IPv4zero // none
+			addr.Broadcast = net.IPv4zero // none, as by ip(8): else AddrAdd computes one
 			if err := netlink.AddrAdd(link, addr); err != nil {
 				return fmt.Errorf("address %s: %w", text, err)
 			}
@@ -136,8 +153,23 @@ func (h *Host) up(dev string, addrs ...string) {
 		return nil
 	})
 	if err != nil {
-		h.lab.t.Fatalf("set up %s in %s: %v", dev, h.Name, err)
+		h.lab.t.Fatalf("addresses of %s in %s: %v", dev, h.Name, err)
 	}
+}
+
+// carries waits until a device carries packets, and has the address that it gives
+// itself: the kernel sees to both a little after the two ends are up.
+func (h *Host) carries(dev string) {
+	h.lab.t.Helper()
+	Eventually(h.lab.t, 10*time.Second, func() (up bool) {
+		_ = h.Do(func() error {
+			link, err := netlink.LinkByName(dev)
+			up = err == nil && link.Attrs().OperState == netlink.OperUp
+			return nil
+		})
+		return up
+	}, "%s in %s carries packets", dev, h.Name)
+	h.awaitLinkLocal(dev)
 }
 
 // Settled waits until the v6 addresses of a device are in force, which they are
@@ -179,6 +211,10 @@ func (l *Lab) close() {
 	for i := len(closers) - 1; i >= 0; i-- {
 		closers[i]()
 	}
+	// Children of what was ended may end a little after it.
+	eventually(2*time.Second, func() bool {
+		return !slices.ContainsFunc(hosts, func(h *Host) bool { return len(h.processes()) > 0 }) && (tree == nil || tree.empty())
+	})
 	for _, h := range hosts {
 		for _, p := range endProcesses(h) {
 			l.t.Errorf("left in namespace %s: process %s", h.Name, p)
@@ -228,7 +264,7 @@ func removeNamespaces(prefix string, hosts []*Host) (err error) {
 	}()
 	for i, h := range hosts {
 		e := pair(witness, fmt.Sprintf("w%d", i), h, "labwitness")
-		if nobodys(h) {
+		if unanswered(h) {
 			// A kernel that cannot end them says so.
 			_, _ = h.Try("ss", "-K", "state", "fin-wait-1", "state", "closing", "state", "last-ack")
 		}
@@ -236,14 +272,15 @@ func removeNamespaces(prefix string, hosts []*Host) (err error) {
 		err = errors.Join(err, e, e2)
 	}
 	var left []string
+	var failed error
 	gone := eventually(goneWithin, func() bool {
-		var e error
-		left, e = witness.ends()
-		return e == nil && len(left) == 0
+		left, failed = witness.ends()
+		return failed == nil && len(left) == 0
 	})
 	if gone {
 		return err
 	}
+	err = errors.Join(err, failed)
 	for i, h := range hosts {
 		if slices.Contains(left, fmt.Sprintf("w%d", i)) {
 			err = errors.Join(err, fmt.Errorf("namespace %s outlives the test: a socket, a tun, a process or a descriptor of it is still open", h.Name))
@@ -266,9 +303,9 @@ func (h *Host) ends() (names []string, err error) {
 	return names, err
 }
 
-// nobodys tells whether a namespace has connections whose FIN waits for an answer:
+// unanswered tells whether a namespace has connections whose FIN waits for an answer:
 // tcp_states.h numbers them.
-func nobodys(h *Host) (found bool) {
+func unanswered(h *Host) (found bool) {
 	const finWait1, lastAck, closing = " 04 ", " 09 ", " 0B "
 	_ = h.Do(func() error {
 		for _, file := range []string{"tcp", "tcp6"} {
@@ -323,9 +360,9 @@ func Eventually(t testing.TB, timeout time.Duration, ok func() bool, msg ...any)
 	t.Fatalf("not within %v: %s", timeout, what)
 }
 
-// eventually asks often at first, then every 20 ms. It rests for at least three times
-// as long as asking takes: many conditions run programs, and what is waited for
-// needs the processors, too.
+// eventually asks often at first, then every 20 ms. It rests for three times as long as
+// asking takes, 200 ms at most: many conditions run programs, and what is waited
+// for needs the processors, too.
 func eventually(timeout time.Duration, ok func() bool) bool {
 	deadline := time.Now().Add(timeout)
 	for pause := time.Millisecond; ; pause = min(2*pause, 20*time.Millisecond) {

@@ -182,9 +182,15 @@ func TestLabSeesWhatIsLeft(t *testing.T) {
 		{"rule", func(_ *labtest.Lab, h *labtest.Host) {
 			h.Run("ip", "-6", "rule", "add", "pref", "7", "lookup", "7", "protocol", "197")
 		}, "ip rule 7:"},
+		{"rule of IPv4", func(_ *labtest.Lab, h *labtest.Host) {
+			h.Run("ip", "rule", "add", "pref", "7", "lookup", "7", "protocol", "197")
+		}, "ip rule 7:"},
 		{"route", func(_ *labtest.Lab, h *labtest.Host) {
 			h.Run("ip", "route", "add", "throw", "10.0.0.0/8", "table", "7", "proto", "197")
 		}, "10.0.0.0/8"},
+		{"route of IPv6", func(_ *labtest.Lab, h *labtest.Host) {
+			h.Run("ip", "route", "add", "unreachable", "fd55::/64", "table", "7", "proto", "197")
+		}, "fd55::/64"},
 		{"device", func(_ *labtest.Lab, h *labtest.Host) { h.Run("ip", "tuntap", "add", "tun9", "mode", "tun") }, "device tun9"},
 		{"process", func(_ *labtest.Lab, h *labtest.Host) { h.Run("sh", "-c", "sleep 60 >/dev/null 2>&1 &") }, "process "},
 		{"cgroup process", func(l *labtest.Lab, h *labtest.Host) {

@@ -2,7 +2,6 @@ package labtest
 
 import (
 	"context"
-	"errors"
 	"os/exec"
 	"strings"
 	"sync"
@@ -84,8 +83,6 @@ func (p *Proc) end() {
 	default:
 		_ = syscall.Kill(-p.Pid, syscall.SIGKILL)
 		<-p.done
-		// Its children may end a little after it.
-		eventually(5*time.Second, func() bool { return errors.Is(syscall.Kill(-p.Pid, 0), syscall.ESRCH) })
 	}
 	if p.t.Failed() && p.out.String() != "" {
 		p.t.Logf("output of %s:\n%s", p.name, p.out.String())

@@ -16,8 +16,7 @@ const Protocol = 197
 // residue lists what a cgtun has left in the namespace of the thread.
 func residue() (left []string) {
 	look := func(err error) {
-		// Without nf_tables in the kernel nobody here has made a table either.
-		if err != nil && !errors.Is(err, unix.EPROTONOSUPPORT) {
+		if err != nil {
 			left = append(left, "cannot look: "+err.Error())
 		}
 	}
@@ -31,16 +30,19 @@ func residue() (left []string) {
 			}
 		}
 	}
-	look(err)
+	// Without nf_tables in the kernel nobody here has made a table either.
+	if !errors.Is(err, unix.EPROTONOSUPPORT) && !errors.Is(err, unix.EINVAL) {
+		look(err)
+	}
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
 		rules, err := dumped(func() ([]netlink.Rule, error) { return netlink.RuleList(family) })
 		look(err)
 		for _, r := range rules {
 			if r.Protocol == Protocol {
-				left = append(left, r.String())
+				left = append(left, fmt.Sprintf("%v, mark %d, family %d", r, r.Mark, family))
 			}
 		}
-		// Of all tables: one that is asked for without a number.
+		// The filter of tables without a table is for all of them; no filter is for main alone.
 		routes, err := dumped(func() ([]netlink.Route, error) {
 			return netlink.RouteListFiltered(family, &netlink.Route{Protocol: Protocol}, netlink.RT_FILTER_PROTOCOL|netlink.RT_FILTER_TABLE)
 		})
@@ -59,7 +61,7 @@ func residue() (left []string) {
 	return left
 }
 
-// dumped asks the kernel for a list, once more where it changed meanwhile.
+// dumped asks the kernel for a list, anew where it changed meanwhile.
 func dumped[T any](list func() ([]T, error)) (all []T, err error) {
 	for range 10 {
 		if all, err = list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
