@@ -64,10 +64,17 @@ func (h *Host) Try(name string, args ...string) (string, error) {
 // IP runs commands of ip(8) in one go: "route add default via 10.1.0.1", without options.
 func (h *Host) IP(commands ...string) {
 	h.lab.t.Helper()
-	cmd := exec.CommandContext(context.Background(), "ip", "-batch", "-")
-	cmd.Stdin = strings.NewReader(strings.Join(commands, "\n"))
+	h.feed(strings.Join(commands, "\n"), "ip", "-batch", "-")
+}
+
+// feed runs a program inside the namespace that reads a text. It fails the test, with
+// the text, if the program does.
+func (h *Host) feed(text, name string, args ...string) {
+	h.lab.t.Helper()
+	cmd := exec.CommandContext(context.Background(), name, args...)
+	cmd.Stdin = strings.NewReader(text)
 	if _, err := h.finish(cmd); err != nil {
-		h.lab.t.Fatalf("%v, of:\n%s", err, strings.Join(commands, "\n"))
+		h.lab.t.Fatalf("%v\n%s", err, text)
 	}
 }
 

@@ -53,7 +53,9 @@ func (l *Lab) Host(name string) *Host {
 	l.t.Helper()
 	h := &Host{lab: l, Name: l.prefix + "-" + name}
 	h.Path = "/run/netns/" + h.Name
-	l.ip("netns", "add", h.Name)
+	if _, err := output("ip", "netns", "add", h.Name); err != nil {
+		l.t.Fatal(err)
+	}
 	l.mu.Lock()
 	l.hosts = append(l.hosts, h)
 	l.mu.Unlock()
@@ -111,17 +113,21 @@ func pair(a *Host, nameA string, b *Host, nameB string) error {
 	return a.Do(func() error { return netlink.LinkAdd(veth) })
 }
 
-// up sets a device up.
-func (h *Host) up(dev string) {
-	h.lab.t.Helper()
-	err := h.Do(func() error {
-		link, err := netlink.LinkByName(dev)
+// device calls f with a device, inside the namespace.
+func (h *Host) device(name string, f func(netlink.Link) error) error {
+	return h.Do(func() error {
+		link, err := netlink.LinkByName(name)
 		if err != nil {
 			return err
 		}
-		return netlink.LinkSetUp(link)
+		return f(link)
 	})
-	if err != nil {
+}
+
+// up sets a device up.
+func (h *Host) up(dev string) {
+	h.lab.t.Helper()
+	if err := h.device(dev, netlink.LinkSetUp); err != nil {
 		h.lab.t.Fatalf("set up %s in %s: %v", dev, h.Name, err)
 	}
 }
@@ -129,11 +135,7 @@ func (h *Host) up(dev string) {
 // give gives a device addresses; "" is none.
 func (h *Host) give(dev string, addrs []string) {
 	h.lab.t.Helper()
-	err := h.Do(func() error {
-		link, err := netlink.LinkByName(dev)
-		if err != nil {
-			return err
-		}
+	err := h.device(dev, func(link netlink.Link) error {
 		for _, text := range addrs {
 			if text == "" {
 				continue
@@ -162,12 +164,11 @@ func (h *Host) give(dev string, addrs []string) {
 func (h *Host) carries(dev string) {
 	h.lab.t.Helper()
 	Eventually(h.lab.t, 10*time.Second, func() (up bool) {
-		_ = h.Do(func() error {
-			link, err := netlink.LinkByName(dev)
-			up = err == nil && link.Attrs().OperState == netlink.OperUp
+		err := h.device(dev, func(link netlink.Link) error {
+			up = link.Attrs().OperState == netlink.OperUp
 			return nil
 		})
-		return up
+		return err == nil && up
 	}, "%s in %s carries packets", dev, h.Name)
 	h.awaitLinkLocal(dev)
 }
@@ -177,11 +178,7 @@ func (h *Host) carries(dev string) {
 func (h *Host) Settled(dev string) {
 	h.lab.t.Helper()
 	Eventually(h.lab.t, 10*time.Second, func() (settled bool) {
-		err := h.Do(func() error {
-			link, err := netlink.LinkByName(dev)
-			if err != nil {
-				return err
-			}
+		err := h.device(dev, func(link netlink.Link) error {
 			addrs, err := netlink.AddrList(link, netlink.FAMILY_V6)
 			if err != nil {
 				return err
@@ -319,17 +316,10 @@ func unanswered(h *Host) (found bool) {
 	return found
 }
 
-func (l *Lab) ip(args ...string) {
-	l.t.Helper()
-	if _, err := output("ip", args...); err != nil {
-		l.t.Fatal(err)
-	}
-}
-
 // output runs a program in the namespace of the test and returns its stdout;
 // the error holds the stderr.
 func output(name string, args ...string) (string, error) {
-	return finish(exec.CommandContext(context.Background(), name, args...), func(cmd *exec.Cmd) error { return cmd.Start() })
+	return finish(exec.CommandContext(context.Background(), name, args...), (*exec.Cmd).Start)
 }
 
 // finish starts cmd, by start, and waits for its end.

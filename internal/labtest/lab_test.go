@@ -178,7 +178,7 @@ func TestLabSeesWhatIsLeft(t *testing.T) {
 		want string
 	}{
 		{"nothing", func(*labtest.Lab, *labtest.Host) {}, ""},
-		{"table", func(_ *labtest.Lab, h *labtest.Host) { h.Run("nft", "add", "table", "inet", "cgtun_7") }, "nft table cgtun_7"},
+		{"table", func(_ *labtest.Lab, h *labtest.Host) { h.Run("nft", "add", "table", "inet", "cgtun_7") }, "nft table inet cgtun_7"},
 		{"rule", func(_ *labtest.Lab, h *labtest.Host) {
 			h.Run("ip", "-6", "rule", "add", "pref", "7", "lookup", "7", "protocol", "197")
 		}, "ip rule 7:"},
@@ -187,10 +187,10 @@ func TestLabSeesWhatIsLeft(t *testing.T) {
 		}, "ip rule 7:"},
 		{"route", func(_ *labtest.Lab, h *labtest.Host) {
 			h.Run("ip", "route", "add", "throw", "10.0.0.0/8", "table", "7", "proto", "197")
-		}, "10.0.0.0/8"},
+		}, "route throw 10.0.0.0/8"},
 		{"route of IPv6", func(_ *labtest.Lab, h *labtest.Host) {
 			h.Run("ip", "route", "add", "unreachable", "fd55::/64", "table", "7", "proto", "197")
-		}, "fd55::/64"},
+		}, "route unreachable fd55::/64"},
 		{"device", func(_ *labtest.Lab, h *labtest.Host) { h.Run("ip", "tuntap", "add", "tun9", "mode", "tun") }, "device tun9"},
 		{"process", func(_ *labtest.Lab, h *labtest.Host) { h.Run("sh", "-c", "sleep 60 >/dev/null 2>&1 &") }, "process "},
 		{"cgroup process", func(l *labtest.Lab, h *labtest.Host) {

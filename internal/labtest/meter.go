@@ -1,9 +1,7 @@
 package labtest
 
 import (
-	"context"
 	"fmt"
-	"os/exec"
 	"strings"
 )
 
@@ -59,11 +57,7 @@ func (h *Host) MeterMatch(matches ...string) *Meter {
 		fmt.Fprintf(&b, "\t\tiifname != \"lo\" %s counter name seen accept\n", match)
 	}
 	b.WriteString("\t}\n}\n")
-	cmd := exec.CommandContext(context.Background(), "nft", "-f", "-")
-	cmd.Stdin = strings.NewReader(b.String())
-	if _, err := h.finish(cmd); err != nil {
-		h.lab.t.Fatalf("%v\n%s", err, b.String())
-	}
+	h.feed(b.String(), "nft", "-f", "-")
 	return m
 }
 

@@ -13,6 +13,17 @@ import (
 // Protocol is the route protocol number that marks cgtun's ip rules and routes.
 const Protocol = 197
 
+// What nft(8) and ip(8) call the kinds of what cgtun makes.
+var (
+	nftFamilies = map[nftables.TableFamily]string{
+		nftables.TableFamilyINet: "inet", nftables.TableFamilyIPv4: "ip", nftables.TableFamilyIPv6: "ip6", nftables.TableFamilyNetdev: "netdev",
+	}
+	routeTypes = map[int]string{
+		unix.RTN_UNICAST: "unicast", unix.RTN_LOCAL: "local", unix.RTN_THROW: "throw",
+		unix.RTN_UNREACHABLE: "unreachable", unix.RTN_BLACKHOLE: "blackhole", unix.RTN_PROHIBIT: "prohibit",
+	}
+)
+
 // residue lists what a cgtun has left in the namespace of the thread.
 func residue() (left []string) {
 	look := func(err error) {
@@ -26,7 +37,7 @@ func residue() (left []string) {
 		tables, err = conn.ListTables()
 		for _, t := range tables {
 			if strings.HasPrefix(t.Name, "cgtun_") {
-				left = append(left, "nft table "+t.Name)
+				left = append(left, fmt.Sprintf("nft table %s %s", nftFamilies[t.Family], t.Name))
 			}
 		}
 	}
@@ -48,7 +59,7 @@ func residue() (left []string) {
 		})
 		look(err)
 		for _, r := range routes {
-			left = append(left, "route "+r.String())
+			left = append(left, fmt.Sprintf("route %s %v table %d", routeTypes[r.Type], r.Dst, r.Table))
 		}
 	}
 	links, err := dumped(netlink.LinkList)
